@@ -1,0 +1,95 @@
+"""Which lowering runs: a table, the checks of what this machine has, and refusals.
+
+An op is asked for by name. Without an explicit `implementation` the first one in the
+table that is available and does not refuse runs; with one, that one runs or the call
+raises. Every call is a `jax.jit` whose name starts with `MARK`, so that
+`fp8jax.fp8_transform` knows this library's own work when it meets it.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+MARK = "fp8jax_"
+
+# In order of preference.
+_TABLE: dict[str, tuple[str, ...]] = {
+    "quantize": ("mosaic_gpu", "xla"),
+    "gemm": ("mosaic_gpu", "xla"),
+}
+IMPLEMENTATIONS = ("mosaic_gpu", "xla")
+
+
+def call(op: str, *arrays: jax.Array, implementation: str | None, **static: Any) -> Any:
+    """Runs `op` on `arrays` with the first implementation that takes them.
+
+    Raises:
+        ValueError: If `implementation` is no name in the table.
+        NotImplementedError: If the implementation asked for, or every one, is
+            unavailable here or refuses these arguments; it gives each one's reason.
+    """
+    run = functools.partial(_run, op, arrays, static)
+    return _first_that_takes(op, implementation, run)[1]
+
+
+def resolve(
+    op: str, *arrays: jax.ShapeDtypeStruct, implementation: str | None, **static: Any
+) -> str:
+    """The name of the implementation that `call` would run; raises as it does."""
+
+    def run(name: str) -> Any:
+        return jax.eval_shape(lambda *avals: _run(op, avals, static, name), *arrays)
+
+    return _first_that_takes(op, implementation, run)[0]
+
+
+def _run(op: str, arrays: tuple, static: dict[str, Any], name: str) -> Any:
+    return _marked(op, name)(*arrays, static=tuple(sorted(static.items())))
+
+
+def _first_that_takes(
+    op: str, implementation: str | None, run: Callable[[str], Any]
+) -> tuple[str, Any]:
+    if implementation is not None and implementation not in _TABLE[op]:
+        raise ValueError(
+            f"{op}: implementation={implementation!r} is not known; allowed are None "
+            f"(choose) and {', '.join(map(repr, _TABLE[op]))}."
+        )
+    refusals = []
+    for name in _TABLE[op] if implementation is None else (implementation,):
+        try:
+            _check_available(name)
+            return name, run(name)
+        except NotImplementedError as refusal:
+            refusals.append(f"{name}: {refusal}")
+    asked = "" if implementation is None else f" as asked, {implementation!r}"
+    raise NotImplementedError(f"{op} cannot run{asked}. " + " ".join(refusals))
+
+
+def _check_available(name: str) -> None:
+    if name != "mosaic_gpu":
+        return
+    device = jax.config.jax_default_device or jax.devices()[0]
+    if isinstance(device, str):
+        device = jax.devices(device)[0]
+    capability = getattr(device, "compute_capability", None)
+    if device.platform != "gpu" or capability != "9.0":
+        found = f"{device.platform} ({device.device_kind})"
+        raise NotImplementedError(
+            f"needs a GPU of compute capability 9.0 (Hopper), found {found}."
+        )
+
+
+@functools.cache
+def _marked(op: str, name: str) -> Callable[..., Any]:
+    # Imported on first use: Pallas takes long to import, and CPU users need none of it.
+    kernel = getattr(importlib.import_module(f"fp8jax.kernels.{name}"), op)
+
+    def run(*arrays: jax.Array, static: tuple[tuple[str, Any], ...]) -> Any:
+        return kernel(*arrays, **dict(static))
+
+    run.__name__ = run.__qualname__ = f"{MARK}{op}_{name}"
+    return jax.jit(run, static_argnames=("static",))

@@ -1,0 +1,5 @@
+"""FP8 kernels: arrays in, arrays out. One package for each way to lower them."""
+
+from fp8jax.kernels._contract import Gemm, Quantize
+
+__all__ = ["Gemm", "Quantize"]

@@ -1,0 +1,28 @@
+"""Fine-grained quantization in `jnp`."""
+
+import jax
+from jax import lax
+
+from fp8jax import numerics
+
+
+def quantize(
+    x: jax.Array,
+    *,
+    tile: numerics.Tile,
+    dtype: jax.typing.DTypeLike,
+    scale: numerics.ScaleKind,
+    eps: float,
+) -> tuple[jax.Array, jax.Array]:
+    """`x [m, k]` to FP8 codes `[m, k]` and float32 scales `[m_tiles, k_tiles]`.
+
+    See `fp8jax.kernels.Quantize`. Source: DeepSeek-V3 Technical Report,
+    arXiv:2412.19437, section 3.3.2.
+    """
+    tiles = numerics.split_tiles(x, tile)  # [mt, tm, kt, tk]
+    amax = numerics.integer_amax(tiles, axes=(1, 3))  # [mt, 1, kt, 1]
+    factor = numerics.scale_from_amax(amax, dtype, scale, eps)
+    data = numerics.join_tiles(numerics.encode(tiles, factor, dtype), x.shape)
+    # NOTE: without the barrier XLA:GPU fuses a later `data.astype(float32)` with the
+    # cast above and drops both as excess precision: nothing would be quantized.
+    return lax.optimization_barrier((data, factor[:, 0, :, 0]))

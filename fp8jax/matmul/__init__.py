@@ -1,0 +1,6 @@
+"""Products of quantized arrays."""
+
+from fp8jax._dispatch import MARK
+from fp8jax.matmul._scaled_matmul import gemm_implementation, scaled_matmul
+
+__all__ = ["MARK", "gemm_implementation", "scaled_matmul"]

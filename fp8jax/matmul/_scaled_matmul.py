@@ -1,0 +1,118 @@
+"""`QTensor` times `QTensor`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fp8jax import _dispatch, numerics
+from fp8jax.quant import QTensor, QuantSpec
+
+_OUT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+_CONTRACTION_TILE = 128
+
+
+def scaled_matmul(
+    lhs: QTensor,
+    rhs: QTensor,
+    *,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    implementation: str | None = None,
+) -> jax.Array:
+    r"""`lhs [m, k]` times `rhs [n, k]` transposed, promoted into FP32 every 128 of k.
+
+    $$out_{ij} = \sum_c s^l_{ic} s^r_{jc} \sum_{k \in c} l_{ik} r_{jk}$$
+
+    Both operands have the contraction last ("nt"), as Hopper's 8-bit matrix units want
+    them; `q.T` turns a QTensor around.
+
+    Args:
+        lhs: `[m, k]` in tiles of `(1, 128)`, or of any number of rows.
+        rhs: `[n, k]` in tiles of `(128, 128)` or `(1, 128)`, or of any number of rows.
+        out_dtype: bfloat16, float16 or float32; rounded to once, at the end.
+        implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here.
+
+    Returns:
+        `[m, n]` of `out_dtype`. Row i depends on row i of `lhs` alone.
+
+    Raises:
+        ValueError: If an operand is no matrix, the contractions differ, or a tile does
+            not span 128 of the contraction.
+        NotImplementedError: If the implementation asked for cannot run.
+
+    Error: float32 accumulation of exact products, then one rounding to `out_dtype`.
+    """
+    for name, q in (("lhs", lhs), ("rhs", rhs)):
+        if not isinstance(q, QTensor):
+            raise ValueError(f"scaled_matmul takes QTensors, got {name}={type(q)}.")
+        q.check("scaled_matmul")
+        if q.ndim != 2:
+            raise ValueError(
+                "scaled_matmul takes matrices (vmap it over more), got "
+                f"{name}.shape={q.shape}."
+            )
+        if q.tile[1] != _CONTRACTION_TILE:
+            raise ValueError(
+                f"scaled_matmul takes tiles of {_CONTRACTION_TILE} along the "
+                f"contraction, which is last, got {name}.tile={q.tile}."
+            )
+    if lhs.shape[1] != rhs.shape[1]:
+        raise ValueError(
+            "scaled_matmul contracts the last dimensions, [m, k] with [n, k], got "
+            f"{lhs.shape} and {rhs.shape}."
+        )
+    if np.dtype(out_dtype) not in [np.dtype(d) for d in _OUT_DTYPES]:
+        raise ValueError(
+            "scaled_matmul takes out_dtype bfloat16, float16 or float32, got "
+            f"{out_dtype}."
+        )
+    if _swapped(lhs.tile, rhs.tile):
+        return scaled_matmul(
+            rhs, lhs, out_dtype=out_dtype, implementation=implementation
+        ).T
+    return _dispatch.call(
+        "gemm",
+        lhs.data,
+        lhs.scale,
+        rhs.data,
+        rhs.scale,
+        implementation=implementation,
+        lhs_tile=lhs.tile,
+        rhs_tile=rhs.tile,
+        out_dtype=np.dtype(out_dtype),
+    )
+
+
+def gemm_implementation(
+    lhs_spec: QuantSpec, rhs_spec: QuantSpec, implementation: str | None = None
+) -> str:
+    """The implementation that multiplies operands of these specs on this machine.
+
+    Args:
+        lhs_spec: of `lhs [m, k]`.
+        rhs_spec: of `rhs [n, k]`.
+        implementation: as in `scaled_matmul`.
+
+    Raises:
+        NotImplementedError: If the implementation asked for cannot run here.
+    """
+    if _swapped(lhs_spec.tile, rhs_spec.tile):
+        lhs_spec, rhs_spec = rhs_spec, lhs_spec
+    shape = (_CONTRACTION_TILE, _CONTRACTION_TILE)
+    arrays = []
+    for spec in (lhs_spec, rhs_spec):
+        scales = numerics.scale_shape(shape, spec.tile)
+        arrays.append(jax.ShapeDtypeStruct(shape, spec.dtype))
+        arrays.append(jax.ShapeDtypeStruct(scales, jnp.float32))
+    return _dispatch.resolve(
+        "gemm",
+        *arrays,
+        implementation=implementation,
+        lhs_tile=lhs_spec.tile,
+        rhs_tile=rhs_spec.tile,
+        out_dtype=np.dtype(jnp.bfloat16),
+    )
+
+
+def _swapped(lhs_tile: numerics.Tile, rhs_tile: numerics.Tile) -> bool:
+    # Kernels block the right operand; the transposed product has the same sums.
+    return lhs_tile[0] > rhs_tile[0]

@@ -1,0 +1,41 @@
+"""What an FP8 number means: formats, rounding, tiles and error measures."""
+
+from fp8jax.numerics._errors import cosine_similarity, relative_error, sqnr_db
+from fp8jax.numerics._formats import FP8_DTYPES, is_fp8, max_value
+from fp8jax.numerics._rounding import (
+    SMALLEST_SCALE,
+    ScaleKind,
+    decode_tiles,
+    encode,
+    integer_amax,
+    round_up_pow2,
+    scale_from_amax,
+)
+from fp8jax.numerics._tiles import (
+    Tile,
+    expand_scale,
+    join_tiles,
+    scale_shape,
+    split_tiles,
+)
+
+__all__ = [
+    "FP8_DTYPES",
+    "SMALLEST_SCALE",
+    "ScaleKind",
+    "Tile",
+    "cosine_similarity",
+    "decode_tiles",
+    "encode",
+    "expand_scale",
+    "integer_amax",
+    "is_fp8",
+    "join_tiles",
+    "max_value",
+    "relative_error",
+    "round_up_pow2",
+    "scale_from_amax",
+    "scale_shape",
+    "split_tiles",
+    "sqnr_db",
+]

@@ -1,0 +1,98 @@
+"""Scales and codes: the arithmetic of fine-grained FP8 quantization.
+
+Every function here is elementwise or a reduction over a tile, in float32, and gives
+the same bits on every backend, jitted or not, as far as IEEE arithmetic does.
+
+Convention: the scale multiplies, `x ~= data * scale`. No array holds a reciprocal.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fp8jax.numerics._formats import max_value
+
+ScaleKind = Literal["pow2", "fp32"]
+
+# Below it 1 / scale overflows float32 and the codes lose exactness.
+SMALLEST_SCALE = 2.0**-126
+
+_MANTISSA_BITS = 23
+_MANTISSA_MASK = np.int32((1 << _MANTISSA_BITS) - 1)
+
+
+def integer_amax(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Largest magnitude along `axes` (kept), as float32, with NaN > inf > finite.
+
+    The maximum is taken over the bit patterns of `|x|`, because a float maximum drops
+    NaN on some backends (XLA:CPU).
+    """
+    bits = lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
+    largest = jnp.max(bits, axis=axes, keepdims=True)
+    return lax.bitcast_convert_type(largest, jnp.float32)
+
+
+def round_up_pow2(scale: jax.Array) -> jax.Array:
+    """The smallest power of two that is at least `scale`, a positive normal float32.
+
+    By bit arithmetic: `exp2(ceil(log2(s)))` is inexact on XLA:CPU, and a cast to
+    `float8_e8m0fnu` rounds to nearest.
+    """
+    bits = lax.bitcast_convert_type(scale, jnp.int32)
+    exponent = lax.shift_right_logical(bits, jnp.int32(_MANTISSA_BITS))
+    exponent = exponent + ((bits & _MANTISSA_MASK) != 0).astype(jnp.int32)
+    return lax.bitcast_convert_type(
+        lax.shift_left(exponent, jnp.int32(_MANTISSA_BITS)), jnp.float32
+    )
+
+
+def scale_from_amax(
+    amax: jax.Array,
+    dtype: jax.typing.DTypeLike,
+    kind: ScaleKind,
+    eps: float = 0.0,
+) -> jax.Array:
+    r"""The float32 dequantization multiplier of tiles of largest magnitude `amax`.
+
+    $$s = \max(\max(amax, eps) \cdot q_{max}^{-1}, 2^{-126})$$
+
+    rounded up to a power of two for `kind="pow2"`; 1 where `amax` is zero; NaN where
+    it is NaN or infinite, so that the whole tile dequantizes to NaN.
+
+    Args:
+        amax: float32, any shape, not negative.
+        dtype: FP8 dtype of the codes.
+        kind: `"pow2"` or `"fp32"`.
+        eps: floor of `amax`, in units of `x`.
+    """
+    # A product, because XLA turns `amax / 448` into one inside jit anyway.
+    inverse_max = np.float32(1.0 / max_value(dtype))
+    floored = jnp.maximum(amax, jnp.float32(eps)) if eps else amax
+    scale = jnp.maximum(floored * inverse_max, jnp.float32(SMALLEST_SCALE))
+    if kind == "pow2":
+        scale = round_up_pow2(scale)
+    scale = jnp.where(amax == 0, jnp.float32(1), scale)
+    return jnp.where(jnp.isfinite(amax), scale, jnp.float32(jnp.nan))
+
+
+def encode(x: jax.Array, scale: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    r"""$rne(clip(x / s, \pm q_{max}))$ as FP8 codes; a NaN stays one.
+
+    Args:
+        x: any float dtype; taken to float32.
+        scale: float32, broadcast against `x`.
+        dtype: FP8 dtype of the codes.
+    """
+    limit = max_value(dtype)
+    t = x.astype(jnp.float32) / scale
+    # Casts differ by backend beyond the largest value, and a bare clip may drop NaN.
+    clipped = jnp.where(jnp.isnan(t), t, jnp.clip(t, -limit, limit))
+    return clipped.astype(dtype)
+
+
+def decode_tiles(data: jax.Array, scale: jax.Array) -> jax.Array:
+    """`data * scale` in float32, for tiles `[mt, tm, kt, tk]` and scales `[mt, kt]`."""
+    return data.astype(jnp.float32) * scale[:, None, :, None]

@@ -1,0 +1,178 @@
+"""`jax.lax.dot_general` with its three GEMMs in FP8."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+
+from fp8jax.matmul import scaled_matmul
+from fp8jax.ops._gemm import check_inputs, output_dtype, quantize_along
+from fp8jax.ops._layout import Operand, plan
+from fp8jax.quant import QTensor, QuantSpec, requantize
+from fp8jax.recipes import GemmSpec, Recipe, deepseek_v3
+
+
+def dot_general(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    dimension_numbers: Any,
+    precision: Any = None,
+    preferred_element_type: jax.typing.DTypeLike | None = None,
+    *,
+    out_sharding: Any = None,
+    recipe: Recipe | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """`jax.lax.dot_general` of an activation and a weight, by `recipe`.
+
+    Forward and backward: `y = q(x) q(W)`, `dx = q(dy) q(W)ᵀ`, `dW = q(x)ᵀ q(dy)`, each
+    operand quantized along that product's contraction. The gradient is that of the
+    unquantized product, evaluated with quantized operands (straight through).
+
+    Takes `jax.lax.dot_general`'s place in Flax's `dot_general=` as it is.
+
+    Args:
+        lhs: the activation, bfloat16, float16 or float32.
+        rhs: the weight, likewise.
+        dimension_numbers: as in `jax.lax.dot_general`; batch dimensions are mapped.
+        precision: of the GEMMs that the recipe leaves out of FP8.
+        preferred_element_type: dtype of the result; the operands' promoted by default.
+        out_sharding: as in `jax.lax.dot_general`; only with `recipes.bf16()` so far.
+        recipe: `recipes.deepseek_v3()` by default.
+        implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here.
+
+    Returns:
+        An array of the shape and dtype that `jax.lax.dot_general` gives.
+
+    Raises:
+        ValueError: If dtypes, shapes or dimension numbers do not fit.
+        NotImplementedError: If the implementation asked for cannot run, or for
+            `out_sharding` with a GEMM in FP8.
+
+    Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.
+    """
+    name = "dot_general"
+    recipe = deepseek_v3() if recipe is None else recipe
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"{name} takes a Recipe or None, got recipe={recipe!r}.")
+    if recipe.is_off:
+        return lax.dot_general(
+            lhs,
+            rhs,
+            dimension_numbers,
+            precision,
+            preferred_element_type,
+            out_sharding=out_sharding,
+        )
+    if out_sharding is not None:
+        raise NotImplementedError(
+            f"{name} in FP8 takes out_sharding=None, got {out_sharding}: constrain the "
+            "result with jax.lax.with_sharding_constraint instead."
+        )
+    check_inputs(name, lhs, rhs)
+    layout = plan(lhs.shape, rhs.shape, dimension_numbers, name)
+    product = _Product(
+        x=layout.lhs,
+        w=layout.rhs,
+        out_dtype=output_dtype(name, lhs, rhs, preferred_element_type),
+        x_dtype=lhs.dtype,
+        w_dtype=rhs.dtype,
+        precision=lax.Precision(precision) if isinstance(precision, str) else precision,
+        recipe=recipe,
+        implementation=implementation,
+    )
+    run = functools.partial(_matmul, product)
+    for _ in range(layout.batch_rank):
+        run = jax.vmap(run)
+    out = run(layout.lhs.arrange(lhs), layout.rhs.arrange(rhs))
+    return out.reshape(layout.out_shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """What is static in `y [m, n] = x w`, and the product's three GEMMs."""
+
+    x: Operand
+    w: Operand
+    out_dtype: np.dtype
+    x_dtype: np.dtype
+    w_dtype: np.dtype
+    precision: Any
+    recipe: Recipe
+    implementation: str | None
+
+    def plain(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """The product as `lax.dot_general` computes it."""
+        dims = (((self.x.contraction,), (self.w.contraction,)), ((), ()))
+        return lax.dot_general(x, w, dims, self.precision, self.out_dtype)
+
+    def quantize(self, x: jax.Array, contraction: int, spec: QuantSpec) -> QTensor:
+        return quantize_along(x, contraction, spec, self.implementation)
+
+    def requantize(self, q: QTensor, spec: QuantSpec) -> QTensor:
+        if q.tile == spec.tile and q.dtype == spec.dtype:
+            return q
+        return requantize(q, spec, implementation=self.implementation)
+
+    def multiply(self, lhs: QTensor, rhs: QTensor, dtype: np.dtype) -> jax.Array:
+        return scaled_matmul(
+            lhs, rhs, out_dtype=dtype, implementation=self.implementation
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(product: _Product, x: jax.Array, w: jax.Array) -> jax.Array:
+    return _fprop(product, x, w)[0]
+
+
+def _fprop(product: _Product, x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
+    recipe = product.recipe
+    if recipe.fprop is None:
+        return product.plain(x, w), (x, w)
+    q_x = product.quantize(x, product.x.contraction, recipe.fprop.lhs)
+    q_w = product.quantize(w, product.w.contraction, recipe.fprop.rhs)
+    out = product.multiply(q_x, q_w, product.out_dtype)
+    return out, (q_x, q_w) if recipe.residual == "fp8" else (x, w)
+
+
+def _backward(product: _Product, residuals: Any, dout: jax.Array) -> Any:
+    x, w = residuals
+    recipe = product.recipe
+    if recipe.dgrad is None:
+        dx = jax.vjp(lambda x: product.plain(x, w), x)[1](dout)[0]
+    else:
+        dx = _dgrad(product, recipe.dgrad, w, dout)
+    if recipe.wgrad is None:
+        dw = jax.vjp(lambda w: product.plain(x, w), w)[1](dout)[0]
+    else:
+        dw = _wgrad(product, recipe.wgrad, x, dout)
+    return dx, dw
+
+
+_matmul.defvjp(_fprop, _backward)
+
+
+def _dgrad(product: _Product, spec: GemmSpec, w: Any, dout: jax.Array) -> jax.Array:
+    """`dx = dout wᵀ`, contracting n, stored as `x` is."""
+    q_dout = product.quantize(dout, 1, spec.lhs)  # [m, n]
+    if isinstance(w, QTensor):  # [n, k], of the forward pass
+        q_w = product.requantize(w.T, spec.rhs)  # [k, n]
+    else:
+        q_w = product.quantize(w, 1 - product.w.contraction, spec.rhs)
+    dx = product.multiply(q_dout, q_w, product.x_dtype)  # [m, k]
+    return dx if product.x.contraction == 1 else dx.T
+
+
+def _wgrad(product: _Product, spec: GemmSpec, x: Any, dout: jax.Array) -> jax.Array:
+    """`dw = xᵀ dout`, contracting the m tokens, stored as `w` is."""
+    q_dout = product.quantize(dout, 0, spec.rhs)  # [n, m]
+    if isinstance(x, QTensor):  # [m, k], of the forward pass
+        q_x = product.requantize(x.T, spec.lhs)  # [k, m]
+    else:
+        q_x = product.quantize(x, 1 - product.x.contraction, spec.lhs)
+    if product.w.contraction == 0:
+        return product.multiply(q_x, q_dout, product.w_dtype)  # [k, n]
+    return product.multiply(q_dout, q_x, product.w_dtype)  # [n, k]

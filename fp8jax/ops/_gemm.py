@@ -1,0 +1,119 @@
+"""One product of two arrays in FP8: quantize both along the contraction, multiply."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fp8jax.matmul import scaled_matmul
+from fp8jax.ops._layout import plan
+from fp8jax.quant import QTensor, QuantSpec, quantize
+
+INPUT_DTYPES = tuple(np.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
+
+
+def check_inputs(name: str, lhs: jax.Array, rhs: jax.Array) -> None:
+    """Raises ValueError, on behalf of `name`, for arrays that FP8 cannot stand for."""
+    for side, x in (("lhs", lhs), ("rhs", rhs)):
+        if x.dtype not in INPUT_DTYPES:
+            raise ValueError(
+                f"{name} takes bfloat16, float16 or float32 arrays, got {side}.dtype="
+                f"{x.dtype}."
+            )
+        if x.size == 0:
+            raise ValueError(
+                f"{name} takes arrays of at least one element, got {side}.shape="
+                f"{x.shape}."
+            )
+
+
+def output_dtype(name: str, lhs: jax.Array, rhs: jax.Array, preferred: Any) -> np.dtype:
+    """The dtype `lax.dot_general` gives: `preferred`, else the promoted one."""
+    dtype = np.dtype(
+        jnp.promote_types(lhs.dtype, rhs.dtype) if preferred is None else preferred
+    )
+    if dtype not in INPUT_DTYPES:
+        raise ValueError(
+            f"{name} takes preferred_element_type bfloat16, float16 or float32, got "
+            f"{dtype}."
+        )
+    return dtype
+
+
+def quantize_along(
+    x: jax.Array, contraction: int, spec: QuantSpec, implementation: str | None
+) -> QTensor:
+    """`[free, contraction]` codes of a matrix that stores its contraction as it likes.
+
+    Args:
+        x: matrix.
+        contraction: its contracted dimension, 0 or 1.
+        spec: for the `[free, contraction]` orientation.
+        implementation: as in `quantize`.
+    """
+    if contraction == 1:
+        return quantize(x, spec, implementation=implementation)
+    return quantize(x, spec.T, implementation=implementation).T
+
+
+def quantized_dot(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    dimension_numbers: Any,
+    lhs_spec: QuantSpec,
+    rhs_spec: QuantSpec,
+    *,
+    preferred_element_type: jax.typing.DTypeLike | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """One `dot_general` in FP8, without a gradient rule.
+
+    Args:
+        lhs, rhs: bfloat16, float16 or float32 arrays.
+        dimension_numbers: as in `jax.lax.dot_general`.
+        lhs_spec, rhs_spec: in the `[free, contraction]` orientation; either side may be
+            the one in 128x128 tiles.
+        preferred_element_type: dtype of the result; the operands' promoted by default.
+        implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here.
+
+    Returns:
+        An array of the shape and dtype that `jax.lax.dot_general` gives.
+
+    Raises:
+        ValueError: If dtypes, shapes or dimension numbers do not fit.
+        TypeError: When differentiated; `fp8jax.dot_general` has gradients.
+    """
+    name = "quantized_dot"
+    check_inputs(name, lhs, rhs)
+    layout = plan(lhs.shape, rhs.shape, dimension_numbers, name)
+    out_dtype = output_dtype(name, lhs, rhs, preferred_element_type)
+
+    def run(x: jax.Array, y: jax.Array) -> jax.Array:
+        return scaled_matmul(
+            quantize_along(x, layout.lhs.contraction, lhs_spec, implementation),
+            quantize_along(y, layout.rhs.contraction, rhs_spec, implementation),
+            out_dtype=out_dtype,
+            implementation=implementation,
+        )
+
+    for _ in range(layout.batch_rank):
+        run = jax.vmap(run)
+    out = _no_gradient(run, layout.lhs.arrange(lhs), layout.rhs.arrange(rhs))
+    return out.reshape(layout.out_shape)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _no_gradient(run: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    return run(x, y)
+
+
+@_no_gradient.defjvp
+def _refuse(run: Any, primals: Any, tangents: Any) -> Any:
+    raise TypeError(
+        "quantized_dot has no gradient: rounding to FP8 is a step function. Use "
+        "fp8jax.dot_general, whose gradients are products in FP8 themselves; to "
+        "differentiate a function that fp8_transform has rewritten as a whole step, "
+        "apply fp8_transform after the differentiation."
+    )

@@ -1,0 +1,15 @@
+"""Quantized arrays: `QuantSpec` says how, `quantize` makes a `QTensor`."""
+
+from fp8jax.quant._qtensor import QTensor
+from fp8jax.quant._quantize import quantize, requantize
+from fp8jax.quant._spec import BLOCK_128X128, TILE_1X128, TILE_128X1, QuantSpec
+
+__all__ = [
+    "BLOCK_128X128",
+    "TILE_1X128",
+    "TILE_128X1",
+    "QTensor",
+    "QuantSpec",
+    "quantize",
+    "requantize",
+]

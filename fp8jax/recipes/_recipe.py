@@ -1,0 +1,112 @@
+"""Which numbers each of a layer's three GEMMs is computed in."""
+
+import dataclasses
+from typing import Literal, get_args
+
+from fp8jax.quant import QuantSpec
+
+Residual = Literal["bf16", "fp8"]
+
+_CONTRACTION_TILE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmSpec:
+    """How the two operands of one GEMM are quantized.
+
+    Tiles are written for operands with the contraction last, `[free, contraction]`: a
+    `(1, 128)` tile holds 128 numbers that are multiplied and added.
+
+    Attributes:
+        lhs: the first operand's spec.
+        rhs: the second operand's spec.
+
+    Raises:
+        ValueError: If a tile does not span 128 of the contraction.
+    """
+
+    lhs: QuantSpec
+    rhs: QuantSpec
+
+    def __post_init__(self):
+        for name, spec in (("lhs", self.lhs), ("rhs", self.rhs)):
+            if not isinstance(spec, QuantSpec):
+                raise ValueError(f"GemmSpec takes QuantSpecs, got {name}={spec!r}.")
+            if spec.tile[1] != _CONTRACTION_TILE:
+                raise ValueError(
+                    "GemmSpec takes tiles of 128 along the contraction, which is last, "
+                    f"got {name}.tile={spec.tile}."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A dense layer's `y = x W` and its gradients. Hashable.
+
+    | GEMM | lhs | rhs | contraction |
+    |---|---|---|---|
+    | fprop `y = x W` | x | W | in-channels |
+    | dgrad `dx = dy Wᵀ` | dy | W | out-channels |
+    | wgrad `dW = xᵀ dy` | x | dy | tokens |
+
+    Attributes:
+        fprop: the forward product; None keeps it in its operands' own dtype.
+        dgrad: the gradient of the input; likewise.
+        wgrad: the gradient of the weight; likewise.
+        residual: what the forward pass keeps of `x` for wgrad: `"bf16"`, the array as
+            it came, quantized again along tokens in the backward pass; or `"fp8"`, the
+            forward pass's codes and scales, half the bytes, requantized along tokens
+            (power-of-two scales only).
+
+    Raises:
+        ValueError: If gradients have 128x128 tiles, or `"fp8"` residuals have a GEMM
+            that needs `x` unquantized or scales that are no powers of two.
+    """
+
+    fprop: GemmSpec | None
+    dgrad: GemmSpec | None
+    wgrad: GemmSpec | None
+    residual: Residual = "bf16"
+
+    def __post_init__(self):
+        for name in ("fprop", "dgrad", "wgrad"):
+            spec = getattr(self, name)
+            if spec is not None and not isinstance(spec, GemmSpec):
+                raise ValueError(f"Recipe takes GemmSpec or None, got {name}={spec!r}.")
+        if self.residual not in get_args(Residual):
+            raise ValueError(
+                f"Recipe takes residual='bf16' or 'fp8', got {self.residual!r}."
+            )
+        gradients = {
+            "dgrad.lhs": self.dgrad and self.dgrad.lhs,
+            "wgrad.rhs": self.wgrad and self.wgrad.rhs,
+        }
+        for name, spec in gradients.items():
+            if spec is not None and spec.tile[0] > 1:
+                raise ValueError(
+                    f"Recipe takes (1, 128) tiles for gradients, got {name}.tile="
+                    f"{spec.tile}: with 128x128 tiles training diverged (DeepSeek-V3 "
+                    "Technical Report, appendix B.2)."
+                )
+        if self.residual == "fp8":
+            if self.fprop is None or self.wgrad is None or self.dgrad is None:
+                raise ValueError(
+                    "Recipe with residual='fp8' keeps no unquantized operand, so it "
+                    "takes all three GEMMs in FP8; got one that is None."
+                )
+            specs = (
+                self.fprop.lhs,
+                self.fprop.rhs,
+                self.wgrad.lhs,
+                self.dgrad.rhs,
+            )
+            if any(spec.scale != "pow2" for spec in specs):
+                raise ValueError(
+                    "Recipe with residual='fp8' requantizes x and W and so takes "
+                    "scale='pow2' for them: with float32 scales that costs 2 % error."
+                )
+
+    @property
+    def is_off(self) -> bool:
+        """Whether no GEMM is in FP8."""
+        return self.fprop is None and self.dgrad is None and self.wgrad is None

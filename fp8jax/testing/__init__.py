@@ -1,0 +1,28 @@
+"""Oracles, data and named shapes for tests and benchmarks of quantized code."""
+
+from fp8jax.testing._data import (
+    ALL_BF16,
+    ALL_FP16,
+    bad_positions,
+    distinct_scales,
+    lognormal_tokens,
+    positive_uniform,
+    random_codes,
+)
+from fp8jax.testing._oracle import gemm_float64, quantize_numpy
+from fp8jax.testing._shapes import EDGE_SIZES, GEMM_SHAPES, GemmShape
+
+__all__ = [
+    "ALL_BF16",
+    "ALL_FP16",
+    "EDGE_SIZES",
+    "GEMM_SHAPES",
+    "GemmShape",
+    "bad_positions",
+    "distinct_scales",
+    "gemm_float64",
+    "lognormal_tokens",
+    "positive_uniform",
+    "quantize_numpy",
+    "random_codes",
+]

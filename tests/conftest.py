@@ -1,0 +1,37 @@
+"""Strict JAX settings for every test, and the skip of GPU tests where there is none."""
+
+import os
+
+# Eight CPU devices, so that sharding is tested on every machine. Before JAX starts.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_check_tracer_leaks", False)
+
+
+def _hopper_missing() -> str | None:
+    device = jax.devices()[0]
+    if getattr(device, "compute_capability", None) == "9.0":
+        return None
+    return (
+        "needs a GPU of compute capability 9.0, found "
+        f"{device.platform} ({device.device_kind})"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    reason = _hopper_missing() if marked else None
+    if reason:
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(0)
