@@ -72,7 +72,7 @@ def _first_that_takes(
 def _check_available(name: str) -> None:
     if name != "mosaic_gpu":
         return
-    device = jax.config.jax_default_device or jax.devices()[0]
+    device = getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
     if isinstance(device, str):
         device = jax.devices(device)[0]
     capability = getattr(device, "compute_capability", None)

@@ -22,7 +22,7 @@ def split_tiles(x: jax.Array, tile: Tile) -> jax.Array:
     return padded.reshape(-(-m // tm), tm, -(-k // tk), tk)
 
 
-def join_tiles(tiles: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def join_tiles(tiles: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Undoes `split_tiles`: drops the padding and returns `[m, k] = shape`."""
     mt, tm, kt, tk = tiles.shape
     return tiles.reshape(mt * tm, kt * tk)[: shape[0], : shape[1]]

@@ -55,7 +55,8 @@ class QTensor:
     @property
     def T(self) -> "QTensor":
         """The transposed matrix (of each batch entry): the same codes and scales."""
-        return QTensor(self.data.mT, self.scale.mT, self.tile[::-1])
+        rows, columns = self.tile
+        return QTensor(self.data.mT, self.scale.mT, (columns, rows))
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         """`data * scale`, computed in float32 and rounded to `dtype`."""

@@ -1,0 +1,283 @@
+"""Quantizers against an independent NumPy reference and every property they promise."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fp8jax
+from fp8jax import numerics
+from fp8jax.testing import (
+    ALL_BF16,
+    ALL_FP16,
+    bad_positions,
+    lognormal_tokens,
+    quantize_numpy,
+)
+
+SPECS = {
+    "1x128": fp8jax.TILE_1X128,
+    "128x1": fp8jax.TILE_128X1,
+    "128x128": fp8jax.BLOCK_128X128,
+    "1x128 fp32": fp8jax.QuantSpec((1, 128), scale="fp32"),
+    "128x128 fp32": fp8jax.QuantSpec((128, 128), scale="fp32"),
+    "1x128 e5m2": fp8jax.QuantSpec((1, 128), dtype=jnp.float8_e5m2),
+    "1x16": fp8jax.QuantSpec((1, 16)),
+}
+EACH_SPEC = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+BOTH = pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+
+# Hypothesis draws seeds and shapes; arrays come from NumPy, which is far faster.
+MATRICES = {
+    "shape": st.sampled_from([(1, 1), (3, 128), (130, 129), (128, 256), (200, 65)]),
+    "seed": st.integers(0, 2**32 - 1),
+    "exponent": st.integers(-100, 100),
+}
+
+
+def matrix(shape, seed, exponent=0):
+    x = lognormal_tokens(np.random.default_rng(seed), shape)
+    return jnp.asarray(np.ldexp(x, exponent).astype(np.float32))
+
+
+def equal_bits(actual, expected):
+    def bits(x):
+        x = np.asarray(x)
+        return x.view(f"u{x.dtype.itemsize}")
+
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(bits(a), bits(e))
+
+
+@BOTH
+@EACH_SPEC
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("shape", [(303, 300), (576, 256), (1, 1), (128, 128)])
+def test_quantize_gives_the_reference_s_codes_and_scales(shape, dtype, spec, wrap):
+    x = np.asarray(matrix(shape, 0).astype(dtype))
+    q = wrap(functools.partial(fp8jax.quantize, spec=spec))(jnp.asarray(x))
+    data, scale = quantize_numpy(
+        x, spec.tile, dtype=spec.dtype, pow2=spec.scale == "pow2"
+    )
+    np.testing.assert_array_equal(q.scale, scale)
+    same = np.asarray(q.data).view(np.uint8) == data.view(np.uint8)
+    # Division by a power of two is exact; else a tie may fall either way.
+    assert np.mean(~same) <= (0 if spec.scale == "pow2" else 1e-3)
+
+
+@EACH_SPEC
+@given(**MATRICES)
+@settings(deadline=None, max_examples=20)
+def test_every_element_is_within_the_error_bound(spec, shape, seed, exponent):
+    x = matrix(shape, seed, exponent)
+    q = fp8jax.quantize(x, spec)
+    scale = np.asarray(q.scale, np.float64)
+    scale = np.repeat(np.repeat(scale, spec.tile[0], 0), spec.tile[1], 1)
+    scale = scale[: shape[0], : shape[1]]
+    exact = np.asarray(x, np.float64)
+    error = np.abs(np.asarray(q.data, np.float64) * scale - exact)
+    half_ulp, half_subnormal = {
+        "float8_e4m3fn": (2.0**-4, 2.0**-10),
+        "float8_e5m2": (2.0**-3, 2.0**-17),
+    }[str(spec.dtype)]
+    # float32 division rounds before the code does: one part in 2^23 more.
+    bound = np.maximum(half_ulp * np.abs(exact), half_subnormal * scale)
+    assert np.all(error <= bound * (1 + 2.0**-22))
+    amax = np.abs(exact).max()
+    assert scale.max() * numerics.max_value(spec.dtype) >= amax * (1 - 2.0**-23)
+
+
+@EACH_SPEC
+@given(**MATRICES)
+@settings(deadline=None, max_examples=10)
+def test_requantizing_the_same_way_is_the_identity(spec, shape, seed, exponent):
+    if spec.scale != "pow2":
+        spec = fp8jax.QuantSpec(spec.tile, spec.dtype)
+    q = fp8jax.quantize(matrix(shape, seed, exponent), spec)
+    again = fp8jax.requantize(q, spec)
+    # Rounding up to 464 keeps amax within the scale's range, but amax may fall below
+    # half of it: then the scale halves and codes double, and the values stay.
+    np.testing.assert_array_equal(again.dequantize(), q.dequantize())
+
+
+@given(**MATRICES, shift=st.integers(-20, 20))
+@settings(deadline=None, max_examples=20)
+def test_scaling_by_a_power_of_two_keeps_the_codes(shape, seed, exponent, shift):
+    x = matrix(shape, seed, exponent // 2)
+    q, shifted = (fp8jax.quantize(y) for y in (x, x * np.float32(2.0**shift)))
+    equal_bits(shifted.data, q.data)
+    np.testing.assert_array_equal(shifted.scale, q.scale * np.float32(2.0**shift))
+
+
+@EACH_SPEC
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=5)
+def test_changing_one_tile_changes_no_other_byte(spec, seed):
+    shape, (tm, tk) = (257, 270), spec.tile
+    x = np.array(matrix(shape, seed))
+    before = fp8jax.quantize(jnp.array(x), spec)  # A copy: x changes below.
+    i, j = (-(-s // t) // 2 for s, t in zip(shape, spec.tile, strict=True))
+    box = np.s_[i * tm : (i + 1) * tm, j * tk : (j + 1) * tk]
+    x[box] = -7 * x[box] + 1
+    after = fp8jax.quantize(jnp.array(x), spec)
+    data, scale = (np.asarray(d) for d in (before.data, before.scale))
+    changed = data.view(np.uint8) != np.asarray(after.data).view(np.uint8)
+    assert changed[box].any()
+    changed[box] = False
+    assert not changed.any()
+    assert list(zip(*np.nonzero(scale != after.scale), strict=True)) == [(i, j)]
+
+
+def test_128x128_commutes_with_transposition():
+    x = matrix((303, 576), 1)
+    equal_bits(
+        fp8jax.quantize(x.T, fp8jax.BLOCK_128X128),
+        fp8jax.quantize(x, fp8jax.BLOCK_128X128).T,
+    )
+    equal_bits(
+        fp8jax.quantize(x.T, fp8jax.TILE_1X128),
+        fp8jax.quantize(x, fp8jax.TILE_128X1).T,
+    )
+
+
+@EACH_SPEC
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_element_makes_its_tile_nan_and_no_other(spec, bad):
+    shape = (130, 260)
+    quantize = jax.jit(functools.partial(fp8jax.quantize, spec=spec))
+    clean = matrix(shape, 2)
+    good = np.asarray(quantize(clean).dequantize())
+    for r, c in bad_positions(shape):
+        x = clean.at[r, c].set(bad)
+        values = np.asarray(quantize(x).dequantize())
+        (tm, tk), expected = spec.tile, good.copy()
+        expected[r // tm * tm : r // tm * tm + tm, c // tk * tk : c // tk * tk + tk] = (
+            np.nan
+        )
+        np.testing.assert_array_equal(values, expected)
+
+
+@EACH_SPEC
+def test_zero_and_subnormal_tiles_are_zero_with_a_usable_scale(spec):
+    x = np.zeros((128, 256), np.float32)
+    x[:, 128:] = 1e-42  # A float32 subnormal: XLA:CPU takes it for zero.
+    q = fp8jax.quantize(jnp.asarray(x), spec)
+    assert np.all(np.isfinite(q.scale))
+    assert np.all(np.asarray(q.scale) > 0)
+    np.testing.assert_array_equal(q.dequantize()[:, :128], 0)
+    error = np.abs(np.asarray(q.dequantize(), np.float64) - x)
+    assert error.max() <= x.max()
+
+
+@pytest.mark.parametrize("patterns", [ALL_BF16, ALL_FP16], ids=["bf16", "fp16"])
+def test_every_16_bit_pattern_in_a_tile_of_its_own(patterns):
+    finite = np.isfinite(patterns.astype(np.float32))
+    x = np.zeros((patterns.size, 4), patterns.dtype)
+    x[:, 1] = patterns
+    q = jax.jit(fp8jax.quantize)(jnp.asarray(x))
+    scale, data = np.asarray(q.scale)[:, 0], np.asarray(q.data).astype(np.float32)
+    assert np.all(np.isnan(scale) == ~finite)
+    values = patterns.astype(np.float32)[finite].astype(np.float64)
+    error = np.abs(scale[finite].astype(np.float64) * data[finite, 1] - values)
+    # bf16 has float32's subnormals, which may count as zero.
+    bound = np.maximum(2.0**-4 * np.abs(values), 2.0**-126)
+    assert np.all(error <= bound)
+
+
+def test_quantizing_inside_jit_is_not_removed_as_excess_precision():
+    x = matrix((128, 256), 3)
+    fake = jax.jit(lambda x: fp8jax.quantize(x).dequantize())(x)
+    assert not np.array_equal(fake, x)
+    np.testing.assert_array_equal(fake, fp8jax.quantize(x).dequantize())
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_any_float_dtype_is_taken_to_float32(dtype):
+    with jax.enable_x64(True):
+        x = matrix((5, 130), 4).astype(dtype)
+        equal_bits(fp8jax.quantize(x), fp8jax.quantize(x.astype(jnp.float32)))
+
+
+@EACH_SPEC
+@pytest.mark.parametrize("batch", [(2,), (2, 3)])
+@pytest.mark.parametrize("shape", [(128, 130), (17, 256)])
+def test_batch_dimensions_are_matrices_one_by_one(shape, batch, spec):
+    x = jnp.stack([matrix(shape, i) for i in range(int(np.prod(batch)))])
+    q = fp8jax.quantize(x.reshape(*batch, *shape), spec)
+    one_by_one = [fp8jax.quantize(m, spec) for m in x]
+    expected = jax.tree.map(
+        lambda *a: jnp.stack(a).reshape(*batch, *a[0].shape), *one_by_one
+    )
+    equal_bits(q, expected)
+    assert q.dequantize().shape == (*batch, *shape)
+
+
+@EACH_SPEC
+def test_vmap_and_scan_give_the_same_bits(spec):
+    x = jnp.stack([matrix((130, 70), i) for i in range(3)])
+    quantize = functools.partial(fp8jax.quantize, spec=spec)
+    expected = quantize(x)
+    equal_bits(jax.vmap(quantize)(x), expected)
+    equal_bits(jax.lax.scan(lambda c, m: (c, quantize(m)), None, x)[1], expected)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (np.zeros(128, np.float32), r"\[\.\.\., m, k\].*x\.shape=\(128,\)"),
+        (np.zeros((0, 128), np.float32), r"at least one element.*\(0, 128\)"),
+        (np.zeros((4, 128), np.int32), "float array, got dtype int32"),
+        (np.zeros((4, 128), np.complex64), "float array, got dtype complex64"),
+    ],
+)
+def test_bad_arrays_get_an_error_that_says_what_came(x, message):
+    with pytest.raises(ValueError, match=f"quantize takes.*{message}"):
+        fp8jax.quantize(x)
+
+
+def test_an_unavailable_implementation_is_refused_and_not_replaced():
+    x = matrix((4, 128), 0)
+    with pytest.raises(ValueError, match="implementation='triton' is not known"):
+        fp8jax.quantize(x, implementation="triton")
+    if jax.default_backend() == "cpu":
+        with pytest.raises(NotImplementedError, match=r"compute capability 9\.0.*cpu"):
+            fp8jax.quantize(x, implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tile": (0, 128)}, r"two positive integers, got \(0, 128\)"),
+        ({"tile": (1, 2, 3)}, "two positive integers"),
+        ({"tile": 128}, "two positive integers"),
+        ({"dtype": jnp.bfloat16}, "float8_e4m3fn, float8_e5m2, got"),
+        ({"dtype": "nonsense"}, "float8_e4m3fn, float8_e5m2, got"),
+        ({"scale": "e8m0"}, "scale='pow2' or 'fp32', got 'e8m0'"),
+        ({"eps": -1.0}, "finite eps >= 0"),
+    ],
+)
+def test_bad_specs_get_an_error_that_says_what_is_allowed(fields, message):
+    with pytest.raises(ValueError, match=f"QuantSpec takes .*{message}"):
+        fp8jax.QuantSpec(**fields)
+
+
+def test_equal_specs_are_equal_however_they_are_spelt():
+    a = fp8jax.QuantSpec(tile=[1, 128], dtype="float8_e4m3fn")
+    assert a == fp8jax.TILE_1X128
+    assert hash(a) == hash(fp8jax.TILE_1X128)
+
+
+def test_requantizing_pow2_along_the_other_side_is_all_but_lossless():
+    x = matrix((512, 512), 5)
+    q = fp8jax.quantize(x)
+    direct = numerics.relative_error(q.dequantize(), x)
+    again = fp8jax.requantize(q, fp8jax.TILE_128X1)
+    extra = numerics.relative_error(again.dequantize(), q.dequantize())
+    # Codes keep their mantissas; only the smallest fall below the subnormals.
+    assert extra < direct / 20
