@@ -1,5 +1,9 @@
 """Oracles, data and named shapes for tests and benchmarks of quantized code."""
 
+from fp8jax.testing._assertions import (
+    assert_product_within_float32,
+    assert_same_bits,
+)
 from fp8jax.testing._data import (
     ALL_BF16,
     ALL_FP16,
@@ -18,6 +22,8 @@ __all__ = [
     "EDGE_SIZES",
     "GEMM_SHAPES",
     "GemmShape",
+    "assert_product_within_float32",
+    "assert_same_bits",
     "bad_positions",
     "distinct_scales",
     "gemm_float64",

@@ -2,7 +2,6 @@
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ from fp8jax import numerics
 from fp8jax.testing import (
     ALL_BF16,
     ALL_FP16,
+    assert_same_bits,
     bad_positions,
     lognormal_tokens,
     quantize_numpy,
@@ -43,16 +43,6 @@ MATRICES = {
 def matrix(shape, seed, exponent=0):
     x = lognormal_tokens(np.random.default_rng(seed), shape)
     return jnp.asarray(np.ldexp(x, exponent).astype(np.float32))
-
-
-def equal_bits(actual, expected):
-    def bits(x):
-        x = np.asarray(x)
-        return x.view(f"u{x.dtype.itemsize}")
-
-    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(bits(a), bits(e))
 
 
 @BOTH
@@ -111,7 +101,7 @@ def test_requantizing_the_same_way_is_the_identity(spec, shape, seed, exponent):
 def test_scaling_by_a_power_of_two_keeps_the_codes(shape, seed, exponent, shift):
     x = matrix(shape, seed, exponent // 2)
     q, shifted = (fp8jax.quantize(y) for y in (x, x * np.float32(2.0**shift)))
-    equal_bits(shifted.data, q.data)
+    assert_same_bits(shifted.data, q.data)
     np.testing.assert_array_equal(shifted.scale, q.scale * np.float32(2.0**shift))
 
 
@@ -136,11 +126,11 @@ def test_changing_one_tile_changes_no_other_byte(spec, seed):
 
 def test_128x128_commutes_with_transposition():
     x = matrix((303, 576), 1)
-    equal_bits(
+    assert_same_bits(
         fp8jax.quantize(x.T, fp8jax.BLOCK_128X128),
         fp8jax.quantize(x, fp8jax.BLOCK_128X128).T,
     )
-    equal_bits(
+    assert_same_bits(
         fp8jax.quantize(x.T, fp8jax.TILE_1X128),
         fp8jax.quantize(x, fp8jax.TILE_128X1).T,
     )
@@ -201,7 +191,7 @@ def test_quantizing_inside_jit_is_not_removed_as_excess_precision():
 def test_any_float_dtype_is_taken_to_float32(dtype):
     with jax.enable_x64(True):
         x = matrix((5, 130), 4).astype(dtype)
-        equal_bits(fp8jax.quantize(x), fp8jax.quantize(x.astype(jnp.float32)))
+        assert_same_bits(fp8jax.quantize(x), fp8jax.quantize(x.astype(jnp.float32)))
 
 
 @EACH_SPEC
@@ -214,7 +204,7 @@ def test_batch_dimensions_are_matrices_one_by_one(shape, batch, spec):
     expected = jax.tree.map(
         lambda *a: jnp.stack(a).reshape(*batch, *a[0].shape), *one_by_one
     )
-    equal_bits(q, expected)
+    assert_same_bits(q, expected)
     assert q.dequantize().shape == (*batch, *shape)
 
 
@@ -223,8 +213,8 @@ def test_vmap_and_scan_give_the_same_bits(spec):
     x = jnp.stack([matrix((130, 70), i) for i in range(3)])
     quantize = functools.partial(fp8jax.quantize, spec=spec)
     expected = quantize(x)
-    equal_bits(jax.vmap(quantize)(x), expected)
-    equal_bits(jax.lax.scan(lambda c, m: (c, quantize(m)), None, x)[1], expected)
+    assert_same_bits(jax.vmap(quantize)(x), expected)
+    assert_same_bits(jax.lax.scan(lambda c, m: (c, quantize(m)), None, x)[1], expected)
 
 
 @pytest.mark.parametrize(
