@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from fp8jax.kernels import check_available
+
 MARK = "fp8jax_"
 
 # In order of preference.
@@ -20,7 +22,6 @@ _TABLE: dict[str, tuple[str, ...]] = {
     "quantize": ("mosaic_gpu", "xla"),
     "gemm": ("mosaic_gpu", "xla"),
 }
-IMPLEMENTATIONS = ("mosaic_gpu", "xla")
 
 
 def call(op: str, *arrays: jax.Array, implementation: str | None, **static: Any) -> Any:
@@ -61,26 +62,12 @@ def _first_that_takes(
     refusals = []
     for name in _TABLE[op] if implementation is None else (implementation,):
         try:
-            _check_available(name)
+            check_available(name)
             return name, run(name)
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
     asked = "" if implementation is None else f" as asked, {implementation!r}"
     raise NotImplementedError(f"{op} cannot run{asked}. " + " ".join(refusals))
-
-
-def _check_available(name: str) -> None:
-    if name != "mosaic_gpu":
-        return
-    device = getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
-    if isinstance(device, str):
-        device = jax.devices(device)[0]
-    capability = getattr(device, "compute_capability", None)
-    if device.platform != "gpu" or capability != "9.0":
-        found = f"{device.platform} ({device.device_kind})"
-        raise NotImplementedError(
-            f"needs a GPU of compute capability 9.0 (Hopper), found {found}."
-        )
 
 
 @functools.cache

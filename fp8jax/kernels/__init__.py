@@ -1,5 +1,6 @@
 """FP8 kernels: arrays in, arrays out. One package for each way to lower them."""
 
+from fp8jax.kernels._available import check_available
 from fp8jax.kernels._contract import Gemm, Quantize
 
-__all__ = ["Gemm", "Quantize"]
+__all__ = ["Gemm", "Quantize", "check_available"]

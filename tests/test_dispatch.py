@@ -1,0 +1,62 @@
+"""The table of implementations: choice, refusals, and no silent fall-back."""
+
+import jax.numpy as jnp
+import pytest
+
+from fp8jax import _dispatch
+from fp8jax.kernels import xla
+
+CALL = {"tile": (1, 128), "dtype": jnp.float8_e4m3fn, "scale": "pow2", "eps": 0.0}
+
+
+@pytest.fixture
+def two_implementations(monkeypatch):
+    """Makes both implementations available, the first one a kernel that refuses."""
+
+    def refuse(x, **_):
+        raise NotImplementedError(f"takes no {x.dtype}.")
+
+    def marked(op, name):
+        return {
+            "mosaic_gpu": lambda x, static: refuse(x),
+            "xla": lambda x, static: getattr(xla, op)(x, **dict(static)),
+        }[name]
+
+    monkeypatch.setattr(_dispatch, "check_available", lambda name: None)
+    monkeypatch.setattr(_dispatch, "_marked", marked)
+
+
+@pytest.mark.usefixtures("two_implementations")
+def test_a_refusal_passes_the_call_on():
+    x = jnp.ones((2, 128))
+    data, _ = _dispatch.call("quantize", x, implementation=None, **CALL)
+    assert data.shape == x.shape
+    assert _dispatch.resolve("quantize", x, implementation=None, **CALL) == "xla"
+
+
+@pytest.mark.usefixtures("two_implementations")
+def test_an_explicit_choice_never_falls_back_and_gives_its_reason():
+    x = jnp.ones((2, 128))
+    message = r"quantize cannot run as asked, 'mosaic_gpu'\. .*takes no float32"
+    for run in (_dispatch.call, _dispatch.resolve):
+        with pytest.raises(NotImplementedError, match=message):
+            run("quantize", x, implementation="mosaic_gpu", **CALL)
+
+
+def test_every_refusal_is_shown_when_nothing_takes_the_call(monkeypatch):
+    def refuse(name):
+        raise NotImplementedError(f"{name} is out.")
+
+    monkeypatch.setattr(_dispatch, "check_available", refuse)
+    with pytest.raises(NotImplementedError, match=r"mosaic_gpu is out.*xla is out"):
+        _dispatch.call("quantize", jnp.ones((2, 128)), implementation=None, **CALL)
+
+
+def test_every_implementation_in_the_table_exists():
+    import importlib
+
+    for op, names in _dispatch._TABLE.items():
+        for name in names:
+            assert callable(
+                getattr(importlib.import_module(f"fp8jax.kernels.{name}"), op)
+            )
