@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax.extend import core
 
 JAX_VERSION: tuple[int, ...] = jax.__version_info__
 
@@ -14,9 +13,10 @@ def mosaic_load(ref: Any, layout: Any) -> jax.Array:
     # Not above: the library must import where no Pallas is.
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    load: Any = plgpu.load
     if JAX_VERSION < (0, 11):
-        return plgpu.load(ref, (), layout=layout)  # The index was an argument.
-    return plgpu.load(ref, layout=layout)
+        return load(ref, (), layout=layout)  # The index was an argument.
+    return load(ref, layout=layout)
 
 
 def open_jaxpr(jaxpr: Any) -> Any:
@@ -26,7 +26,7 @@ def open_jaxpr(jaxpr: Any) -> Any:
 
 def is_jaxpr(x: Any) -> bool:
     """Whether `x` is a jaxpr, with its constants or without."""
-    return isinstance(x, (core.Jaxpr, core.ClosedJaxpr))
+    return hasattr(open_jaxpr(x), "eqns")
 
 
 def jaxpr_consts(jaxpr: Any) -> tuple[Any, ...]:

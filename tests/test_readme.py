@@ -13,7 +13,6 @@ def test_python_blocks_run_in_order(capsys):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
     printed = capsys.readouterr().out
-    assert scope["fp8_step"].report(scope["params"], *[scope["x"]] * 2) is not None
     for words in ("fprop", "dgrad", "wgrad", "QTensor(shape=(576, 300)"):
         assert words in printed
 

@@ -1,0 +1,72 @@
+"""`flax.linen.Dense` with an FP8 product: the layer is Flax's, the product is ours.
+
+Invariant: parameters, their names, shapes, dtypes, initial values and partitioning
+metadata are those of `flax.linen.Dense`, because its code makes them.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from fp8jax.ops import dot_general
+from fp8jax.recipes import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class _DotGeneral:
+    """`fp8jax.dot_general` with its recipe bound, for Flax's `dot_general` slot.
+
+    Equal by value, which `functools.partial` is not: two equal layers must compare
+    equal, since a Module is often a static argument of `jax.jit`.
+    """
+
+    recipe: Recipe | None
+    implementation: str | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        return dot_general(
+            *args, recipe=self.recipe, implementation=self.implementation, **kwargs
+        )
+
+
+class Dense(nn.Dense):
+    """A linear map over the last dimension, `y = x @ kernel + bias`, in FP8.
+
+    A drop-in for `flax.linen.Dense`: the same arguments in the same order, the same
+    parameter tree (`kernel` [in, features] and `bias` [features] in `param_dtype`), so
+    a checkpoint of one loads into the other. `x` [..., in] gives `y` [..., features] in
+    `dtype`, or in the common dtype of `x` and the parameters. Only the three matrix
+    products (fprop, dgrad, wgrad) are in FP8; the bias is added in the output's dtype.
+
+    Attributes:
+        recipe: How the three products are quantized; None is
+            `fp8jax.recipes.deepseek_v3()`.
+        implementation: Kernel to use, as in `fp8jax.dot_general`; None picks one.
+        dot_general: A product of your own in place of the FP8 one, as in Flax. It
+            excludes `recipe` and `implementation`.
+        dot_general_cls: A factory of such a product, likewise.
+
+    Raises:
+        ValueError: If `dot_general` or `dot_general_cls` comes together with `recipe`
+            or `implementation`.
+    """
+
+    recipe: Recipe | None = None
+    implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        # `clone` hands back the product set below: rebuild it, as `recipe` may differ.
+        if isinstance(self.dot_general, _DotGeneral):
+            self.dot_general = None
+        if self.dot_general is None and self.dot_general_cls is None:
+            self.dot_general = _DotGeneral(self.recipe, self.implementation)
+        elif self.recipe is not None or self.implementation is not None:
+            raise ValueError(
+                "fp8jax.linen.Dense takes recipe= and implementation= for its own FP8 "
+                "product, or a product of yours as dot_general= or dot_general_cls=, "
+                f"got both: {self.recipe=}, {self.implementation=}, "
+                f"{self.dot_general=}, {self.dot_general_cls=}."
+            )
+        super().__post_init__()

@@ -1,0 +1,266 @@
+"""`fp8_transform`: the same function, its matrix products in FP8."""
+
+import functools
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from fp8jax.recipes import Recipe, Rule, deepseek_v3
+from fp8jax.transform import _nnx
+from fp8jax.transform._arguments import ArgumentOptions, CallKey
+from fp8jax.transform._interpreter import Flow, rewrite
+from fp8jax.transform._leaves import (
+    Leaf,
+    Weights,
+    check_weights,
+    leaves_of,
+    positional_names,
+    weight_mask,
+)
+from fp8jax.transform._plan import Plan, Policy, make_plan
+from fp8jax.transform._replace import replace_dot
+from fp8jax.transform._report import Report
+from fp8jax.transform._roles import assign, is_whole_step
+from fp8jax.transform._rules import RULES, opaque
+from fp8jax.transform._values import Scope
+
+
+def fp8_transform(
+    fn: Callable[..., Any],
+    recipe: Recipe | None = None,
+    *,
+    rules: Sequence[Rule] = (),
+    weights: Weights = None,
+    static_argnums: int | Collection[int] = (),
+    static_argnames: str | Collection[str] = (),
+    donate_argnums: int | Collection[int] = (),
+    donate_argnames: str | Collection[str] = (),
+    min_dim: int = 128,
+    implementation: str | None = None,
+) -> "Fp8Function":
+    """`fn`, jitted, with its layers' matrix products in FP8.
+
+    `fn` is traced and its program rewritten: every product of an activation and a
+    parameter, and in a train step those of its gradients, becomes one in FP8. Nothing
+    else changes. Two ways to use it:
+
+    - on a whole train step, jitted or not, that holds its own `jax.grad`: the step's
+      forward, recomputed and backward products are told apart and replaced;
+    - on a forward function, to be differentiated outside: products become
+      `fp8jax.dot_general`, whose gradients follow the recipe.
+
+    What stays as it is has a reason in `.report(*args)`. By default that is embeddings,
+    output heads, routers, norms, attention, and the optimizer's own products.
+
+    Args:
+        fn: a function of pytrees, which may be a `jax.jit` object: its static and
+            donated arguments stay such. Leaves that are no arrays are static. NNX
+            modules and optimizers among the arguments are updated in place.
+        recipe: of every layer that no rule is about; `recipes.deepseek_v3()` by
+            default.
+        rules: `recipes.Rule`s, in order, matched with the key path of a layer's weight
+            in its argument (`"params/layers_0/up/kernel"` of a TrainState,
+            `"layers_0/up/kernel"` of a dict of parameters). The first match wins; the
+            default skips come last.
+        weights: which leaves are parameters: a predicate on the path with the
+            argument's name first (`"state/params/up/kernel"`), or the numbers or names
+            of arguments. By default those that the step differentiates; else those
+            under `params` or of type `nnx.Param`; else, in a forward function, those of
+            the first argument, if that is a container.
+        static_argnums, static_argnames, donate_argnums, donate_argnames: as in
+            `jax.jit`.
+        min_dim: a weight with fewer input or output features is skipped.
+        implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here.
+
+    Returns:
+        A callable with `fn`'s signature. It is a jitted function: traced once for each
+        structure and types of its arguments.
+
+    Raises:
+        ValueError: If an argument of `fp8_transform` is none of the above.
+    """
+    if not callable(fn):
+        raise ValueError(f"fp8_transform takes a function, got {fn!r}.")
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise ValueError(
+            f"fp8_transform takes recipe=None or a Recipe, got {recipe!r}; see "
+            "fp8jax.recipes."
+        )
+    rules = tuple(rules) if isinstance(rules, Sequence) else (rules,)
+    if not all(isinstance(rule, Rule) for rule in rules):
+        raise ValueError(
+            f"fp8_transform takes rules=[fp8jax.recipes.Rule(...), ...], got {rules!r}."
+        )
+    check_weights(weights)
+    policy = Policy(recipe or deepseek_v3(), rules, min_dim, implementation)
+    options = ArgumentOptions.of(
+        fn, static_argnums, static_argnames, donate_argnums, donate_argnames
+    )
+    return Fp8Function(fn, policy, weights, options)
+
+
+class Fp8Function:
+    """What `fp8_transform` returns: call it as the function it was made of."""
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        policy: Policy,
+        weights: Weights,
+        options: ArgumentOptions,
+        describe: Callable[..., list[Leaf]] | None = None,
+    ):
+        """
+        Args:
+            fn: the function.
+            policy: what is wanted of it.
+            weights: which leaves are parameters.
+            options: which arguments are static or donated.
+            describe: tells the leaves of `(args, kwargs)`.
+        """
+        functools.update_wrapper(self, fn, updated=())
+        self._fn = fn
+        self._policy = policy
+        self._weights: Weights = weights
+        self._options = options
+        self._describe = describe or self._leaves
+        self._without_nnx: set[CallKey] = set()
+        self._pure_functions: dict[_nnx.PureFunction, Fp8Function] = {}
+
+        def run(key: CallKey, donated: list[Any], kept: list[Any]) -> Any:
+            return self._run(key, donated, kept)
+
+        self._name = getattr(fn, "__name__", "fp8_transform")
+        run.__name__ = run.__qualname__ = self._name
+        self._jit = jax.jit(run, static_argnums=0, donate_argnums=1)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self._options.split(args, kwargs)
+        if self._has_nnx(call[0], args, kwargs):
+            return self._call_nnx(args, kwargs)
+        try:
+            return self._jit(*call)
+        except TypeError as error:
+            raise _explained(error) from error
+
+    def report(self, *args: Any, **kwargs: Any) -> Report:
+        """What becomes of every matrix product of this call, without running it.
+
+        Args:
+            args, kwargs: as for the call; `jax.ShapeDtypeStruct`s will do for arrays.
+        """
+        key, donated, kept = self._options.split(args, kwargs)
+        if self._has_nnx(key, args, kwargs):
+            _, function, pure_args = self._pure(args, kwargs)
+            return function.report(*pure_args)
+        return self._plan(key, donated, kept)[2].report
+
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """As `jax.jit(fn).lower`, for a look at the compiled program."""
+        return self._jit.lower(*self._options.split(args, kwargs))
+
+    def _run(self, key: CallKey, donated: list[Any], kept: list[Any]) -> Any:
+        # Runs under jit's trace, so jit's own cache is the transform's.
+        jaxpr, out_tree, plan = self._plan(key, donated, kept)
+        _warn(plan.report, self._policy, self._name)
+        jaxpr = rewrite(jaxpr, plan.replacements, replace_dot)
+        inputs = [*donated, *kept]
+        outputs = core.jaxpr_as_fun(jaxpr)(*inputs)
+        return jax.tree.unflatten(out_tree, outputs)
+
+    def _plan(
+        self, key: CallKey, donated: list[Any], kept: list[Any]
+    ) -> tuple[Any, Any, Plan]:
+        """The function's jaxpr, its output's structure, and the plan for it."""
+
+        def flat(donated: list[Any], kept: list[Any]) -> Any:
+            args, kwargs = key.arguments(donated, kept)
+            return self._fn(*args, **kwargs)
+
+        jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(donated, kept)
+        leaves = self._ordered_leaves(key, donated, kept)
+        flow = Flow(RULES, opaque, closure=1 << len(leaves))
+        inputs = [flow.input(i) for i in range(len(leaves))]
+        flow.walk(jaxpr, inputs, Scope())
+        dots = [flow.dots[position] for position in sorted(flow.dots)]
+        mask = weight_mask(self._weights, leaves, dots)
+        assignments = assign(dots, mask, [leaf.size for leaf in leaves])
+        plan = make_plan(assignments, leaves, self._policy, is_whole_step(dots))
+        return jaxpr, jax.tree.structure(out), plan
+
+    def _ordered_leaves(
+        self, key: CallKey, donated: list[Any], kept: list[Any]
+    ) -> list[Leaf]:
+        """As the jaxpr takes them: the donated ones first."""
+        args, kwargs = key.arguments(donated, kept, with_statics=False)
+        static = {i for i, _ in key.statics}
+        indices = [i for i in range(key.treedef.num_leaves) if i not in static]
+        leaves = dict(zip(indices, self._describe(args, kwargs), strict=True))
+        first = [leaves[i] for i in key.donated]
+        return first + [leaves[i] for i in indices if i not in key.donated]
+
+    def _leaves(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Leaf]:
+        return leaves_of(positional_names(self._fn, len(args)), args, kwargs)
+
+    def _has_nnx(self, key: CallKey, args: Any, kwargs: Any) -> bool:
+        if key in self._without_nnx:
+            return False
+        if _nnx.has_graph_nodes((args, kwargs)):
+            return True
+        self._without_nnx.add(key)
+        return False
+
+    def _call_nnx(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        pure, function, pure_args = self._pure(args, kwargs)
+        output, state = function(*pure_args)
+        pure.update(self._by_name(args, kwargs), state)
+        return output
+
+    def _pure(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[_nnx.PureFunction, "Fp8Function", tuple[Any, ...]]:
+        """The function without side effects, transformed, and its arguments."""
+        by_name = self._by_name(args, kwargs)
+        nodes = tuple(n for n, x in by_name.items() if _nnx.has_graph_nodes(x))
+        names = tuple(positional_names(self._fn, len(args)))
+        pure = _nnx.PureFunction(self._fn, names, nodes)
+        if pure not in self._pure_functions:
+            options = ArgumentOptions.of(pure, 0, (), (), ())
+            self._pure_functions[pure] = Fp8Function(
+                pure, self._policy, self._weights, options, pure.leaves
+            )
+        static = self._options.static_names
+        return pure, self._pure_functions[pure], pure.split(by_name, static)
+
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        names = positional_names(self._fn, len(args))
+        return {**dict(zip(names, args, strict=True)), **kwargs}
+
+
+def _explained(error: TypeError) -> TypeError:
+    text = str(error)
+    if "custom_vjp" not in text and "quantized_dot has no gradient" not in text:
+        return error
+    return TypeError(
+        "fp8_transform: products in FP8 have no forward-mode and no second derivative. "
+        "Apply fp8_transform outside: fp8_transform(lambda ...: jax.jvp(f, ...)), or "
+        "jax.hessian in place of jax.jvp."
+    )
+
+
+def _warn(report: Report, policy: Policy, name: str) -> None:
+    for pattern in report.unmatched_rules:
+        warnings.warn(
+            f"fp8_transform({name}): the rule {pattern!r} matched no layer's weight; "
+            "see .report(*args).",
+            stacklevel=2,
+        )
+    if not any(row.status == "fp8" for row in report.rows) and not policy.recipe.is_off:
+        warnings.warn(
+            f"fp8_transform({name}) found no matrix product to compute in FP8; "
+            ".report(*args) says why.",
+            stacklevel=2,
+        )

@@ -1,0 +1,165 @@
+"""Walks a jaxpr, and rewrites one; knows no primitive.
+
+Rewriting replaces equations by equations of the same operands and results, in nested
+jaxprs too. No type changes, so shardings, donation, scan carries, branches and remat
+policies stay valid, and no primitive's parameters need parsing.
+"""
+
+import collections
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.extend import core
+
+from fp8jax import _compat
+from fp8jax.transform._values import Dot, Position, Scope, Value
+
+# Gives an equation's results from its operands, and tells `Flow` of the dots in it.
+FlowRule = Callable[["Flow", Any, Sequence[Value], Scope], Sequence[Value]]
+
+
+def sub_jaxprs(eqn: Any) -> list[Any]:
+    """The jaxprs among an equation's parameters, in the order that positions count."""
+    found = []
+    for _, value in sorted(eqn.params.items()):
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        found += [v for v in values if _compat.is_jaxpr(v)]
+    return found
+
+
+def _with_sub_jaxprs(eqn: Any, jaxprs: Iterable[Any]) -> Any:
+    left = iter(jaxprs)
+    params = dict(eqn.params)
+    for name, value in sorted(eqn.params.items()):
+        if _compat.is_jaxpr(value):
+            params[name] = next(left)
+        elif type(value) in (tuple, list) and any(map(_compat.is_jaxpr, value)):
+            params[name] = type(value)(
+                next(left) if _compat.is_jaxpr(v) else v for v in value
+            )
+    return eqn.replace(params=params)
+
+
+def rewrite(
+    jaxpr: Any,
+    plan: Mapping[Position, Hashable],
+    replace: Callable[[Any, Any], Any],
+) -> Any:
+    """`jaxpr` with some equations replaced.
+
+    Args:
+        jaxpr: with or without constants.
+        plan: what is to become of the equation at each position.
+        replace: makes the new equation of the old one and `plan`'s word on it. It must
+            keep operands and results.
+
+    Returns:
+        A jaxpr of the same inputs and outputs; `jaxpr` itself for an empty plan.
+    """
+    # One jaxpr may be called from many places: where the plan agrees, so must the
+    # result, or XLA compiles every layer by itself.
+    done: dict[Hashable, Any] = {}
+
+    def visit(jaxpr: Any, plan: tuple[tuple[Position, Hashable], ...]) -> Any:
+        if not plan:
+            return jaxpr
+        key = (id(jaxpr), plan)
+        if key not in done:
+            by_eqn = collections.defaultdict(list)
+            for position, what in plan:
+                by_eqn[position[0]].append((position[1:], what))
+            eqns = list(_compat.open_jaxpr(jaxpr).eqns)
+            for i, entries in by_eqn.items():
+                eqns[i] = visit_eqn(eqns[i], entries)
+            done[key] = _compat.with_eqns(jaxpr, eqns)
+        return done[key]
+
+    def visit_eqn(eqn: Any, entries: list[tuple[Position, Hashable]]) -> Any:
+        if not entries[0][0]:
+            new = replace(eqn, entries[0][1])
+            assert new.invars == eqn.invars, "operands stay"
+            assert new.outvars == eqn.outvars, "results stay"
+            return new
+        by_sub = collections.defaultdict(list)
+        for position, what in entries:
+            by_sub[position[0]].append((position[1:], what))
+        subs = enumerate(sub_jaxprs(eqn))
+        return _with_sub_jaxprs(eqn, [visit(s, tuple(by_sub[i])) for i, s in subs])
+
+    return visit(jaxpr, tuple(sorted(plan.items(), key=lambda item: item[0])))
+
+
+class Flow:
+    """One walk over a jaxpr: what each product's operands depend on.
+
+    Attributes:
+        dots: every product found, by position.
+    """
+
+    def __init__(self, rules: Mapping[str, FlowRule], default: FlowRule, closure: int):
+        """
+        Args:
+            rules: by the name of the primitive.
+            default: for all others.
+            closure: `Value.leaves` of arrays that are no arguments.
+        """
+        self._rules = rules
+        self._default = default
+        self._closure = closure
+        self._numbers: dict[Hashable, int] = {}
+        self._keys: list[Hashable] = []
+        self.dots: dict[Position, Dot] = {}
+
+    def number(self, *key: Hashable) -> int:
+        """One integer for each distinct key."""
+        if key not in self._numbers:
+            self._numbers[key] = len(self._keys)
+            self._keys.append(key)
+        return self._numbers[key]
+
+    def key(self, number: int) -> Any:
+        """What was numbered."""
+        return self._keys[number]
+
+    def input(self, leaf: int) -> Value:
+        """The value of an argument's leaf."""
+        number = self.number("leaf", leaf)
+        return Value(1 << leaf, number, number)
+
+    def constant(self, x: Any) -> Value:
+        """The value of something that is no argument: a literal or a closed-over array.
+
+        Scalars depend on nothing, so that a rescaled weight stays a weight.
+        """
+        if np.ndim(x) == 0 and not isinstance(x, core.Var):
+            number = self.number("literal", str(x), str(getattr(x, "dtype", type(x))))
+            return Value(0, number, number)
+        number = self.number("constant", id(x))
+        return Value(self._closure, number, number)
+
+    def walk(self, jaxpr: Any, inputs: Sequence[Value], scope: Scope) -> list[Value]:
+        """The results of a jaxpr.
+
+        Args:
+            jaxpr: with or without constants.
+            inputs: one value for each of its `invars`.
+            scope: of the jaxpr.
+        """
+        inner = _compat.open_jaxpr(jaxpr)
+        env: dict[Any, Value] = {}
+
+        def read(atom: Any) -> Value:
+            if isinstance(atom, core.Literal):
+                return self.constant(atom.val)
+            return env[atom]
+
+        consts = _compat.jaxpr_consts(jaxpr) or inner.constvars
+        env.update(zip(inner.constvars, map(self.constant, consts), strict=True))
+        env.update(zip(inner.invars, inputs, strict=True))
+        for i, eqn in enumerate(inner.eqns):
+            rule = self._rules.get(eqn.primitive.name, self._default)
+            operands = [read(v) for v in eqn.invars]
+            results = rule(self, eqn, operands, scope.at(i, eqn))
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(v) for v in inner.outvars]

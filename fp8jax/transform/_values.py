@@ -1,0 +1,184 @@
+"""What the analysis knows of a value, of a product, and of where it stands."""
+
+import dataclasses
+import math
+import re
+from typing import Any, Literal
+
+Position = tuple[int, ...]  # equation, sub-jaxpr, equation, ..., equation
+Phase = Literal["outside", "forward", "recompute", "backward"]
+Side = Literal["lhs", "rhs"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Value:
+    """An abstract value.
+
+    Attributes:
+        leaves: bit i is set if it depends on leaf i of the function's arguments; the
+            bit after the last leaf stands for arrays that the function closes over.
+        number: equal numbers, equal computations: a recomputed value has the number of
+            the original, a slice of a stack the number of what was stacked.
+        root: `number` of the value before casts, reshapes and transpositions.
+        product: whether a matrix product went into it.
+        cotangent: whether the backward pass went into it.
+    """
+
+    leaves: int
+    number: int
+    root: int
+    product: bool = False
+    cotangent: bool = False
+
+    @property
+    def only_leaf(self) -> int | None:
+        """The leaf it is a cast, slice, rescaling, ... of, if there is just one."""
+        if self.product or self.cotangent or self.leaves.bit_count() != 1:
+            return None
+        return self.leaves.bit_length() - 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scope:
+    """Where an equation stands.
+
+    Attributes:
+        position: of the equation in the nested jaxprs.
+        stack: outer and inner name stacks, joined by slashes.
+        times: how often the equation runs, as far as scan lengths tell.
+        blocked: why nothing here may be rewritten, if so.
+    """
+
+    position: Position = ()
+    stack: str = ""
+    times: int = 1
+    blocked: str | None = None
+
+    def at(self, index: int, eqn: Any) -> "Scope":
+        """The scope of equation `index` of the jaxpr that this scope is about."""
+        inner = str(eqn.source_info.name_stack)
+        stack = "/".join(part for part in (self.stack, inner) if part)
+        return dataclasses.replace(self, position=(*self.position, index), stack=stack)
+
+    def inside(
+        self, sub_jaxpr: int = 0, times: int = 1, blocked: str | None = None
+    ) -> "Scope":
+        """The scope of one of this equation's jaxprs."""
+        return dataclasses.replace(
+            self,
+            position=(*self.position, sub_jaxpr),
+            times=self.times * times,
+            blocked=self.blocked or blocked,
+        )
+
+    @property
+    def phase(self) -> Phase:
+        return phase_of(self.stack)
+
+
+def phase_of(stack: str) -> Phase:
+    """The pass that an equation of this name stack belongs to.
+
+    `jvp(` marks the forward pass, `transpose(jvp(` the backward pass, and
+    `rematted_computation`, or a `jvp(` within the backward pass, a recomputation.
+    """
+    phase: Phase = "outside"
+    for part in stack.split("/"):
+        if "transpose(" in part:
+            phase = "backward"
+        elif "rematted_computation" in part:
+            phase = "recompute"
+        elif "jvp(" in part:
+            phase = "forward" if phase in ("outside", "forward") else "recompute"
+    return phase
+
+
+def scope_name(stack: str) -> str:
+    """The user's own names in a name stack, the same in forward and backward pass."""
+    names = re.sub(r"\w+\(|\)", "", stack).split("/")
+    ours = {"", "checkpoint", "rematted_computation"}
+    return "/".join(name for name in names if name not in ours)
+
+
+def is_second_order(stack: str) -> bool:
+    """Whether the name stack tells of a derivative of a backward pass."""
+    return re.search(r"jvp\([^/]*transpose\(", stack) is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Dot:
+    """A matrix product, or a primitive that is one and more.
+
+    Attributes:
+        scope: where it stands.
+        primitive: `"dot_general"`, or the name of what is only reported.
+        lhs, rhs: the operands as abstract values.
+        lhs_aval, rhs_aval, out_aval: their types and the result's.
+        dimension_numbers: as in `jax.lax.dot_general`; None for other primitives.
+        has_out_sharding: whether the program says how to shard the result.
+        blocked: for our own products, the operand in tiles of more than one row.
+        flops: of one run, for a primitive that is no plain product of two operands.
+    """
+
+    scope: Scope
+    primitive: str
+    lhs: Value
+    rhs: Value
+    lhs_aval: Any
+    rhs_aval: Any
+    out_aval: Any
+    dimension_numbers: Any = None
+    has_out_sharding: bool = False
+    blocked: Side | None = None
+    flops: int | None = None
+
+    @property
+    def position(self) -> Position:
+        return self.scope.position
+
+    def operand(self, side: Side) -> Value:
+        return self.lhs if side == "lhs" else self.rhs
+
+    def aval(self, side: Side) -> Any:
+        return self.lhs_aval if side == "lhs" else self.rhs_aval
+
+    def free(self, side: Side) -> int:
+        """Size of an operand's dimensions that are neither contracted nor batched."""
+        sizes = self.lhs_aval.size, self.rhs_aval.size, self.out_aval.size
+        if side == "rhs":
+            sizes = sizes[1], sizes[0], sizes[2]
+        mine, others, out = sizes
+        # Of m k, n k and m n, each times the batch: m m = (m k) (m n) / (n k).
+        return math.isqrt(mine * out // max(others * self.batch, 1))
+
+    @property
+    def contraction(self) -> int:
+        sizes = self.lhs_aval.size * self.rhs_aval.size
+        return math.isqrt(sizes // max(self.out_aval.size * self.batch, 1))
+
+    @property
+    def batch(self) -> int:
+        if self.dimension_numbers is None:
+            return 1
+        _, (dims, _) = self.dimension_numbers
+        return math.prod(self.lhs_aval.shape[d] for d in dims)
+
+    @property
+    def has_batch(self) -> bool:
+        return (
+            self.dimension_numbers is not None and len(self.dimension_numbers[1][0]) > 0
+        )
+
+    @property
+    def total_flops(self) -> int:
+        """Of all runs."""
+        flops = self.flops
+        if flops is None:
+            sides = self.free("lhs") * self.free("rhs")
+            flops = 2 * self.batch * sides * self.contraction
+        return flops * self.scope.times
+
+
+def other_side(side: Side) -> Side:
+    """The opposite operand."""
+    return "rhs" if side == "lhs" else "lhs"
