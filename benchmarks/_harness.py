@@ -1,0 +1,138 @@
+"""Timing for the benchmarks: contenders alternate in one process, medians are kept.
+
+Absolute figures move with the card's clock and power limit, which a busy card reaches
+within seconds. So contenders take turns, round after round, on the same random data,
+and what is quoted is their ratio.
+"""
+
+import csv
+import datetime
+import importlib.util
+import pathlib
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+
+# Below this a launch from Python may take longer than the kernel.
+SHORT_US = 100.0
+
+
+def alternate(
+    contenders: Mapping[str, Callable[[], Any]], *, launches: int = 20, rounds: int = 7
+) -> dict[str, float]:
+    """Median microseconds a launch of each contender, by wall clock, taking turns.
+
+    Args:
+        contenders: name to a function that launches once and returns its output, a JAX
+            or a torch array; it may return before the device is done.
+        launches: back-to-back launches in one round.
+        rounds: how often every contender has its turn.
+    """
+    for run in contenders.values():  # Compile, choose algorithms, fill caches.
+        for _ in range(3):
+            _wait(run())
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            for _ in range(launches):
+                out = run()
+            _wait(out)
+            times[name].append((time.perf_counter() - start) / launches * 1e6)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def kernel_us(fn: Callable[..., Any], *args: jax.Array, iterations: int = 20) -> float:
+    """Median microseconds that a jitted JAX function's kernels take, by CUPTI."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    _, milliseconds = profiler.measure(fn, iterations=iterations)(*args)
+    if milliseconds is None:
+        raise RuntimeError("CUPTI saw no kernel.")
+    return statistics.median(milliseconds) * 1e3  # pyright: ignore
+
+
+def torch_graph_us(run: Callable[[], Any], *, launches: int = 20) -> float:
+    """Median microseconds a launch of a torch function, replayed as a CUDA graph."""
+    import torch  # pyright: ignore
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(launches):
+            run()
+    times = []
+    for _ in range(10):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) / launches * 1e3)
+    return statistics.median(times)
+
+
+def to_torch(x: jax.Array) -> Any:
+    """The same memory as a torch tensor; FP8 by way of bytes."""
+    import torch  # pyright: ignore
+
+    if x.dtype.itemsize > 1:
+        return torch.from_dlpack(x)
+    octets = torch.from_dlpack(jax.lax.bitcast_convert_type(x, jnp.uint8))
+    return octets.view(getattr(torch, str(x.dtype)))
+
+
+def write_csv(name: str, rows: list[dict[str, Any]]) -> pathlib.Path:
+    """Writes `results/<name>.csv`, every row with device, versions, commit and date."""
+    where = _circumstances()
+    path = RESULTS / f"{name}.csv"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, **where} for row in rows)
+    return path
+
+
+def _circumstances() -> dict[str, str]:
+    versions = {"jax": jax.__version__, "torch": ""}
+    if HAS_TORCH:
+        import torch  # pyright: ignore
+
+        versions["torch"] = torch.__version__
+    return {
+        "device": jax.devices()[0].device_kind,
+        **versions,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    here = pathlib.Path(__file__).parent
+    try:
+        run = subprocess.run(
+            command, cwd=here, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return run.stdout.strip()
+
+
+def _wait(out: Any) -> None:
+    if hasattr(out, "is_cuda"):
+        import torch  # pyright: ignore
+
+        torch.cuda.synchronize()
+    else:
+        jax.block_until_ready(out)

@@ -1,0 +1,82 @@
+"""What the Mosaic GPU kernels share: padding, batching rules and the device's size."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_H100_SMS = 132
+
+
+def num_sms() -> int:
+    """Multiprocessors of the GPU; those of an H100 where there is none to ask."""
+    try:
+        device = jax.devices("gpu")[0]
+    except RuntimeError:
+        return _H100_SMS
+    return getattr(device, "core_count", None) or _H100_SMS
+
+
+def swizzled(columns: int, swizzle: int) -> tuple[Any, ...]:
+    """The layout in shared memory that tensor copies and wgmma agree on.
+
+    Args:
+        columns: elements that `swizzle` bytes hold.
+        swizzle: bytes of a row that stay together: 32, 64 or 128.
+    """
+    return (
+        plgpu.TilingTransform((8, columns)),  # pyright: ignore
+        plgpu.SwizzleTransform(swizzle),  # pyright: ignore
+    )
+
+
+def ceil_div(a: int, b: int) -> int:
+    """`a / b`, rounded up."""
+    return -(-a // b)
+
+
+def zero_pad(x: jax.Array, multiples: tuple[int, ...]) -> jax.Array:
+    """Appends zeros until every side is a multiple of its entry; often no-op."""
+    widths = [
+        (0, -side % multiple) for side, multiple in zip(x.shape, multiples, strict=True)
+    ]
+    return jnp.pad(x, widths) if any(w for _, w in widths) else x
+
+
+def mapped_under_vmap(
+    kernel: Callable[..., Any],
+    fold: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """`kernel` with a batching rule: under vmap it runs once for each batch entry.
+
+    Args:
+        kernel: arrays to a pytree of arrays.
+        fold: `fold(x)` runs one argument's whole batch `x [b, ...]` in one launch, or
+            returns None where the numbers would change; tried before the loop.
+    """
+
+    call = jax.custom_batching.custom_vmap(kernel)
+
+    @call.def_vmap
+    def _batched(axis_size: int, in_batched: list[bool], *args: jax.Array) -> Any:
+        del axis_size
+        out = fold(*args) if fold is not None and all(in_batched) else None
+        if out is None:
+
+            def one(batched: tuple[jax.Array, ...]) -> Any:
+                entries = iter(batched)
+                return call(
+                    *(
+                        next(entries) if b else arg
+                        for b, arg in zip(in_batched, args, strict=True)
+                    )
+                )
+
+            batched = tuple(a for a, b in zip(args, in_batched, strict=True) if b)
+            out = lax.map(one, batched)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return call

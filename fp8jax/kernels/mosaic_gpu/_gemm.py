@@ -1,0 +1,79 @@
+"""The FP8 GEMM: checks, padding and the choice between its two kernels."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from fp8jax.kernels._contract import Tile
+from fp8jax.kernels.mosaic_gpu import _gemm_1d1d, _gemm_1d2d
+from fp8jax.kernels.mosaic_gpu._common import mapped_under_vmap
+
+_OUT_DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float32, jnp.float16)))
+_FP8_DTYPES = tuple(map(jnp.dtype, (jnp.float8_e4m3fn, jnp.float8_e5m2)))
+_KERNELS = {
+    ((1, 128), (128, 128)): _gemm_1d2d.gemm_1d2d,
+    ((1, 128), (1, 128)): _gemm_1d1d.gemm_1d1d,
+}
+
+
+def gemm(
+    lhs: jax.Array,
+    lhs_scale: jax.Array,
+    rhs: jax.Array,
+    rhs_scale: jax.Array,
+    *,
+    lhs_tile: Tile,
+    rhs_tile: Tile,
+    out_dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    r"""`lhs [m, k]` times `rhs [n, k]` transposed, on Hopper's FP8 tensor cores.
+
+    $$acc \leftarrow fma(partial, s^l s^r, acc)$$
+
+    for every chunk of 128 of k, in order, in float32; rounded once to `out_dtype`. A
+    row of the result depends on no other row of `lhs`, nor on m. Every m, n and k from
+    1 is taken; m and k that are no multiples of 8 and 128, and n that is none of 32,
+    cost a zero-padded copy.
+
+    Args:
+        lhs: FP8 [m, k], in tiles of `lhs_tile` = (1, 128).
+        lhs_scale: float32 [m, ceil(k / 128)].
+        rhs: FP8 [n, k] of the same dtype, in tiles of `rhs_tile` = (128, 128) (1d2d:
+            fprop, dgrad) or (1, 128) (1d1d: wgrad).
+        rhs_scale: float32 [ceil(n / rhs_tile[0]), ceil(k / 128)].
+        lhs_tile: the tile of `lhs_scale`.
+        rhs_tile: the tile of `rhs_scale`.
+        out_dtype: bfloat16, float32 or float16.
+
+    Returns:
+        [m, n] of `out_dtype`.
+
+    Raises:
+        NotImplementedError: For other tiles or dtypes.
+
+    Error: a tensor core's over 128 codes, which keeps at least 13 bits below the
+    largest addend of each 32, and that of one float32 sum over the chunks.
+
+    Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.2.
+    """
+    kernel = _KERNELS.get((lhs_tile, rhs_tile))
+    if kernel is None:
+        raise NotImplementedError(
+            f"mosaic_gpu gemm takes (lhs_tile, rhs_tile) of ((1, 128), (128, 128)) or "
+            f"((1, 128), (1, 128)), got ({lhs_tile}, {rhs_tile})."
+        )
+    if lhs.dtype not in _FP8_DTYPES or lhs.dtype != rhs.dtype:
+        raise NotImplementedError(
+            "mosaic_gpu gemm takes two operands of one dtype, float8_e4m3fn or "
+            f"float8_e5m2, got {lhs.dtype} and {rhs.dtype}."
+        )
+    if jnp.dtype(out_dtype) not in _OUT_DTYPES:
+        raise NotImplementedError(
+            "mosaic_gpu gemm returns bfloat16, float32 or float16, got "
+            f"out_dtype={jnp.dtype(out_dtype)}."
+        )
+    # The kernel stores no float16.
+    stored = jnp.float32 if jnp.dtype(out_dtype) == jnp.float16 else out_dtype
+    run = mapped_under_vmap(functools.partial(kernel, out_dtype=stored))
+    return run(lhs, lhs_scale, rhs, rhs_scale).astype(out_dtype)
