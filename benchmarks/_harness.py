@@ -5,6 +5,7 @@ within seconds. So contenders take turns, round after round, on the same random 
 and what is quoted is their ratio.
 """
 
+import argparse
 import csv
 import datetime
 import importlib.util
@@ -91,9 +92,20 @@ def to_torch(x: jax.Array) -> Any:
     return octets.view(getattr(torch, str(x.dtype)))
 
 
-def write_csv(name: str, rows: list[dict[str, Any]]) -> pathlib.Path:
+def options_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--commit", default=_commit(), help="of this code, where there is no git to ask"
+    )
+    return parser
+
+
+def write_csv(name: str, rows: list[dict[str, Any]], commit: str) -> pathlib.Path:
     """Writes `results/<name>.csv`, every row with device, versions, commit and date."""
-    where = _circumstances()
+    where = _circumstances() | {"commit": commit}
     path = RESULTS / f"{name}.csv"
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
@@ -112,7 +124,6 @@ def _circumstances() -> dict[str, str]:
     return {
         "device": jax.devices()[0].device_kind,
         **versions,
-        "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 

@@ -5,7 +5,6 @@
 Writes benchmarks/results/gemm.csv.
 """
 
-import argparse
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -53,7 +52,7 @@ COLUMNS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = _harness.options_parser(__doc__)
     parser.add_argument("--only", choices=sorted(SHAPES))
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
@@ -62,7 +61,8 @@ def main() -> None:
     for kind, shapes in SHAPES.items():
         if options.only in (None, kind):
             rows += [_row(kind, *shape, rounds=options.rounds) for shape in shapes]
-    print(f"ceiling {CEILING} TFLOPS; wrote {_harness.write_csv('gemm', rows)}")
+    path = _harness.write_csv("gemm", rows, options.commit)
+    print(f"ceiling {CEILING} TFLOPS; wrote {path}")
 
 
 def _row(kind: str, m: int, n: int, k: int, *, rounds: int) -> dict[str, Any]:

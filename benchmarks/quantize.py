@@ -22,12 +22,14 @@ COLUMNS = ("fp8jax", "xla", "copy")
 
 
 def main() -> None:
+    options = _harness.options_parser(__doc__).parse_args()
     rows = []
     print(f"{'tile':>12}{'m':>7}{'k':>7}{'dtype':>10}", *(f"{c:>8}" for c in COLUMNS))
     for m, k in SHAPES:
         for dtype in (jnp.bfloat16, jnp.float32):
             rows += [_row(tile, m, k, dtype) for tile in TILES]
-    print(f"ceiling {CEILING} GB/s; wrote {_harness.write_csv('quantize', rows)}")
+    path = _harness.write_csv("quantize", rows, options.commit)
+    print(f"ceiling {CEILING} GB/s; wrote {path}")
 
 
 def _row(tile: tuple[int, int], m: int, k: int, dtype) -> dict[str, Any]:

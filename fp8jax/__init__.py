@@ -25,8 +25,8 @@ from fp8jax.transform import Report, fp8_transform
 
 __all__ = [
     "BLOCK_128X128",
-    "TILE_128X1",
     "TILE_1X128",
+    "TILE_128X1",
     "GemmSpec",
     "QTensor",
     "QuantSpec",

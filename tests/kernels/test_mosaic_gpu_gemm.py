@@ -19,9 +19,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fp8jax.kernels import mosaic_gpu
 from fp8jax.kernels.mosaic_gpu import _config, _gemm_1d2d
+from fp8jax.numerics import scale_shape
+from fp8jax.testing import (
+    EDGE_SIZES,
+    distinct_scales,
+    gemm_float64,
+    positive_uniform,
+)
 
 _TILES = ((128, 128), (1, 128))  # Of the rhs: 1d2d and 1d1d.
-_SIDES = (1, 17, 127, 128, 129, 576, 1024)
 _F32_STEP = 2.0**-24
 
 interpreted = pytest.mark.skipif(
@@ -36,12 +42,6 @@ def _interpreting() -> Iterator[None]:
         yield
 
 
-def _distinct(shape: tuple[int, int], prime: int) -> np.ndarray:
-    """Scales in (0.5, 1.5), no two of a small matrix alike."""
-    index = np.arange(shape[0] * shape[1], dtype=np.int64).reshape(shape)
-    return (0.5 + (index * prime % 7919 + 1) / 7920).astype(np.float32)
-
-
 def _operands(
     m: int, n: int, k: int, rhs_tile: tuple[int, int], dtype=jnp.float8_e4m3fn
 ) -> tuple[jax.Array, ...]:
@@ -50,25 +50,28 @@ def _operands(
     # keeps 13 bits or more below the largest addend.
     lhs = jnp.asarray(rng.integers(-4, 5, (m, k)), jnp.float32).astype(dtype)
     rhs = jnp.asarray(rng.integers(-4, 5, (n, k)), jnp.float32).astype(dtype)
-    chunks = -(-k // 128)
-    lhs_scale = jnp.asarray(_distinct((m, chunks), 101))
-    rhs_scale = jnp.asarray(_distinct((-(-n // rhs_tile[0]), chunks), 211))
-    return lhs, lhs_scale, rhs, rhs_scale
+    return lhs, _scales(rng, m, k), rhs, _scales(rng, n, k, rhs_tile)
+
+
+def _scales(rng, rows: int, k: int, tile: tuple[int, int] = (1, 128)) -> jax.Array:
+    return jnp.asarray(distinct_scales(rng, scale_shape((rows, k), tile)))
 
 
 def _oracle(
     lhs, lhs_scale, rhs, rhs_scale, rhs_tile: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The product in float64, chunk by chunk, and the sum of the chunks' magnitudes."""
-    lhs, lhs_scale, rhs, rhs_scale = (
-        np.asarray(x, np.float64) for x in (lhs, lhs_scale, rhs, rhs_scale)
-    )
-    rhs_scale = np.repeat(rhs_scale, rhs_tile[0], axis=0)[: rhs.shape[0]]
-    total = np.zeros((lhs.shape[0], rhs.shape[0]))
-    magnitude = np.zeros_like(total)
+    """The product in float64, and the sum of its chunks' magnitudes."""
+    total, magnitude = 0.0, 0.0
     for c in range(lhs_scale.shape[1]):
-        k = slice(128 * c, 128 * (c + 1))
-        term = lhs[:, k] @ rhs[:, k].T * np.outer(lhs_scale[:, c], rhs_scale[:, c])
+        k, chunk = slice(128 * c, 128 * (c + 1)), slice(c, c + 1)
+        term = gemm_float64(
+            np.asarray(lhs[:, k]),
+            np.asarray(lhs_scale[:, chunk]),
+            np.asarray(rhs[:, k]),
+            np.asarray(rhs_scale[:, chunk]),
+            lhs_tile=(1, 128),
+            rhs_tile=rhs_tile,
+        )
         total += term
         magnitude += np.abs(term)
     return total, magnitude
@@ -185,9 +188,13 @@ def _check_vmap_and_scan(*, m, n, k, context) -> None:
 
 def _shapes() -> list[tuple[int, int, int]]:
     """Every side at every place, in two mixtures, and clusters with an odd block."""
-    sides = len(_SIDES)
+    sides = len(EDGE_SIZES)
     mixed = [
-        (_SIDES[i], _SIDES[(2 * i + s) % sides], _SIDES[(4 * i + 3 * s) % sides])
+        (
+            EDGE_SIZES[i],
+            EDGE_SIZES[(2 * i + s) % sides],
+            EDGE_SIZES[(4 * i + 3 * s) % sides],
+        )
         for s in (1, 2)
         for i in range(sides)
     ]
@@ -226,28 +233,26 @@ def test_promotion_keeps_a_long_positive_sum(rhs_tile):
     rng = np.random.default_rng(0)
     m, n, k = 256, 256, 16384
     lhs, rhs = (
-        jnp.asarray(rng.uniform(0, 1, (side, k)), jnp.float32) for side in (m, n)
+        jnp.asarray(positive_uniform(rng, (side, k))).astype(jnp.float8_e4m3fn)
+        for side in (m, n)
     )
-    lhs, rhs = (x.astype(jnp.float8_e4m3fn) for x in (lhs, rhs))
-    lhs_scale = jnp.asarray(_distinct((m, k // 128), 101))
-    rhs_scale = jnp.asarray(_distinct((-(-n // rhs_tile[0]), k // 128), 211))
-    operands = (lhs, lhs_scale, rhs, rhs_scale)
+    operands = (lhs, _scales(rng, m, k), rhs, _scales(rng, n, k, rhs_tile))
     total, _ = _oracle(*operands, rhs_tile)
     out = np.asarray(_gemm(rhs_tile)(*operands), np.float64)
     assert np.abs(out / total - 1).max() < 2e-3
 
 
-def _random_codes(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    return (jax.random.normal(key, shape) * 60).astype(jnp.float8_e4m3fn)
-
-
 def _full_range(m: int, n: int, k: int, rhs_tile) -> tuple[jax.Array, ...]:
-    keys = jax.random.split(jax.random.key(m + n + k))
+    # From NumPy's normal numbers: every exponent, but few codes near the limit.
+    rng = np.random.default_rng(m + n + k)
+    lhs, rhs = (
+        jnp.asarray(rng.standard_normal((side, k), np.float32) * 60) for side in (m, n)
+    )
     return (
-        _random_codes(keys[0], (m, k)),
-        jnp.asarray(_distinct((m, -(-k // 128)), 101)),
-        _random_codes(keys[1], (n, k)),
-        jnp.asarray(_distinct((-(-n // rhs_tile[0]), -(-k // 128)), 211)),
+        lhs.astype(jnp.float8_e4m3fn),
+        _scales(rng, m, k),
+        rhs.astype(jnp.float8_e4m3fn),
+        _scales(rng, n, k, rhs_tile),
     )
 
 

@@ -1,7 +1,6 @@
 """The Mosaic GPU quantization: its real code in interpret mode, and on a GPU.
 
-The reference is NumPy's, which divides and rounds as IEEE 754 says: ml_dtypes' casts to
-FP8 round to nearest even.
+The reference is NumPy's (`fp8jax.testing`), which divides and rounds as IEEE 754 says.
 """
 
 import contextlib
@@ -16,6 +15,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fp8jax.kernels import mosaic_gpu
+from fp8jax.testing import ALL_BF16, lognormal_tokens, quantize_numpy
 
 _TILES = ((1, 128), (128, 1), (128, 128))
 _SMALLEST_NORMAL = np.float32(2.0**-126)
@@ -45,32 +45,13 @@ def _quantize(x, tile, scale="pow2", dtype=jnp.float8_e4m3fn, eps=0.0, context=N
         return np.asarray(data), np.asarray(scales)
 
 
-def _blocks(x: np.ndarray, tile: tuple[int, int]) -> np.ndarray:
-    """`[mt, tm, kt, tk]`, zero-padded."""
-    (m, k), (tm, tk) = x.shape, tile
-    x = np.pad(x, ((0, -m % tm), (0, -k % tk)))
-    return x.reshape(x.shape[0] // tm, tm, x.shape[1] // tk, tk)
-
-
 def _reference(x, tile, scale="pow2", dtype=jnp.float8_e4m3fn, eps=0.0):
     """Codes and scales by the definition, and the tiles whose amax is a subnormal."""
-    limit = np.float32(jnp.finfo(dtype).max)
     x = np.asarray(x)
-    tiles = _blocks(x.astype(np.float32), tile)
-    bits = np.abs(tiles).view(np.int32).max(axis=(1, 3))
-    amax = bits.view(np.float32)
-    with np.errstate(all="ignore"):
-        floored = np.maximum(amax, np.float32(eps)) if eps else amax
-        scales = np.maximum(floored * np.float32(1 / limit), _SMALLEST_NORMAL)
-        if scale == "pow2":
-            field = scales.view(np.int32)
-            exponent = (field >> 23) + ((field & 0x7FFFFF) != 0)
-            scales = (exponent << 23).astype(np.int32).view(np.float32)
-        scales = np.where(amax == 0, np.float32(1), scales)
-        scales = np.where(np.isfinite(amax), scales, np.float32(np.nan))
-        scaled = tiles / scales[:, None, :, None]
-        codes = np.clip(scaled, -limit, limit).astype(dtype)
-    codes = codes.reshape(tiles.shape[0] * tile[0], -1)[: x.shape[0], : x.shape[1]]
+    codes, scales = quantize_numpy(x, tile, dtype=dtype, pow2=scale == "pow2", eps=eps)
+    (m, k), (tm, tk) = x.shape, tile
+    padded = np.pad(np.abs(x.astype(np.float32)), ((0, -m % tm), (0, -k % tk)))
+    amax = padded.reshape(scales.shape[0], tm, scales.shape[1], tk).max((1, 3))
     return codes, scales, (amax > 0) & (amax < _SMALLEST_NORMAL)
 
 
@@ -97,13 +78,12 @@ def _check_pow2(x, tile, dtype=jnp.float8_e4m3fn, eps=0.0, context=None) -> None
 
 def _lognormal(shape: tuple[int, int], dtype) -> jax.Array:
     rng = np.random.default_rng(sum(shape))
-    x = rng.normal(size=shape) * np.exp(2 * rng.normal(size=shape))
-    return jnp.asarray(x, jnp.float32).astype(dtype)
+    return jnp.asarray(lognormal_tokens(rng, shape)).astype(dtype)
 
 
 def _every_bf16() -> np.ndarray:
     """All 65,536 patterns in 512 rows of 128 neighbours, so scales differ by row."""
-    return np.arange(2**16, dtype=np.uint16).reshape(512, 128).view(jnp.bfloat16)
+    return ALL_BF16.reshape(512, 128)
 
 
 def _bf16_beside_448() -> np.ndarray:
