@@ -1,4 +1,8 @@
-"""The FP8 GEMM: checks, padding and the choice between its two kernels."""
+"""The FP8 GEMM: checks, padding and the block shape.
+
+Two products go by the tiles of the right operand: 1d2d, 128x128 (fprop and dgrad), and
+1d1d, 1x128 (wgrad, whose contraction runs over tokens).
+"""
 
 import functools
 
@@ -6,15 +10,24 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax.kernels._contract import Tile
-from fp8jax.kernels.mosaic_gpu import _gemm_1d1d, _gemm_1d2d
-from fp8jax.kernels.mosaic_gpu._common import mapped_under_vmap
+from fp8jax.kernels.mosaic_gpu._common import mapped_under_vmap, num_sms, zero_pad
+from fp8jax.kernels.mosaic_gpu._config import (
+    CHUNK,
+    GemmConfig,
+    gemm_1d1d_config,
+    gemm_1d2d_config,
+)
+from fp8jax.kernels.mosaic_gpu._gemm_kernel import (
+    COLUMN_MULTIPLE,
+    FEWEST_COLUMNS,
+    ROW_MULTIPLE,
+    gemm_padded,
+)
 
 _OUT_DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float32, jnp.float16)))
 _FP8_DTYPES = tuple(map(jnp.dtype, (jnp.float8_e4m3fn, jnp.float8_e5m2)))
-_KERNELS = {
-    ((1, 128), (128, 128)): _gemm_1d2d.gemm_1d2d,
-    ((1, 128), (1, 128)): _gemm_1d1d.gemm_1d1d,
-}
+_LHS_TILE = (1, CHUNK)
+_CONFIGS = {(CHUNK, CHUNK): gemm_1d2d_config, (1, CHUNK): gemm_1d1d_config}
 
 
 def gemm(
@@ -57,10 +70,10 @@ def gemm(
 
     Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.2.
     """
-    kernel = _KERNELS.get((lhs_tile, rhs_tile))
-    if kernel is None:
+    lhs_tile, rhs_tile = (lhs_tile[0], lhs_tile[1]), (rhs_tile[0], rhs_tile[1])
+    if lhs_tile != _LHS_TILE or rhs_tile not in _CONFIGS:
         raise NotImplementedError(
-            f"mosaic_gpu gemm takes (lhs_tile, rhs_tile) of ((1, 128), (128, 128)) or "
+            "mosaic_gpu gemm takes (lhs_tile, rhs_tile) of ((1, 128), (128, 128)) or "
             f"((1, 128), (1, 128)), got ({lhs_tile}, {rhs_tile})."
         )
     if lhs.dtype not in _FP8_DTYPES or lhs.dtype != rhs.dtype:
@@ -75,5 +88,42 @@ def gemm(
         )
     # The kernel stores no float16.
     stored = jnp.float32 if jnp.dtype(out_dtype) == jnp.float16 else out_dtype
-    run = mapped_under_vmap(functools.partial(kernel, out_dtype=stored))
+    run = mapped_under_vmap(
+        functools.partial(multiply, rhs_tile=rhs_tile, out_dtype=stored)
+    )
     return run(lhs, lhs_scale, rhs, rhs_scale).astype(out_dtype)
+
+
+def multiply(
+    lhs: jax.Array,
+    lhs_scale: jax.Array,
+    rhs: jax.Array,
+    rhs_scale: jax.Array,
+    *,
+    rhs_tile: Tile,
+    out_dtype: jax.typing.DTypeLike,
+    config: GemmConfig | None = None,
+) -> jax.Array:
+    """`gemm` of what the kernel takes, with a block shape of one's own choice.
+
+    Args:
+        lhs, lhs_scale, rhs, rhs_scale, rhs_tile: as in `gemm`.
+        out_dtype: bfloat16 or float32.
+        config: the block shape; None chooses by shape.
+    """
+    (m, k), n = lhs.shape, rhs.shape[0]
+    rows, sms = rhs_tile[0] == 1, num_sms()
+    # The quantization kernel writes [k / 128, m]: XLA cancels the transposes.
+    lhs_scale = zero_pad(lhs_scale.T, (1, ROW_MULTIPLE))
+    columns = COLUMN_MULTIPLE if n > FEWEST_COLUMNS else FEWEST_COLUMNS
+    out = gemm_padded(
+        zero_pad(lhs, (ROW_MULTIPLE, CHUNK)),
+        lhs_scale,
+        zero_pad(rhs, (columns, CHUNK)),
+        zero_pad(rhs_scale.T, (1, columns)) if rows else rhs_scale,
+        out_dtype=out_dtype,
+        config=config or _CONFIGS[rhs_tile](m, n, k, sms),
+        num_sms=sms,
+        rhs_scale_rows=rows,
+    )
+    return out[:m, :n]

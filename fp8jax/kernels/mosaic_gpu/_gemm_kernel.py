@@ -33,6 +33,10 @@ from fp8jax.kernels.mosaic_gpu._config import (
 # of the output.
 ROW_MULTIPLE = 8
 COLUMN_MULTIPLE = 32
+# NOTE: an output of one slice's columns is stored wrongly: a slice beyond its edge is
+# not cut off, as elsewhere, but lands on the first one (seen on a GPU with bfloat16 and
+# 32 columns; interpret mode does not show it).
+FEWEST_COLUMNS = 64
 
 _MATH_WARPGROUPS = 2
 _MEMORY_REGISTERS = 40
@@ -58,7 +62,7 @@ def gemm_padded(
     Args:
         lhs: FP8 [m, k], m a multiple of 8, k of 128.
         lhs_scale: float32 [k / 128, m].
-        rhs: FP8 [n, k], n a multiple of 32.
+        rhs: FP8 [n, k], n a multiple of 32 and at least 64.
         rhs_scale: float32, [ceil(n / 128), k / 128], or [k / 128, n] where
             `rhs_scale_rows`.
         out_dtype: bfloat16 or float32.
