@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from fp8jax.matmul import scaled_matmul
+from fp8jax.ops._derivatives import refuse_derivatives
 from fp8jax.ops._gemm import check_inputs, output_dtype, quantize_along
 from fp8jax.ops._layout import Operand, plan
 from fp8jax.quant import QTensor, QuantSpec, requantize
@@ -51,6 +52,7 @@ def dot_general(
         ValueError: If dtypes, shapes or dimension numbers do not fit.
         NotImplementedError: If the implementation asked for cannot run, or for
             `out_sharding` with a GEMM in FP8.
+        TypeError: When differentiated twice, or in forward mode.
 
     Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.
     """
@@ -123,6 +125,13 @@ class _Product:
         )
 
 
+_ONE_DERIVATIVE = (
+    "dot_general in FP8 has a gradient, but no forward-mode and no second derivative: "
+    "rounding to FP8 is a step function. For those take recipe=fp8jax.recipes.bf16(), "
+    "or apply fp8jax.fp8_transform outside of all differentiation."
+)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(product: _Product, x: jax.Array, w: jax.Array) -> jax.Array:
     return _fprop(product, x, w)[0]
@@ -152,7 +161,16 @@ def _backward(product: _Product, residuals: Any, dout: jax.Array) -> Any:
     return dx, dw
 
 
-_matmul.defvjp(_fprop, _backward)
+def _fprop_once(product: _Product, x: jax.Array, w: jax.Array) -> Any:
+    return refuse_derivatives(functools.partial(_fprop, product), _ONE_DERIVATIVE)(x, w)
+
+
+def _backward_once(product: _Product, residuals: Any, dout: jax.Array) -> Any:
+    run = functools.partial(_backward, product)
+    return refuse_derivatives(run, _ONE_DERIVATIVE)(residuals, dout)
+
+
+_matmul.defvjp(_fprop_once, _backward_once)
 
 
 def _dgrad(product: _Product, spec: GemmSpec, w: Any, dout: jax.Array) -> jax.Array:

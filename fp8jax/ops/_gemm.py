@@ -1,6 +1,5 @@
 """One product of two arrays in FP8: quantize both along the contraction, multiply."""
 
-import functools
 from typing import Any
 
 import jax
@@ -8,10 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from fp8jax.matmul import scaled_matmul
+from fp8jax.ops._derivatives import refuse_derivatives
 from fp8jax.ops._layout import plan
 from fp8jax.quant import QTensor, QuantSpec, quantize
 
 INPUT_DTYPES = tuple(np.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
+
+_NO_GRADIENT = (
+    "quantized_dot has no gradient: rounding to FP8 is a step function. Use "
+    "fp8jax.dot_general, whose gradients are products in FP8 themselves; to "
+    "differentiate a function that fp8_transform has rewritten as a whole step, "
+    "apply fp8_transform after the differentiation."
+)
 
 
 def check_inputs(name: str, lhs: jax.Array, rhs: jax.Array) -> None:
@@ -100,20 +107,6 @@ def quantized_dot(
 
     for _ in range(layout.batch_rank):
         run = jax.vmap(run)
-    out = _no_gradient(run, layout.lhs.arrange(lhs), layout.rhs.arrange(rhs))
+    run = refuse_derivatives(run, _NO_GRADIENT)
+    out = run(layout.lhs.arrange(lhs), layout.rhs.arrange(rhs))
     return out.reshape(layout.out_shape)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _no_gradient(run: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    return run(x, y)
-
-
-@_no_gradient.defjvp
-def _refuse(run: Any, primals: Any, tangents: Any) -> Any:
-    raise TypeError(
-        "quantized_dot has no gradient: rounding to FP8 is a step function. Use "
-        "fp8jax.dot_general, whose gradients are products in FP8 themselves; to "
-        "differentiate a function that fp8_transform has rewritten as a whole step, "
-        "apply fp8_transform after the differentiation."
-    )

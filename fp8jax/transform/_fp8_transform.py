@@ -21,11 +21,17 @@ from fp8jax.transform._leaves import (
     weight_mask,
 )
 from fp8jax.transform._plan import Plan, Policy, make_plan
-from fp8jax.transform._replace import replace_dot
+from fp8jax.transform._replace import replacer
 from fp8jax.transform._report import Report
 from fp8jax.transform._roles import assign, is_whole_step
 from fp8jax.transform._rules import RULES, opaque
 from fp8jax.transform._values import Scope
+
+NO_DERIVATIVE = (
+    "fp8_transform: products in FP8 have no forward-mode and no second derivative. "
+    "Apply fp8_transform outside: fp8_transform(lambda ...: jax.jvp(f, ...)), likewise "
+    "for jax.grad of a whole step, jax.hessian and jax.linearize."
+)
 
 
 def fp8_transform(
@@ -95,6 +101,8 @@ def fp8_transform(
             f"fp8_transform takes rules=[fp8jax.recipes.Rule(...), ...], got {rules!r}."
         )
     check_weights(weights)
+    if not isinstance(min_dim, int) or min_dim < 0:
+        raise ValueError(f"fp8_transform takes min_dim >= 0, got {min_dim!r}.")
     policy = Policy(recipe or deepseek_v3(), rules, min_dim, implementation)
     options = ArgumentOptions.of(
         fn, static_argnums, static_argnames, donate_argnums, donate_argnames
@@ -144,7 +152,9 @@ class Fp8Function:
         try:
             return self._jit(*call)
         except TypeError as error:
-            raise _explained(error) from error
+            if not _is_about_derivatives(error):
+                raise
+            raise TypeError(NO_DERIVATIVE) from error
 
     def report(self, *args: Any, **kwargs: Any) -> Report:
         """What becomes of every matrix product of this call, without running it.
@@ -166,7 +176,7 @@ class Fp8Function:
         # Runs under jit's trace, so jit's own cache is the transform's.
         jaxpr, out_tree, plan = self._plan(key, donated, kept)
         _warn(plan.report, self._policy, self._name)
-        jaxpr = rewrite(jaxpr, plan.replacements, replace_dot)
+        jaxpr = rewrite(jaxpr, plan.replacements, replacer())
         inputs = [*donated, *kept]
         outputs = core.jaxpr_as_fun(jaxpr)(*inputs)
         return jax.tree.unflatten(out_tree, outputs)
@@ -240,15 +250,10 @@ class Fp8Function:
         return {**dict(zip(names, args, strict=True)), **kwargs}
 
 
-def _explained(error: TypeError) -> TypeError:
+def _is_about_derivatives(error: TypeError) -> bool:
     text = str(error)
-    if "custom_vjp" not in text and "quantized_dot has no gradient" not in text:
-        return error
-    return TypeError(
-        "fp8_transform: products in FP8 have no forward-mode and no second derivative. "
-        "Apply fp8_transform outside: fp8_transform(lambda ...: jax.jvp(f, ...)), or "
-        "jax.hessian in place of jax.jvp."
-    )
+    ours = ("quantized_dot has no gradient", "dot_general in FP8 has a gradient")
+    return "custom_vjp" in text or any(words in text for words in ours)
 
 
 def _warn(report: Report, policy: Policy, name: str) -> None:

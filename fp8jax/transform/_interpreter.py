@@ -94,6 +94,7 @@ class Flow:
     """One walk over a jaxpr: what each product's operands depend on.
 
     Attributes:
+        closure: `Value.leaves` of arrays that are no arguments.
         dots: every product found, by position.
     """
 
@@ -106,7 +107,7 @@ class Flow:
         """
         self._rules = rules
         self._default = default
-        self._closure = closure
+        self.closure = closure
         self._numbers: dict[Hashable, int] = {}
         self._keys: list[Hashable] = []
         self.dots: dict[Position, Dot] = {}
@@ -136,7 +137,7 @@ class Flow:
             number = self.number("literal", str(x), str(getattr(x, "dtype", type(x))))
             return Value(0, number, number)
         number = self.number("constant", id(x))
-        return Value(self._closure, number, number)
+        return Value(self.closure, number, number)
 
     def walk(self, jaxpr: Any, inputs: Sequence[Value], scope: Scope) -> list[Value]:
         """The results of a jaxpr.

@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,8 +14,7 @@ from fp8jax.recipes import DEFAULT_SKIPS, GemmSpec, Recipe, Rule, first_match
 from fp8jax.transform._leaves import Leaf
 from fp8jax.transform._report import Report, Row, describe_tiles
 from fp8jax.transform._roles import UNCLEAR, Assignment, Role
-from fp8jax.transform._rules import MARKED
-from fp8jax.transform._values import Dot, Position, Side, other_side
+from fp8jax.transform._values import MARKED, Dot, Position, Side, other_side
 
 _DTYPES = tuple(np.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
 
@@ -103,7 +104,19 @@ def make_plan(
     paths = {leaves[a.weight].path for a in assignments if a.weight is not None}
     matched = {policy.rule_for(path) for path in paths}
     unmatched = tuple(rule.pattern for rule in policy.rules if rule not in matched)
-    return Plan(replacements, Report(tuple(rows), unmatched))
+    return Plan(
+        replacements, Report(tuple(rows), unmatched, _notes(policy, whole_step))
+    )
+
+
+def _notes(policy: Policy, whole_step: bool) -> tuple[str, ...]:
+    recipes = [policy.recipe, *(rule.recipe for rule in policy.rules)]
+    if whole_step and any(r is not None and r.residual == "fp8" for r in recipes):
+        return (
+            "residual='fp8' has no effect here: this function holds its own backward "
+            "pass, which keeps what it kept. Transform the forward inside grad for it.",
+        )
+    return ()
 
 
 def _layer_obstacles(
@@ -156,9 +169,15 @@ def _unsupported(dot: Dot) -> str:
             return "no elements"
     if dot.has_batch:
         return "batch dimensions"
-    if dot.has_out_sharding:
-        return "explicit sharding of the result: not handled yet"
+    if _is_explicit(dot.out_aval):
+        return "explicit sharding: not handled yet"
     return ""
+
+
+def _is_explicit(aval: Any) -> bool:
+    # Under automatic sharding, too, a dot may carry an `out_sharding`: of no meaning.
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    return jax.sharding.AxisType.Explicit in getattr(mesh, "axis_types", ())
 
 
 def _decide(
@@ -173,7 +192,7 @@ def _decide(
         return _Verdict(None, "by fp8jax itself")
     if a.role == "other" or a.weight is None:
         product = dot.primitive == "dot_general" and not dot.scope.blocked
-        return _Verdict(None, a.reason if product else _unsupported(dot))
+        return _Verdict(None, _why_other(a, leaves) if product else _unsupported(dot))
     reason = _unsupported(dot) if a.role == "wgrad" else _obstacle(a, leaves, policy)
     if reason:
         return _Verdict(None, reason)
@@ -188,6 +207,13 @@ def _decide(
     if reason or recipe is None:
         return _Verdict(None, f"as its layer: {reason}")
     return _apply(a, recipe, policy, whole_step)
+
+
+def _why_other(a: Assignment, leaves: Sequence[Leaf]) -> str:
+    paths = [leaves[i].full_path for i in a.suspects if leaves[i].is_float]
+    if not paths:
+        return a.reason
+    return f"{a.reason}; is {' or '.join(paths)} one? Then name it in weights="
 
 
 def _apply(a: Assignment, recipe: Recipe, policy: Policy, whole_step: bool) -> _Verdict:

@@ -46,10 +46,12 @@ class Report:
     Attributes:
         rows: one for each matrix product, in program order.
         unmatched_rules: patterns of the rules that were about no product.
+        notes: what else the user would not expect.
     """
 
     rows: tuple[Row, ...]
     unmatched_rules: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def flops(self) -> int:
@@ -83,12 +85,13 @@ class Report:
         return "\n".join((*lines, "", *self._summary()))
 
     def to_json(self) -> str:
-        """Rows, fraction and unmatched rules as a JSON object."""
+        """Rows, fraction, unmatched rules and notes as a JSON object."""
         return json.dumps(
             {
                 "rows": [dataclasses.asdict(row) for row in self.rows],
                 "fraction": self.fraction,
                 "unmatched_rules": list(self.unmatched_rules),
+                "notes": list(self.notes),
             }
         )
 
@@ -99,7 +102,7 @@ class Report:
             f"{self.fraction:.1%} of {self.flops / 1e9:.4g} GFLOP."
         ]
         lines += [f"Rule that matched nothing: {p!r}" for p in self.unmatched_rules]
-        return lines
+        return [*lines, *self.notes]
 
 
 _HEAD = ["path", "role", "m", "n", "k", "count", "GFLOP", "status", "how, or why not"]

@@ -1,30 +1,28 @@
 """Which product is what in a train step: fprop, dgrad, wgrad, recomputation, other."""
 
-import collections
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, TypeAlias, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
+from fp8jax.transform._gradients import gradients, operands_of
 from fp8jax.transform._values import (
+    MARKED,
+    SIDES,
     Dot,
     Position,
     Side,
-    Value,
     is_second_order,
     other_side,
-    scope_name,
 )
 
 Role = Literal["fprop", "dgrad", "wgrad", "recompute", "other"]
 
-_SIDES: tuple[Side, Side] = ("lhs", "rhs")
-
-NO_WEIGHT = "no operand is a parameter: attention, or another product of activations"
+NO_WEIGHT = "no operand is a parameter (attention, or the like)"
 NO_WEIGHT_BACKWARD = "gradient of a product without a parameter"
 OUTSIDE = "outside differentiation: an optimizer's product, or an evaluation"
 SECOND_ORDER = "second-order differentiation: left as it is"
 TWO_WEIGHTS = "both operands are made of parameters: which one is the weight is unclear"
-UNKNOWN_WEIGHTS = "no parameters known: pass weights="
+UNKNOWN_WEIGHTS = "no argument is known to hold parameters: pass weights="
 UNCLEAR = "ambiguous: gradient of several layers that have different rules"
 
 
@@ -40,7 +38,7 @@ class Assignment:
         layers: for wgrad, the leaves of all layers that it may be the gradient of;
             more than one only if the program does not tell them apart.
         reason: why the role is "other".
-        suspect: a leaf that would be the weight, were it known to be a parameter.
+        suspects: leaves that would be the weight, were they known to be parameters.
     """
 
     dot: Dot
@@ -49,97 +47,7 @@ class Assignment:
     side: Side | None = None
     layers: tuple[int, ...] = ()
     reason: str = ""
-    suspect: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Gradient:
-    """A backward product `x dout`, the gradient of a forward product's operand.
-
-    Attributes:
-        dot: the backward product.
-        x_side: which of its operands was one of the forward product, too.
-        forward: the forward product, or its recomputation.
-        side: the operand of `forward` that this is the gradient of.
-    """
-
-    dot: Dot
-    x_side: Side
-    forward: Dot
-    side: Side
-
-
-_Key = TypeVar("_Key")
-_Operands: TypeAlias = dict[_Key, list[tuple[Dot, Side]]]
-
-
-def _gradients(dots: Sequence[Dot]) -> Iterator[_Gradient]:
-    """All pairs of a backward product and the forward product that it belongs to.
-
-    The gradients of `y = a b` are `a dy` and `dy b`. So a backward product is known by
-    the operand it shares with a forward one; and where several share it, as with a
-    weight used twice, by what else the same cotangent is multiplied by.
-    """
-    by_operand: _Operands[int] = collections.defaultdict(list)
-    by_sizes: _Operands[tuple[int, int, int]] = collections.defaultdict(list)
-    backward: list[tuple[Dot, Side]] = []
-    # What each cotangent is multiplied by.
-    partners: dict[int, set[tuple[str, int]]] = collections.defaultdict(set)
-    for dot, side in _sides_of(dots):
-        x, y = dot.operand(side), dot.operand(other_side(side))
-        if dot.scope.phase in ("forward", "recompute"):
-            by_operand[x.root].append((dot, side))
-            by_sizes[_sizes(dot, side)].append((dot, side))
-        elif dot.scope.phase == "backward" and y.cotangent:
-            partners[y.root] |= _names(x)
-            backward.append((dot, side))
-
-    for dot, x_side in backward:
-        x, dout = dot.operand(x_side), dot.operand(other_side(x_side))
-        sizes = _gradient_sizes(dot, x_side)
-        shares = [f for f in by_operand[x.root] if _sizes(*f) == sizes]
-        others = partners[dout.root] - _names(x)
-        if not shares:  # A copy that we failed to recognize as one.
-            shares = [f for f in by_sizes[sizes] if _meets(*f, others)]
-        shares = [f for f in shares if _meets(*f, others)] or shares
-        here = scope_name(dot.scope.stack)
-        if here:
-            same_scope = [f for f in shares if scope_name(f[0].scope.stack) == here]
-            shares = same_scope or shares
-        for forward, side in shares:
-            yield _Gradient(dot, x_side, forward, other_side(side))
-
-
-def _sides_of(dots: Sequence[Dot]) -> Iterator[tuple[Dot, Side]]:
-    for dot in dots:
-        if _is_plain(dot) and not dot.has_batch:
-            for side in _SIDES:
-                yield dot, side
-
-
-def _sizes(dot: Dot, side: Side) -> tuple[int, int, int]:
-    """Elements of one operand, of the other, and of the result."""
-    return dot.aval(side).size, dot.aval(other_side(side)).size, dot.out_aval.size
-
-
-def _gradient_sizes(dot: Dot, x_side: Side) -> tuple[int, int, int]:
-    """`_sizes` of the forward product: the result here has the other's size there."""
-    x, dout, out = _sizes(dot, x_side)
-    return x, out, dout
-
-
-def _names(x: Value) -> set[tuple[str, int]]:
-    names = {("value", x.root)}
-    return names if x.only_leaf is None else names | {("leaf", x.only_leaf)}
-
-
-def _meets(forward: Dot, side: Side, partners: set[tuple[str, int]]) -> bool:
-    """Whether the other operand is multiplied by the same cotangent."""
-    return not partners.isdisjoint(_names(forward.operand(other_side(side))))
-
-
-def _is_plain(dot: Dot) -> bool:
-    return dot.primitive == "dot_general" and dot.scope.blocked is None
+    suspects: tuple[int, ...] = ()
 
 
 def is_whole_step(dots: Sequence[Dot]) -> bool:
@@ -154,7 +62,7 @@ def differentiated_leaves(dots: Sequence[Dot], is_float: Sequence[bool]) -> int:
         `Value.leaves` of them all.
     """
     found = 0
-    for gradient in _gradients(dots):
+    for gradient in gradients(dots):
         leaf = gradient.forward.operand(gradient.side).only_leaf
         if leaf is not None and leaf < len(is_float) and is_float[leaf]:
             found |= 1 << leaf
@@ -164,11 +72,10 @@ def differentiated_leaves(dots: Sequence[Dot], is_float: Sequence[bool]) -> int:
 def forward_leaves(dots: Sequence[Dot]) -> int:
     """Leaves that, cast or sliced at most, some forward product multiplies by."""
     found = 0
-    for dot in dots:
-        if dot.scope.phase in ("forward", "recompute"):
-            for side in _SIDES:
-                leaf = dot.operand(side).only_leaf
-                found |= 0 if leaf is None else 1 << leaf
+    for dot, side in operands_of(dots):
+        leaf = dot.operand(side).only_leaf
+        if leaf is not None and dot.scope.phase in ("forward", "recompute"):
+            found |= 1 << leaf
     return found
 
 
@@ -182,40 +89,60 @@ def assign(
         weights: `Value.leaves` of the parameters.
         leaf_sizes: elements of each leaf.
     """
-    if not is_whole_step(dots):
-        by_phase = dict.fromkeys(get_args(Phase), "fprop")
-    if any(is_second_order(dot.scope.stack) for dot in dots):
-        return [Assignment(dot, "other", reason=SECOND_ORDER) for dot in dots]
-    by_phase = {
-        "outside": lambda dot: Assignment(dot, "other", reason=OUTSIDE),
-        "forward": lambda dot: _forward(dot, weights, leaf_sizes, "fprop"),
-        "recompute": lambda dot: _forward(dot, weights, leaf_sizes, "recompute"),
-        "backward": lambda dot: _dgrad(dot, weights, leaf_sizes),
-    }
-    assigned = [by_phase[dot.scope.phase](dot) for dot in dots]
+    whole_step = is_whole_step(dots)
+    second_order = any(is_second_order(dot.scope.stack) for dot in dots)
+
+    def role_of(dot: Dot) -> Assignment:
+        phase = dot.scope.phase
+        if dot.primitive == MARKED:
+            return _marked(dot, len(leaf_sizes))
+        if second_order:
+            return Assignment(dot, "other", reason=SECOND_ORDER)
+        if phase == "backward":
+            return _dgrad(dot, weights, leaf_sizes)
+        if phase == "outside" and whole_step:
+            return Assignment(dot, "other", reason=OUTSIDE)
+        role = "recompute" if phase == "recompute" else "fprop"
+        return _forward(dot, weights, leaf_sizes, role)
+
+    assigned = [role_of(dot) for dot in dots]
     wgrads = _wgrads(dots, assigned)
     return [wgrads.get(a.dot.position, a) for a in assigned]
+
+
+def _marked(dot: Dot, n_leaves: int) -> Assignment:
+    """One of our own products: what is in blocks is the weight, and wgrad has none."""
+    role: Role = "recompute" if dot.scope.phase == "recompute" else "fprop"
+    if dot.scope.phase == "backward":
+        role = "wgrad" if dot.blocked is None else "dgrad"
+    if dot.blocked is None:
+        return Assignment(dot, role)
+    leaf = dot.operand(dot.blocked).only_leaf
+    known = leaf is not None and leaf < n_leaves
+    return Assignment(dot, role, leaf if known else None, dot.blocked)
 
 
 def _forward(
     dot: Dot, weights: int, leaf_sizes: Sequence[int], role: Role
 ) -> Assignment:
-    sides: list[Side] = [side for side in _SIDES if _is_weight(dot, side, weights)]
+    sides: list[Side] = [side for side in SIDES if _is_weight(dot, side, weights)]
     if len(sides) == 2:  # A parameter itself beats what was computed from some.
         sides = [s for s in sides if dot.operand(s).only_leaf is not None]
     if len(sides) == 1:
         leaf = _largest(dot.operand(sides[0]).leaves, leaf_sizes)
         return Assignment(dot, role, leaf, sides[0])
-    if sides or all(_is_weight(dot, side, weights) for side in _SIDES):
+    if sides or all(_is_weight(dot, side, weights) for side in SIDES):
         return Assignment(dot, "other", reason=TWO_WEIGHTS)
+    found = [dot.operand(side).only_leaf for side in SIDES]
+    suspects = tuple(x for x in found if x is not None and x < len(leaf_sizes))
     reason = NO_WEIGHT if weights else UNKNOWN_WEIGHTS
-    return Assignment(dot, "other", reason=reason)
+    return Assignment(dot, "other", reason=reason, suspects=suspects)
 
 
 def _dgrad(dot: Dot, weights: int, leaf_sizes: Sequence[int]) -> Assignment:
     sides: list[Side] = [
         side
-        for side in _SIDES
+        for side in SIDES
         if _is_weight(dot, side, weights) and dot.operand(other_side(side)).cotangent
     ]
     if len(sides) == 1:
@@ -232,7 +159,7 @@ def _wgrads(
     layers = {a.dot.position: a for a in assigned if a.role in ("fprop", "recompute")}
     taken = {a.dot.position for a in assigned if a.role == "dgrad"}
     found: dict[Position, Assignment] = {}
-    for gradient in _gradients(dots):
+    for gradient in gradients(dots):
         layer = layers.get(gradient.forward.position)
         position = gradient.dot.position
         if layer is None or layer.side != gradient.side or position in taken:

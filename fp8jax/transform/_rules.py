@@ -2,17 +2,17 @@
 
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from fp8jax import _compat, numerics, ops
 from fp8jax.transform._interpreter import Flow, FlowRule, sub_jaxprs
-from fp8jax.transform._values import Dot, Scope, Side, Value
+from fp8jax.transform._values import MARKED, SIDES, Dot, Scope, Side, Value
 
 OURS = "inside a function of fp8jax"
 HAND_WRITTEN = "hand-written VJP: left as it is"
-MARKED = "fp8jax"  # The `Dot.primitive` of one of our own functions.
 
 # The same numbers, possibly in another dtype or shape.
 _VIEWS = (
@@ -62,19 +62,37 @@ def elementwise(
     value = _joined(operands)
     if scope.phase == "backward":
         value = dataclasses.replace(value, cotangent=True)
+    if any(hasattr(v.aval, "inner_aval") for v in eqn.invars):
+        # What is read from a mutable array may come from anywhere.
+        value = dataclasses.replace(value, leaves=value.leaves | flow.closure)
     return _numbered(flow, eqn, operands, value)
 
 
 def opaque(
-    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
+    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope, times: int = 1
 ) -> list[Value]:
-    """A primitive we do not enter: products in its jaxprs are only reported."""
-    unknown = _joined(operands)
+    """A primitive we do not enter: products in its jaxprs are only reported.
+
+    Args:
+        flow, eqn, operands, scope: as for every rule.
+        times: how often its jaxprs run.
+    """
+    number = flow.number("unknown", scope.position)
+    unknown = dataclasses.replace(_joined(operands), number=number, root=number)
     reason = f"inside {eqn.primitive.name}: not handled, left as it is"
     for i, jaxpr in enumerate(sub_jaxprs(eqn)):
         inputs = [unknown] * len(_compat.open_jaxpr(jaxpr).invars)
-        flow.walk(jaxpr, inputs, scope.inside(i, blocked=reason))
+        flow.walk(jaxpr, inputs, scope.inside(i, times, reason))
     return elementwise(flow, eqn, operands, scope)
+
+
+def _shard_map(
+    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
+) -> list[Value]:
+    sizes = dict(eqn.params["mesh"].shape)
+    manual = eqn.params.get("newly_manual_axes", sizes)
+    shards = math.prod(sizes[axis] for axis in manual)
+    return opaque(flow, eqn, operands, scope, times=shards)
 
 
 def _view(flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope) -> list[Value]:
@@ -102,14 +120,8 @@ def _slice(
 def _dot_general(
     flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
-    _record(
-        flow,
-        eqn,
-        operands,
-        scope,
-        dimension_numbers=eqn.params["dimension_numbers"],
-        has_out_sharding=eqn.params.get("out_sharding") is not None,
-    )
+    dimension_numbers = eqn.params["dimension_numbers"]
+    _record(flow, eqn, operands, scope, dimension_numbers=dimension_numbers)
     return _product(flow, eqn, operands, scope)
 
 
@@ -169,8 +181,7 @@ def _marked(
 
 def _blocked_side(pairs: Sequence[tuple[Any, Any]]) -> Side | None:
     """Of two pairs of codes and scales, the one with fewer scale rows than rows."""
-    sides: tuple[Side, Side] = ("lhs", "rhs")
-    for side, (data, scale) in zip(sides, pairs, strict=True):
+    for side, (data, scale) in zip(SIDES, pairs, strict=True):
         if scale.aval.ndim == 2 and scale.aval.shape[0] < data.aval.shape[0]:
             return side
     return None
@@ -367,5 +378,6 @@ RULES: dict[str, FlowRule] = {
     "ragged_dot": _ragged_dot,
     "ragged_dot_general": _ragged_dot,
     "scan": _scan,
+    "shard_map": _shard_map,
     "while": _while,
 }

@@ -8,6 +8,8 @@ from typing import Any, Literal
 Position = tuple[int, ...]  # equation, sub-jaxpr, equation, ..., equation
 Phase = Literal["outside", "forward", "recompute", "backward"]
 Side = Literal["lhs", "rhs"]
+SIDES: tuple[Side, Side] = ("lhs", "rhs")
+MARKED = "fp8jax"  # The `Dot.primitive` of one of our own products.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ def phase_of(stack: str) -> Phase:
     """
     phase: Phase = "outside"
     for part in stack.split("/"):
-        if "transpose(" in part:
+        if "transpose(jvp(" in part:  # A mere `transpose(` is a linear solver's.
             phase = "backward"
         elif "rematted_computation" in part:
             phase = "recompute"
@@ -115,7 +117,6 @@ class Dot:
         lhs, rhs: the operands as abstract values.
         lhs_aval, rhs_aval, out_aval: their types and the result's.
         dimension_numbers: as in `jax.lax.dot_general`; None for other primitives.
-        has_out_sharding: whether the program says how to shard the result.
         blocked: for our own products, the operand in tiles of more than one row.
         flops: of one run, for a primitive that is no plain product of two operands.
     """
@@ -128,7 +129,6 @@ class Dot:
     rhs_aval: Any
     out_aval: Any
     dimension_numbers: Any = None
-    has_out_sharding: bool = False
     blocked: Side | None = None
     flops: int | None = None
 

@@ -240,6 +240,27 @@ def test_quantized_dot_refuses_differentiation_and_says_what_to_use():
         jax.grad(lambda x: ops.quantized_dot(x, w, DIMS, *specs).sum())(x)
 
 
+@pytest.mark.parametrize(
+    "derivative",
+    [
+        lambda f: jax.grad(lambda x: (jax.grad(f)(x) ** 2).sum()),
+        jax.hessian,
+        lambda f: lambda x: jax.jvp(jax.grad(f), (x,), (x,)),
+        lambda f: jax.jacrev(jax.grad(f)),
+    ],
+    ids=["grad of grad", "hessian", "jvp of grad", "jacrev of grad"],
+)
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_second_derivatives_are_refused_and_not_wrong(wrap, derivative):
+    _, w, _ = layer(m=4, k=8, n=4)
+
+    def f(x):
+        return (fp8jax.dot_general(x, w, DIMS) ** 2).sum()
+
+    with pytest.raises(TypeError, match=r"second derivative|forward-mode"):
+        wrap(derivative(f))(jnp.ones((4, 8)))
+
+
 def test_trains_on_a_sharded_batch():
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:8]), ("data",))
     x, w, _ = layer(m=256, k=256, n=128)

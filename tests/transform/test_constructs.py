@@ -1,0 +1,206 @@
+"""What is not handled stays exactly as it is, and the report says so."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from fp8jax import _compat
+from fp8jax.transform import fp8_transform
+
+D = 128
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape) * 0.1
+
+
+PARAMS = {"a": normal(0, D, D), "b": normal(1, D, D)}
+X = normal(9, 128, D)
+
+
+def layer(params, x):
+    return jnp.tanh(x @ params["a"])
+
+
+def statuses(report):
+    return [(r.path, r.role, r.status) for r in report.rows]
+
+
+def check_left_alone(rest, reason, params=PARAMS):
+    """`rest` of the rewritten function sees only that its input is in FP8."""
+
+    def forward(params, x):
+        return rest(params, layer(params, x))
+
+    fn = fp8_transform(forward)
+    report = fn.report(params, X)
+    assert statuses(report)[0] == ("a", "fprop", "fp8")
+    others = report.rows[1:]
+    assert others, "what is left alone must be reported"
+    for row in others:
+        assert row.status == "skipped"
+        assert reason in row.reason
+    fp8_layer = fp8_transform(layer)(params, X)
+    chex.assert_trees_all_close(
+        fn(params, X), jax.jit(rest)(params, fp8_layer), rtol=1e-6
+    )
+
+
+@jax.custom_vjp
+def hand_written(w, x):
+    return x @ w
+
+
+hand_written.defvjp(
+    lambda w, x: (x @ w, (w, x)), lambda r, dy: (r[1].T @ dy, dy @ r[0].T)
+)
+
+
+@jax.custom_jvp
+def hand_written_forward(w, x):
+    return x @ w
+
+
+hand_written_forward.defjvps(None, lambda dx, y, w, x: dx @ w)
+
+
+def test_hand_written_vjp_is_left_alone():
+    check_left_alone(lambda p, x: hand_written(p["b"], x), "hand-written VJP")
+
+
+def test_hand_written_jvp_is_left_alone():
+    check_left_alone(lambda p, x: hand_written_forward(p["b"], x), "hand-written VJP")
+
+
+def test_linear_solver_is_left_alone():
+    def rest(params, x):
+        return jax.lax.custom_linear_solve(
+            lambda v: v + v @ params["b"] * 1e-3,
+            x,
+            lambda matvec, v: v - (matvec(v) - v),
+            transpose_solve=lambda vecmat, v: v,
+        )
+
+    check_left_alone(rest, "inside custom_linear_solve")
+
+
+def test_pallas_kernel_is_left_alone():
+    def kernel(x, w, out):
+        out[...] = jnp.dot(x[...], w[...], preferred_element_type=jnp.float32)
+
+    def rest(params, x):
+        out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return pl.pallas_call(kernel, out_shape=out, interpret=True)(x, params["b"])
+
+    check_left_alone(rest, "inside pallas_call")
+
+
+def test_shard_map_is_left_alone_and_counted_once_a_shard():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    rows, everywhere = PartitionSpec("d"), PartitionSpec()
+
+    def rest(params, x):
+        return jax.shard_map(
+            lambda x, w: x @ w,
+            mesh=mesh,
+            in_specs=(rows, everywhere),
+            out_specs=rows,
+        )(x, params["b"])
+
+    check_left_alone(rest, "inside shard_map")
+    row = fp8_transform(rest).report(PARAMS, X).rows[0]
+    assert (row.m, row.n, row.k, row.count) == (16, D, D, 8)
+
+
+def test_convolution_and_ragged_dot_are_reported_with_their_flops():
+    def rest(params, x):
+        kernel = params["b"][:3, :3][None, None]
+        image = jax.lax.conv(x[None, None], kernel, (1, 1), "SAME")[0, 0]
+        groups = jnp.array([100, 28], jnp.int32)
+        return jax.lax.ragged_dot(image, jnp.stack([params["b"]] * 2), groups)
+
+    check_left_alone(rest, "no FP8 kernel for it yet")
+    conv, ragged = fp8_transform(lambda p, x: rest(p, x)).report(PARAMS, X).rows
+    assert conv.flops == 2 * 128 * D * 9
+    assert ragged.flops == 2 * 128 * D * D
+
+
+def test_while_loop_of_unknown_length_is_entered():
+    def forward(params, x):
+        def body(state):
+            i, x = state
+            return i + 1, layer(params, x)
+
+        return jax.lax.while_loop(lambda state: state[0] < 2, body, (0, x))[1]
+
+    fn = fp8_transform(forward)
+    assert statuses(fn.report(PARAMS, X)) == [("a", "fprop", "fp8")]
+    single = fp8_transform(layer)
+    chex.assert_trees_all_equal(fn(PARAMS, X), single(PARAMS, single(PARAMS, X)))
+
+
+def test_callbacks_randomness_and_named_scopes_stay(capfd):
+    def forward(params, x, key):
+        with jax.named_scope("noisy"):
+            x = layer(params, x) + jax.random.normal(key, x.shape)
+        jax.debug.print("shift {}", params["a"][0, 0] * 0)
+        return x
+
+    fn = fp8_transform(forward)
+    key = jax.random.key(1)
+    out = fn(PARAMS, X, key)
+    jax.effects_barrier()
+    assert "shift 0.0" in capfd.readouterr().out
+    noise = jax.random.normal(key, X.shape)
+    clean = fp8_transform(layer)(PARAMS, X)
+    chex.assert_trees_all_close(out, clean + noise, rtol=1e-5, atol=1e-6)
+    assert "noisy" in fn.lower(PARAMS, X, key).as_text(debug_info=True)
+
+
+def test_explicit_sharding_is_left_alone_and_reported():
+    mesh = jax.make_mesh((8,), ("d",))
+
+    @jax.jit
+    def step(params, x):
+        return jax.value_and_grad(lambda p: jnp.mean(layer(p, x)))(params)
+
+    with jax.set_mesh(mesh):
+        x = jax.device_put(X, NamedSharding(mesh, PartitionSpec("d")))
+        params = jax.device_put(PARAMS, NamedSharding(mesh, PartitionSpec()))
+        fn = fp8_transform(step)
+        report = fn.report(params, x)
+        assert {r.reason for r in report.rows} == {"explicit sharding: not handled yet"}
+        with pytest.warns(UserWarning, match="no matrix product"):
+            out = fn(params, x)
+        chex.assert_trees_all_equal(out, step(params, x))
+
+
+def test_sharded_arguments_give_the_unsharded_result():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    fn = fp8_transform(jax.value_and_grad(lambda p, x: jnp.mean(layer(p, x) ** 2)))
+    x = jax.device_put(X, NamedSharding(mesh, PartitionSpec("d")))
+    params = jax.device_put(PARAMS, NamedSharding(mesh, PartitionSpec(None, "d")))
+    assert fn.report(params, x).fraction == 1.0
+    loss, grads = fn(params, x)
+    wanted_loss, wanted = fn(PARAMS, X)
+    chex.assert_trees_all_close(loss, wanted_loss, rtol=1e-5)
+    # A sum in another order may move an FP8 code by one step.
+    difference = np.linalg.norm(grads["a"] - wanted["a"])
+    assert difference < 1e-2 * np.linalg.norm(wanted["a"])
+
+
+def test_private_names_that_the_transform_needs_are_there():
+    jitted = jax.jit(lambda x, n: x, static_argnums=1, donate_argnames="x")
+    options = _compat.jit_options(jitted)
+    assert options.static_argnums == (1,)
+    assert options.donate_argnums == (0,)
+    jaxpr = jax.make_jaxpr(
+        lambda c, x: jax.lax.scan(lambda s, y: (s + y * c, s), x[0], x)
+    )(1.0, X)
+    (scan,) = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
+    assert _compat.scan_counts(scan.params) == (1, 1)
+    assert _compat.with_eqns(jaxpr, list(jaxpr.eqns)).eqns == jaxpr.eqns
