@@ -48,8 +48,8 @@ def sections() -> list[str]:
         f"On one {gemm[0]['device']}, JAX {gemm[0]['jax']}, contenders side by side in "
         "one run. How, and all rows: [benchmarks/README.md](benchmarks/README.md).",
         "GEMM, 1x128 by 128x128, BF16 out, TFLOPS (peak "
-        f"{PEAK_TFLOPS}), against cuBLASLt's blockwise FP8 kernel (`torch._scaled_mm`), "
-        "whose bits it gives:",
+        f"{PEAK_TFLOPS}), against cuBLASLt's blockwise FP8 kernel "
+        "(`torch._scaled_mm`), whose bits it gives:",
         table(
             ["m, n, k", "fp8jax", "cuBLASLt blockwise", "ratio", "torch BF16"],
             [
@@ -65,8 +65,8 @@ def sections() -> list[str]:
         ),
         "(*) Shorter than 100 us: kernel time, one contender after the other.",
         f"Geometric mean {mean:.2f}. The weight gradient's 1x128 by 1x128 is at "
-        f"{min(wgrad):.2f} to {max(wgrad):.2f} of cuBLASLt's, about BF16's speed: it is "
-        "next.",
+        f"{min(wgrad):.2f} to {max(wgrad):.2f} of cuBLASLt's, about BF16's speed: it "
+        "is next.",
         "Quantization of bfloat16 "
         f"[{', '.join(QUANTIZE_SHAPE)}], GB/s of reads and writes:",
         table(
@@ -92,8 +92,8 @@ def sections() -> list[str]:
             ],
         ),
         f"The gap is {gap(losses, 'train_loss')} in training loss and "
-        f"{gap(losses, 'heldout_loss')} held out. At this width (768) FP8 saves no time "
-        "yet.",
+        f"{gap(losses, 'heldout_loss')} held out. At this width (768) FP8 saves no "
+        "time yet.",
     ]
 
 
