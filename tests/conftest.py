@@ -1,6 +1,7 @@
 """Strict JAX settings for every test, and the skip of GPU tests where there is none."""
 
 import os
+from collections.abc import Iterator
 
 # Eight CPU devices, so that sharding is tested on every machine. Before JAX starts.
 os.environ["XLA_FLAGS"] = (
@@ -11,7 +12,6 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_check_tracer_leaks", False)
 
 
 def _hopper_missing() -> str | None:
@@ -32,6 +32,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.fixture
-def key() -> jax.Array:
-    return jax.random.key(0)
+@pytest.fixture(autouse=True)
+def _device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests that are not about a GPU run on the CPU, whose arithmetic they count on."""
+    if request.node.get_closest_marker("gpu"):
+        yield
+    else:
+        with jax.default_device(jax.devices("cpu")[0]):
+            yield

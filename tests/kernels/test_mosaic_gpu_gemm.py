@@ -139,6 +139,25 @@ def test_interpreted_nan_scale_stays_in_its_row_or_tile(rhs_tile):
 
 
 @interpreted
+@both_gemms
+def test_lowers_with_64_bit_types_enabled(rhs_tile):
+    # Not by interpret mode, whose own callbacks fail with 64-bit types.
+    operands = _operands(72, 40, 300, rhs_tile)
+    with jax.enable_x64(True):
+        traced = jax.jit(_product(rhs_tile)).trace(*operands)
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.gpu
+@both_gemms
+def test_with_64_bit_types_enabled(rhs_tile):
+    operands = _operands(200, 320, 576, rhs_tile)
+    with jax.enable_x64(True):
+        out = jax.jit(_product(rhs_tile))(*operands)
+    _check(out, operands, rhs_tile)
+
+
+@interpreted
 def test_interpreted_under_vmap_and_scan():
     _check_vmap_and_scan(m=8, n=32, k=128, context=_interpreting)
 

@@ -127,6 +127,26 @@ def test_interpreted_e5m2_and_eps():
 
 @interpreted
 @each_tile
+def test_lowers_with_64_bit_types_enabled(tile):
+    # Not by interpret mode, whose own callbacks may fail with 64-bit types.
+    quantize = functools.partial(
+        mosaic_gpu.quantize, tile=tile, dtype=jnp.float8_e4m3fn, scale="pow2", eps=0.0
+    )
+    with jax.enable_x64(True):
+        traced = jax.jit(quantize).trace(_lognormal((136, 130), jnp.float32))
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.gpu
+@each_tile
+def test_with_64_bit_types_enabled(tile):
+    x = _lognormal((300, 260), jnp.float32)
+    with jax.enable_x64(True):
+        _check_pow2(x, tile)
+
+
+@interpreted
+@each_tile
 def test_interpreted_under_vmap_and_scan(tile):
     _check_vmap_and_scan(tile, (2, 136, 128), context=_interpreting)
 

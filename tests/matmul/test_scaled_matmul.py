@@ -171,7 +171,9 @@ def test_calls_carry_the_mark_by_which_the_transform_knows_them():
     q = fp8jax.quantize(jnp.ones((4, 128)))
     jaxpr = jax.make_jaxpr(fp8jax.scaled_matmul)(q, q)
     names = [eqn.params.get("name", "") for eqn in jaxpr.eqns]
-    assert names == [f"{matmul.MARK}gemm_xla"]
+    assert names == [
+        f"{matmul.MARK}gemm_{matmul.gemm_implementation(*[fp8jax.TILE_1X128] * 2)}"
+    ]
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="measures the CPU path")

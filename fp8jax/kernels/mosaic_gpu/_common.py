@@ -1,7 +1,8 @@
 """What the Mosaic GPU kernels share: padding, batching rules and the device's size."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _H100_SMS = 132
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def num_sms() -> int:
@@ -31,6 +33,20 @@ def swizzled(columns: int, swizzle: int) -> tuple[Any, ...]:
         plgpu.TilingTransform((8, columns)),  # pyright: ignore
         plgpu.SwizzleTransform(swizzle),  # pyright: ignore
     )
+
+
+def in_32_bits(kernel: _Function) -> _Function:
+    """`kernel`, traced with 32-bit integers where the user has enabled 64-bit ones.
+
+    Block indices are int32 on the device; a Python integer must not become an int64.
+    """
+
+    @functools.wraps(kernel)
+    def run(*args: Any, **options: Any) -> Any:
+        with jax.enable_x64(False):
+            return kernel(*args, **options)
+
+    return cast(_Function, run)
 
 
 def ceil_div(a: int, b: int) -> int:

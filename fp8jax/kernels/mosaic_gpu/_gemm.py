@@ -10,7 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax.kernels._contract import Tile
-from fp8jax.kernels.mosaic_gpu._common import mapped_under_vmap, num_sms, zero_pad
+from fp8jax.kernels.mosaic_gpu._common import (
+    in_32_bits,
+    mapped_under_vmap,
+    num_sms,
+    zero_pad,
+)
 from fp8jax.kernels.mosaic_gpu._config import (
     CHUNK,
     GemmConfig,
@@ -94,6 +99,7 @@ def gemm(
     return run(lhs, lhs_scale, rhs, rhs_scale).astype(out_dtype)
 
 
+@in_32_bits
 def multiply(
     lhs: jax.Array,
     lhs_scale: jax.Array,

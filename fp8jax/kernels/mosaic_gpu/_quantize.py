@@ -19,6 +19,7 @@ from fp8jax import _compat
 from fp8jax.kernels._contract import ScaleKind, Tile
 from fp8jax.kernels.mosaic_gpu._common import (
     ceil_div,
+    in_32_bits,
     mapped_under_vmap,
     num_sms,
     swizzled,
@@ -102,6 +103,7 @@ def quantize(
     return call(x)
 
 
+@in_32_bits
 def _quantize_matrix(
     x: jax.Array, *, tile: Tile, dtype: np.dtype, kind: ScaleKind, eps: float
 ) -> tuple[jax.Array, jax.Array]:
