@@ -10,7 +10,12 @@ from jax.extend import core
 
 from fp8jax.recipes import Recipe, Rule, deepseek_v3
 from fp8jax.transform import _nnx
-from fp8jax.transform._arguments import ArgumentOptions, CallKey
+from fp8jax.transform._arguments import (
+    ArgumentOptions,
+    CallKey,
+    has_static_outputs,
+    without_marks,
+)
 from fp8jax.transform._interpreter import Flow, rewrite
 from fp8jax.transform._leaves import (
     Leaf,
@@ -136,6 +141,7 @@ class Fp8Function:
         self._options = options
         self._describe = describe or self._leaves
         self._without_nnx: set[CallKey] = set()
+        self._has_static_outputs = False
         self._pure_functions: dict[_nnx.PureFunction, Fp8Function] = {}
 
         def run(key: CallKey, donated: list[Any], kept: list[Any]) -> Any:
@@ -150,11 +156,12 @@ class Fp8Function:
         if self._has_nnx(call[0], args, kwargs):
             return self._call_nnx(args, kwargs)
         try:
-            return self._jit(*call)
+            outputs = self._jit(*call)
         except TypeError as error:
             if not _is_about_derivatives(error):
                 raise
             raise TypeError(NO_DERIVATIVE) from error
+        return without_marks(outputs) if self._has_static_outputs else outputs
 
     def report(self, *args: Any, **kwargs: Any) -> Report:
         """What becomes of every matrix product of this call, without running it.
@@ -177,6 +184,7 @@ class Fp8Function:
         jaxpr, out_tree, plan = self._plan(key, donated, kept)
         _warn(plan.report, self._policy, self._name)
         jaxpr = rewrite(jaxpr, plan.replacements, replacer())
+        self._has_static_outputs |= has_static_outputs(out_tree)
         inputs = [*donated, *kept]
         outputs = core.jaxpr_as_fun(jaxpr)(*inputs)
         return jax.tree.unflatten(out_tree, outputs)
@@ -188,7 +196,7 @@ class Fp8Function:
 
         def flat(donated: list[Any], kept: list[Any]) -> Any:
             args, kwargs = key.arguments(donated, kept)
-            return self._fn(*args, **kwargs)
+            return self._options.mark(self._fn(*args, **kwargs), key)
 
         jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(donated, kept)
         leaves = self._ordered_leaves(key, donated, kept)

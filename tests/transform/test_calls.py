@@ -1,6 +1,7 @@
 """The transformed function is called, jitted, vmapped and refused as the plain one."""
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,7 @@ def mlp(params, x):
 
 
 def copy(tree):
-    return jax.tree.map(jnp.copy, tree)
+    return jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, tree)
 
 
 def test_traces_once_for_one_signature():
@@ -93,6 +94,40 @@ def test_leaves_that_are_no_arrays_are_static():
     chex.assert_trees_all_close(out, 2 * halved)
     sine = fn({**config, "activation": jnp.sin}, PARAMS, X)
     assert not np.array_equal(sine, out)
+
+
+def test_static_results_are_those_that_came_in_and_survive_the_cache():
+    def forward(config, params, x):
+        return config, x @ params["a"]
+
+    fn = fp8_transform(forward, weights="params")
+    for activation in (jnp.tanh, jnp.sin, jnp.tanh):
+        config = {"activation": activation, "scale": 2.0}
+        (got, _) = fn(config, PARAMS, X)
+        assert got["activation"] is activation
+        assert float(got["scale"]) == 2.0
+
+
+def test_result_that_is_no_array_and_did_not_come_in_is_jax_s_error():
+    fn = fp8_transform(lambda params, x: (x @ params["a"], object()))
+    with pytest.raises(TypeError, match="not a valid JAX type"):
+        fn(PARAMS, X)
+
+
+def test_equinox_filter_jit_keeps_static_numbers_and_donation():
+    def step(model, x):
+        assert model["inference"] is True
+        assert model["rate"] == 0.5
+        return {**model, "w": x @ model["w"]}
+
+    model = {"w": PARAMS["a"], "inference": True, "rate": 0.5}
+    out = fp8_transform(eqx.filter_jit(step))(model, X)
+    assert (out["inference"], out["rate"]) == (True, 0.5)
+    assert isinstance(out["rate"], float)
+    mine, x = copy(model), jnp.copy(X)
+    fp8_transform(eqx.filter_jit(step, donate="all-except-first"))(mine, x)
+    assert x.is_deleted()
+    assert not mine["w"].is_deleted()
 
 
 def test_shapes_alone_will_do_for_a_report():
