@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from fp8jax.recipes import Recipe, Rule, deepseek_v3
+from fp8jax.recipes import Recipe, Rule, check_recipe, deepseek_v3
 from fp8jax.transform import _nnx
 from fp8jax.transform._arguments import (
     ArgumentOptions,
@@ -74,8 +74,8 @@ def fp8_transform(
             default.
         rules: `recipes.Rule`s, in order, matched with the key path of a layer's weight
             in its argument (`"params/layers_0/up/kernel"` of a TrainState,
-            `"layers_0/up/kernel"` of a dict of parameters). The first match wins; the
-            default skips come last.
+            `"layers_0/up/kernel"` of a dict of parameters), the GEMM's role and the
+            weight's size. The first match wins; the default skips come after yours.
         weights: which leaves are parameters: a predicate on the path with the
             argument's name first (`"state/params/up/kernel"`), or the numbers or names
             of arguments. By default those that the step differentiates; else those
@@ -83,7 +83,8 @@ def fp8_transform(
             the first argument, if that is a container.
         static_argnums, static_argnames, donate_argnums, donate_argnames: as in
             `jax.jit`.
-        min_dim: a weight with fewer input or output features is skipped.
+        min_dim: a weight with fewer input or output features is skipped, unless a rule
+            is about it.
         implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here.
 
     Returns:
@@ -95,11 +96,8 @@ def fp8_transform(
     """
     if not callable(fn):
         raise ValueError(f"fp8_transform takes a function, got {fn!r}.")
-    if recipe is not None and not isinstance(recipe, Recipe):
-        raise ValueError(
-            f"fp8_transform takes recipe=None or a Recipe, got {recipe!r}; see "
-            "fp8jax.recipes."
-        )
+    if recipe is not None:
+        check_recipe("fp8_transform", recipe)
     rules = tuple(rules) if isinstance(rules, Sequence) else (rules,)
     if not all(isinstance(rule, Rule) for rule in rules):
         raise ValueError(

@@ -175,7 +175,10 @@ def test_differentiating_a_whole_step_says_what_to_do():
     ("arguments", "message"),
     [
         ({"fn": 3}, "takes a function, got 3"),
-        ({"fn": mlp, "recipe": "deepseek_v3"}, "Recipe, got 'deepseek_v3'"),
+        (
+            {"fn": mlp, "recipe": "deepseek"},
+            "got recipe='deepseek'; presets are recipes.deepseek_v3(), ",
+        ),
         ({"fn": mlp, "rules": ["a.*"]}, "takes rules="),
         ({"fn": mlp, "rules": recipes.bf16()}, "takes rules="),
         ({"fn": mlp, "weights": 1.5}, "takes weights="),
@@ -198,7 +201,11 @@ def test_weights_that_name_no_argument_are_refused():
     [
         ({"pattern": "("}, "regular expression"),
         ({"pattern": 3}, "regular expression"),
-        ({"pattern": "a", "recipe": "bf16"}, "recipe='bf16'"),
+        ({"pattern": "a", "recipe": "bf8"}, "recipe='bf8'; presets are"),
+        ({"pattern": "a", "roles": "wgrad"}, "roles from ('fprop', 'dgrad', 'wgrad')"),
+        ({"pattern": "a", "roles": ()}, "got ()"),
+        ({"pattern": "a", "roles": ("fwd",)}, "got ('fwd',)"),
+        ({"pattern": "a", "where": 128}, "got 128"),
     ],
 )
 def test_rules_that_are_none_are_refused(rule, message):
