@@ -12,7 +12,6 @@ import numpy as np
 from fp8jax import _compat
 
 _PYTHON_SCALARS = (int, float, complex)
-_SCALARS = (*_PYTHON_SCALARS, np.generic, np.ndarray)
 
 
 class Static:
@@ -176,10 +175,10 @@ class ArgumentOptions:
         return jax.tree.map(marked, outputs)
 
     def _is_array(self, x: Any) -> bool:
-        if isinstance(x, _PYTHON_SCALARS) and not isinstance(x, np.generic):
-            return not self.static_scalars
-        if isinstance(x, (jax.Array, *_SCALARS)):
+        if isinstance(x, (jax.Array, np.ndarray, np.generic)):
             return True
+        if isinstance(x, _PYTHON_SCALARS):
+            return not self.static_scalars
         return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
