@@ -1,9 +1,10 @@
 """Rules: which layers get which recipe, by their weight's key path and size."""
 
 import dataclasses
+import inspect
 import re
-from collections.abc import Callable, Iterable
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, Literal, TypeAlias, get_args
 
 from fp8jax.recipes._presets import check_recipe
 from fp8jax.recipes._recipe import Recipe
@@ -49,14 +50,14 @@ class Rule:
             ) from None
         if self.recipe is not None:
             check_recipe("Rule", self.recipe)
-        roles = self.roles
-        if isinstance(roles, str) or not roles or not set(roles) <= {*GEMM_NAMES}:
-            raise ValueError(f"Rule takes roles from {GEMM_NAMES}, got {roles!r}.")
-        if self.where is not None and not callable(self.where):
+        roles = tuple(self.roles) if isinstance(self.roles, Collection) else ()
+        if not roles or not all(role in GEMM_NAMES for role in roles):
+            raise ValueError(f"Rule takes roles from {GEMM_NAMES}, got {self.roles!r}.")
+        if self.where is not None and not _takes_two(self.where):
             raise ValueError(
                 f"Rule takes where=None or a function of (k, n), got {self.where!r}."
             )
-        object.__setattr__(self, "roles", tuple(roles))
+        object.__setattr__(self, "roles", roles)
 
     def matches(self, path: str, role: GemmName, k: int, n: int) -> bool:
         """Whether the rule is about this GEMM of the weight at this path."""
@@ -65,6 +66,16 @@ class Rule:
             and re.fullmatch(self.pattern, path) is not None
             and (self.where is None or bool(self.where(k, n)))
         )
+
+
+def _takes_two(predicate: Any) -> bool:
+    try:
+        inspect.signature(predicate).bind(1, 1)
+    except ValueError:
+        return True  # A builtin that does not tell.
+    except TypeError:
+        return False
+    return True
 
 
 def first_match(

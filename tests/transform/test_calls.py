@@ -204,8 +204,10 @@ def test_weights_that_name_no_argument_are_refused():
         ({"pattern": "a", "recipe": "bf8"}, "recipe='bf8'; presets are"),
         ({"pattern": "a", "roles": "wgrad"}, "roles from ('fprop', 'dgrad', 'wgrad')"),
         ({"pattern": "a", "roles": ()}, "got ()"),
+        ({"pattern": "a", "roles": 3}, "got 3"),
         ({"pattern": "a", "roles": ("fwd",)}, "got ('fwd',)"),
         ({"pattern": "a", "where": 128}, "got 128"),
+        ({"pattern": "a", "where": lambda k: k > 1}, "a function of (k, n)"),
     ],
 )
 def test_rules_that_are_none_are_refused(rule, message):
