@@ -115,7 +115,7 @@ class ArgumentOptions:
         statics = tuple(
             (i, x if isinstance(x, Static) else Static(x))
             for i, x in enumerate(leaves)
-            if not _is_array(x)
+            if not _is_array_type(type(x)) and not _is_array(x)
         )
         donated = _donated(treedef, self.donated_numbers, self.donated_names)
         if not statics and not donated:
@@ -127,8 +127,14 @@ class ArgumentOptions:
         return key, [leaves[i] for i in donated], kept
 
 
+@functools.cache
+def _is_array_type(kind: type) -> bool:
+    # Asked for each leaf of each call, and `isinstance` of a `jax.Array` is slow.
+    return issubclass(kind, (jax.Array, *_SCALARS))
+
+
 def _is_array(x: Any) -> bool:
-    if isinstance(x, (jax.Array, *_SCALARS)):
+    if isinstance(x, jax.Array):
         return True
     return hasattr(x, "shape") and hasattr(x, "dtype")
 
