@@ -175,11 +175,17 @@ class ArgumentOptions:
         return jax.tree.map(marked, outputs)
 
     def _is_array(self, x: Any) -> bool:
-        if isinstance(x, (jax.Array, np.ndarray, np.generic)):
+        if _is_array_type(type(x)):
             return True
         if isinstance(x, _PYTHON_SCALARS):
             return not self.static_scalars
-        return hasattr(x, "shape") and hasattr(x, "dtype")
+        return isinstance(x, jax.Array) or (hasattr(x, "shape") and hasattr(x, "dtype"))
+
+
+@functools.cache
+def _is_array_type(kind: type) -> bool:
+    # Asked for each leaf of each call, and `isinstance` of a `jax.Array` is slow.
+    return issubclass(kind, (jax.Array, np.ndarray, np.generic))
 
 
 @functools.lru_cache(maxsize=256)

@@ -26,7 +26,7 @@ from fp8jax.transform._leaves import (
     weight_mask,
 )
 from fp8jax.transform._plan import Plan, Policy, make_plan
-from fp8jax.transform._replace import replacer
+from fp8jax.transform._replace import Replacer
 from fp8jax.transform._report import Report
 from fp8jax.transform._roles import assign, is_whole_step
 from fp8jax.transform._rules import RULES, opaque
@@ -181,7 +181,7 @@ class Fp8Function:
         # Runs under jit's trace, so jit's own cache is the transform's.
         jaxpr, out_tree, plan = self._plan(key, donated, kept)
         _warn(plan.report, self._policy, self._name)
-        jaxpr = rewrite(jaxpr, plan.replacements, replacer())
+        jaxpr = rewrite(jaxpr, plan.replacements, Replacer())
         self._has_static_outputs |= has_static_outputs(out_tree)
         inputs = [*donated, *kept]
         outputs = core.jaxpr_as_fun(jaxpr)(*inputs)

@@ -1,7 +1,8 @@
 """Which products change, and how; and the report that says so."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -129,11 +130,12 @@ def make_plan(
     """
     obstacles = _layer_obstacles(assignments)
     replacements, rows = {}, []
+    kernel_of = functools.cache(ops.gemm_implementation)  # It traces a GEMM each time.
     for a in assignments:
         verdict = _decide(a, leaves, policy, obstacles, whole_step)
         if verdict.replacement is not None:
             replacements[a.dot.position] = verdict.replacement
-        rows.append(_row(a, leaves, verdict))
+        rows.append(_row(a, leaves, verdict, kernel_of))
     matched = {
         policy.rule_for(leaves[layer].path, role, *_features(a))
         for a in assignments
@@ -278,7 +280,12 @@ def _quantized(
     return _Verdict(QuantizedDot(a.role, *specs, policy.implementation))
 
 
-def _row(a: Assignment, leaves: Sequence[Leaf], verdict: _Verdict) -> Row:
+def _row(
+    a: Assignment,
+    leaves: Sequence[Leaf],
+    verdict: _Verdict,
+    kernel_of: Callable[..., str],
+) -> Row:
     dot = a.dot
     # Rows of the first operand as recipes count it: activation, or output gradient.
     first: Side = "lhs"
@@ -295,7 +302,7 @@ def _row(a: Assignment, leaves: Sequence[Leaf], verdict: _Verdict) -> Row:
         status="skipped" if not specs and dot.primitive != MARKED else "fp8",
         reason=verdict.reason,
         tiles=describe_tiles(*(spec.tile for spec in specs)),
-        kernel=_kernel(verdict.replacement, specs),
+        kernel=_kernel(verdict.replacement, specs, kernel_of),
         count=dot.scope.times * dot.batch,
         flops=dot.total_flops,
     )
@@ -317,8 +324,11 @@ def _specs(replacement: Replacement | None) -> tuple[QuantSpec, ...]:
     return ()
 
 
-def _kernel(replacement: Replacement | None, specs: tuple[QuantSpec, ...]) -> str:
+def _kernel(
+    replacement: Replacement | None,
+    specs: tuple[QuantSpec, ...],
+    kernel_of: Callable[..., str],
+) -> str:
     if replacement is None or not specs:
         return ""
-    lhs_spec, rhs_spec = specs
-    return ops.gemm_implementation(lhs_spec, rhs_spec, replacement.implementation)
+    return kernel_of(*specs, replacement.implementation)
