@@ -157,15 +157,15 @@ def test_blocks_where_tiles_belong_change_just_that_role_s_bits(
 
 
 def test_quantizing_an_operand_twice_changes_bits(monkeypatch):
-    right = ops.quantized_dot
+    right = ops.quantize_operand
 
     spec = dataclasses.replace(fp8jax.TILE_1X128, scale="fp32")
 
-    def twice(lhs, *args, **kwargs):
-        once = fp8jax.quantize(lhs, spec)
-        return right(once.dequantize(lhs.dtype), *args, **kwargs)
+    def twice(x, *args):
+        once = fp8jax.quantize(x, spec)
+        return right(once.dequantize(x.dtype), *args)
 
-    monkeypatch.setattr(ops, "quantized_dot", twice)
+    monkeypatch.setattr(ops, "quantize_operand", twice)
     # The same tiles again give the same codes; along the other dimension they do not.
     assert "wgrad" in differing(*fp8_dense_step())
 
