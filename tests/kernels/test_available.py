@@ -9,6 +9,12 @@ from fp8jax import _compat
 from fp8jax.kernels import check_available
 
 
+@pytest.fixture(autouse=True)
+def _no_default_device():
+    with jax.default_device(None):  # The tests below say which devices there are.
+        yield
+
+
 def device(capability):
     return types.SimpleNamespace(
         platform="gpu", device_kind="a GPU", compute_capability=capability
