@@ -5,7 +5,7 @@ Flax is no requirement of the rest.
 """
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from fp8jax import numerics, recipes
 from fp8jax._version import __version__
@@ -23,6 +23,9 @@ from fp8jax.quant import (
 from fp8jax.recipes import GemmSpec, Recipe, Rule
 from fp8jax.transform import Report, fp8_transform
 
+if TYPE_CHECKING:
+    from fp8jax.testing import assert_fp8_lowered
+
 __all__ = [
     "BLOCK_128X128",
     "TILE_1X128",
@@ -34,6 +37,7 @@ __all__ = [
     "Report",
     "Rule",
     "__version__",
+    "assert_fp8_lowered",
     "dot_general",
     "fp8_transform",
     "numerics",
@@ -44,7 +48,9 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
+    if name == "assert_fp8_lowered":
+        return importlib.import_module("fp8jax.testing").assert_fp8_lowered
     if name in ("linen", "nnx", "testing"):
         return importlib.import_module(f"fp8jax.{name}")
     raise AttributeError(f"module 'fp8jax' has no attribute {name!r}")

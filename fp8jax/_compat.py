@@ -1,6 +1,7 @@
 """The only place for private JAX imports and for branches on the JAX version."""
 
 import dataclasses
+import inspect
 from typing import Any
 
 import jax
@@ -52,18 +53,43 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class JitOptions:
-    """What `jax.jit` was told about a function's arguments."""
+    """What `jax.jit`, or Equinox's `filter_jit`, was told about a function's arguments.
+
+    Attributes:
+        static_argnums, static_argnames, donate_argnums, donate_argnames: as in
+            `jax.jit`.
+        static_scalars: whether Python numbers are static, as in `filter_jit`.
+    """
 
     static_argnums: tuple[int, ...] = ()
     static_argnames: tuple[str, ...] = ()
     donate_argnums: tuple[int, ...] = ()
     donate_argnames: tuple[str, ...] = ()
+    static_scalars: bool = False
 
 
 def jit_options(fn: Any) -> JitOptions:
-    """The options of a `jax.jit` object; the defaults for any other callable."""
+    """The options of a jitted function; the defaults for any other callable."""
+    if type(fn).__module__.startswith("equinox.") and hasattr(fn, "donate_first"):
+        return _filter_jit_options(fn)
     info = getattr(fn, "_jit_info", None)
     if info is None:
         return JitOptions()
-    names = [field.name for field in dataclasses.fields(JitOptions)]
-    return JitOptions(**{name: tuple(getattr(info, name)) for name in names})
+    return JitOptions(
+        static_argnums=tuple(info.static_argnums),
+        static_argnames=tuple(info.static_argnames),
+        donate_argnums=tuple(info.donate_argnums),
+        donate_argnames=tuple(info.donate_argnames),
+    )
+
+
+def _filter_jit_options(fn: Any) -> JitOptions:
+    names = list(inspect.signature(fn).parameters)
+    donated = [
+        i for i in range(len(names)) if (fn.donate_rest if i else fn.donate_first)
+    ]
+    return JitOptions(
+        donate_argnums=tuple(donated),
+        donate_argnames=tuple(names[i] for i in donated),
+        static_scalars=True,
+    )

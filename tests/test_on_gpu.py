@@ -113,8 +113,9 @@ def test_the_hopper_kernels_are_the_default():
     assert matmul.gemm_implementation(tile, tile) == "mosaic_gpu"
     layer = jax.jit(jax.grad(lambda x, w: fp8jax.dot_general(x, w, DIMS).sum(), (0, 1)))
     x = jnp.ones((256, 256), jnp.bfloat16)
-    text = layer.lower(x, x).compile().as_text()
-    assert text.count("mosaic_gpu") > 0
+    compiled = layer.lower(x, x).compile()
+    assert compiled.as_text().count("mosaic_gpu") > 0
+    fp8jax.assert_fp8_lowered(compiled)
 
 
 @pytest.mark.parametrize("recipe", ["pow2", "fp32", "fp8 residual", "bf16_wgrad"])

@@ -1,4 +1,4 @@
-"""README's code runs as it stands."""
+"""The code in README and docs runs as it stands, and prints what it says."""
 
 import pathlib
 import re
@@ -8,15 +8,38 @@ import sys
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def test_python_blocks_run_in_order(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(blocks) == 2
+def blocks_of(name, language="python"):
+    text = (ROOT / name).read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def run_blocks(name):
     scope = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), scope)
+    for block in blocks_of(name):
+        exec(compile(block, name, "exec"), scope)
+    return scope
+
+
+def test_python_blocks_run_in_order(capsys):
+    assert len(blocks_of("README.md")) == 2
+    run_blocks("README.md")
     printed = capsys.readouterr().out
     for words in ("fprop", "dgrad", "wgrad", "QTensor(shape=(576, 300)"):
         assert words in printed
+
+
+def test_the_report_in_the_docs_is_the_one_that_is_printed(capsys):
+    scope = run_blocks("docs/transform.md")
+    (report,) = blocks_of("docs/transform.md", "text")
+    assert capsys.readouterr().out == report
+    told = scope["fp8_step"].report(scope["params"], scope["tokens"])
+    assert told.unmatched_rules == ()
+    assert sorted((r.path, r.role) for r in told.rows if r.status == "fp8") == [
+        ("layers/0/down", "dgrad"),
+        ("layers/0/down", "fprop"),
+        ("lm_head", "dgrad"),
+        ("lm_head", "fprop"),
+    ]
 
 
 def test_tables_are_what_the_results_say():

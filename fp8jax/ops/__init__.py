@@ -2,6 +2,25 @@
 
 from fp8jax.matmul import MARK, gemm_implementation
 from fp8jax.ops._dot_general import dot_general
-from fp8jax.ops._gemm import quantized_dot
+from fp8jax.ops._gemm import (
+    in_contraction_order,
+    multiply_operands,
+    output_dtype,
+    quantize_operand,
+    quantized_dot,
+)
+from fp8jax.ops._layout import Layout, Operand, plan
 
-__all__ = ["MARK", "dot_general", "gemm_implementation", "quantized_dot"]
+__all__ = [
+    "MARK",
+    "Layout",
+    "Operand",
+    "dot_general",
+    "gemm_implementation",
+    "in_contraction_order",
+    "multiply_operands",
+    "output_dtype",
+    "plan",
+    "quantize_operand",
+    "quantized_dot",
+]

@@ -13,7 +13,7 @@ from fp8jax.ops._derivatives import refuse_derivatives
 from fp8jax.ops._gemm import check_inputs, output_dtype, quantize_along
 from fp8jax.ops._layout import Operand, plan
 from fp8jax.quant import QTensor, QuantSpec, requantize
-from fp8jax.recipes import GemmSpec, Recipe, deepseek_v3
+from fp8jax.recipes import GemmSpec, Recipe, check_recipe, deepseek_v3
 
 
 def dot_general(
@@ -58,8 +58,7 @@ def dot_general(
     """
     name = "dot_general"
     recipe = deepseek_v3() if recipe is None else recipe
-    if not isinstance(recipe, Recipe):
-        raise ValueError(f"{name} takes a Recipe or None, got recipe={recipe!r}.")
+    check_recipe(name, recipe)
     if recipe.is_off:
         return lax.dot_general(
             lhs,

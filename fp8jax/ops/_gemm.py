@@ -8,7 +8,7 @@ import numpy as np
 
 from fp8jax.matmul import scaled_matmul
 from fp8jax.ops._derivatives import refuse_derivatives
-from fp8jax.ops._layout import plan
+from fp8jax.ops._layout import Layout, Operand, plan
 from fp8jax.quant import QTensor, QuantSpec, quantize
 
 INPUT_DTYPES = tuple(np.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
@@ -96,17 +96,67 @@ def quantized_dot(
     check_inputs(name, lhs, rhs)
     layout = plan(lhs.shape, rhs.shape, dimension_numbers, name)
     out_dtype = output_dtype(name, lhs, rhs, preferred_element_type)
+    q_lhs, q_rhs = (
+        in_contraction_order(
+            quantize_operand(x, operand, operand.stored(spec), implementation), operand
+        )
+        for x, operand, spec in (
+            (lhs, layout.lhs, lhs_spec),
+            (rhs, layout.rhs, rhs_spec),
+        )
+    )
+    return multiply_operands(q_lhs, q_rhs, layout, out_dtype, implementation)
 
-    def run(x: jax.Array, y: jax.Array) -> jax.Array:
+
+def quantize_operand(
+    x: jax.Array, operand: Operand, spec: QuantSpec, implementation: str | None
+) -> QTensor:
+    """The first half of `quantized_dot`: codes of one operand, where they are stored.
+
+    Args:
+        x: as `dot_general` takes it.
+        operand: how it becomes `[*batch, rows, columns]`.
+        spec: for that orientation, `operand.stored` of the one that a recipe gives.
+        implementation: as in `quantize`.
+
+    Raises:
+        TypeError: When differentiated.
+    """
+
+    def run(x: jax.Array) -> QTensor:
+        return quantize(x, spec, implementation=implementation)
+
+    for _ in operand.shape[:-2]:
+        run = jax.vmap(run)
+    return refuse_derivatives(run, _NO_GRADIENT)(operand.arrange(x))
+
+
+def in_contraction_order(q: QTensor, operand: Operand) -> QTensor:
+    """`[*batch, free, contraction]` of an operand's codes as they are stored."""
+    return q if operand.contraction == 1 else q.T
+
+
+def multiply_operands(
+    lhs: QTensor,
+    rhs: QTensor,
+    layout: Layout,
+    out_dtype: np.dtype,
+    implementation: str | None,
+) -> jax.Array:
+    """The second half of `quantized_dot`: the product of the codes.
+
+    Args:
+        lhs, rhs: `[*batch, free, contraction]`.
+        layout: of the `dot_general`.
+        out_dtype: of the result.
+        implementation: as in `scaled_matmul`.
+    """
+
+    def run(lhs: QTensor, rhs: QTensor) -> jax.Array:
         return scaled_matmul(
-            quantize_along(x, layout.lhs.contraction, lhs_spec, implementation),
-            quantize_along(y, layout.rhs.contraction, rhs_spec, implementation),
-            out_dtype=out_dtype,
-            implementation=implementation,
+            lhs, rhs, out_dtype=out_dtype, implementation=implementation
         )
 
     for _ in range(layout.batch_rank):
         run = jax.vmap(run)
-    run = refuse_derivatives(run, _NO_GRADIENT)
-    out = run(layout.lhs.arrange(lhs), layout.rhs.arrange(rhs))
-    return out.reshape(layout.out_shape)
+    return run(lhs, rhs).reshape(layout.out_shape)

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 from jax import lax
 
+from fp8jax.quant import QuantSpec
+
 DimensionNumbers = tuple[
     tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]
 ]
@@ -30,6 +32,10 @@ class Operand:
         if self.permutation != tuple(range(x.ndim)):
             x = lax.transpose(x, self.permutation)
         return x.reshape(self.shape)
+
+    def stored(self, spec: QuantSpec) -> QuantSpec:
+        """`spec`, given for `[free, contraction]`, as rows and columns are stored."""
+        return spec if self.contraction == 1 else spec.T
 
     @property
     def free_size(self) -> int:

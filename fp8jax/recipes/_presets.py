@@ -1,6 +1,7 @@
 """Recipes that have been trained with, by name."""
 
 import dataclasses
+from typing import Any
 
 from fp8jax import numerics
 from fp8jax.quant import BLOCK_128X128, TILE_1X128
@@ -36,3 +37,15 @@ def bf16_wgrad(scale: numerics.ScaleKind = "pow2") -> Recipe:
 def bf16() -> Recipe:
     """Nothing in FP8: the other arm of a comparison."""
     return Recipe(fprop=None, dgrad=None, wgrad=None)
+
+
+PRESETS = {f.__name__: f for f in (deepseek_v3, bf16_wgrad, bf16)}
+
+
+def check_recipe(caller: str, recipe: Any) -> None:
+    """Raises ValueError, on behalf of `caller`, for what is no `Recipe`."""
+    if not isinstance(recipe, Recipe):
+        presets = ", ".join(f"recipes.{name}()" for name in PRESETS)
+        raise ValueError(
+            f"{caller} takes a Recipe or None, got {recipe=}; presets are {presets}."
+        )

@@ -13,6 +13,7 @@ from fp8jax.testing._data import (
     positive_uniform,
     random_codes,
 )
+from fp8jax.testing._lowered import assert_fp8_lowered
 from fp8jax.testing._oracle import gemm_float64, quantize_numpy
 from fp8jax.testing._shapes import EDGE_SIZES, GEMM_SHAPES, GemmShape
 
@@ -22,6 +23,7 @@ __all__ = [
     "EDGE_SIZES",
     "GEMM_SHAPES",
     "GemmShape",
+    "assert_fp8_lowered",
     "assert_product_within_float32",
     "assert_same_bits",
     "bad_positions",

@@ -11,7 +11,7 @@ import numpy as np
 
 from fp8jax import _compat
 
-_SCALARS = (int, float, complex, bool, np.generic, np.ndarray)
+_PYTHON_SCALARS = (int, float, complex)
 
 
 class Static:
@@ -33,6 +33,32 @@ class Static:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Static) and self._identity == other._identity
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StaticOutput:
+    """A result that is no array, in the structure of a traced function's results."""
+
+    static: Static = dataclasses.field(metadata={"static": True})
+
+
+def _is_mark(x: Any) -> bool:
+    return isinstance(x, StaticOutput)
+
+
+def has_static_outputs(out_tree: Any) -> bool:
+    """Whether results of this structure hold a `StaticOutput`."""
+    leaves = [None] * out_tree.num_leaves
+    outputs = jax.tree.unflatten(out_tree, leaves)
+    return any(map(_is_mark, jax.tree.leaves(outputs, is_leaf=_is_mark)))
+
+
+def without_marks(outputs: Any) -> Any:
+    """Results as the function gave them: `ArgumentOptions.mark` undone."""
+    return jax.tree.map(
+        lambda x: x.static.value if _is_mark(x) else x, outputs, is_leaf=_is_mark
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +92,18 @@ class CallKey:
 
 @dataclasses.dataclass(frozen=True)
 class ArgumentOptions:
-    """Which arguments are static and which are donated, by number and by name."""
+    """Which arguments are static and which are donated, by number and by name.
+
+    Attributes:
+        static_numbers, static_names, donated_numbers, donated_names: of arguments.
+        static_scalars: whether Python numbers are static, too.
+    """
 
     static_numbers: frozenset[int]
     static_names: frozenset[str]
     donated_numbers: frozenset[int]
     donated_names: frozenset[str]
+    static_scalars: bool = False
 
     @classmethod
     def of(
@@ -97,7 +129,7 @@ class ArgumentOptions:
             numbers |= {i for i, name in enumerate(names) if name in strings}
             strings |= {name for i, name in enumerate(names) if i in numbers}
             sets += [frozenset(numbers), frozenset(strings)]
-        return cls(*sets)
+        return cls(*sets, static_scalars=jit.static_scalars)
 
     def split(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -115,7 +147,7 @@ class ArgumentOptions:
         statics = tuple(
             (i, x if isinstance(x, Static) else Static(x))
             for i, x in enumerate(leaves)
-            if not _is_array(x)
+            if not self._is_array(x)
         )
         donated = _donated(treedef, self.donated_numbers, self.donated_names)
         if not statics and not donated:
@@ -126,11 +158,34 @@ class ArgumentOptions:
         key = CallKey(treedef, statics, donated)
         return key, [leaves[i] for i in donated], kept
 
+    def mark(self, outputs: Any, key: CallKey) -> Any:
+        """Results with `StaticOutput`s for what came in as static, such as activations.
 
-def _is_array(x: Any) -> bool:
-    if isinstance(x, (jax.Array, *_SCALARS)):
-        return True
-    return hasattr(x, "shape") and hasattr(x, "dtype")
+        All else that is no array is left for JAX to refuse: it might hold tracers.
+        """
+        passed = {static for _, static in key.statics}
+
+        def marked(x: Any) -> Any:
+            if self._is_array(x):
+                return x
+            static = Static(x)
+            is_known = static in passed or isinstance(x, _PYTHON_SCALARS)
+            return StaticOutput(static) if is_known else x
+
+        return jax.tree.map(marked, outputs)
+
+    def _is_array(self, x: Any) -> bool:
+        if _is_array_type(type(x)):
+            return True
+        if isinstance(x, _PYTHON_SCALARS):
+            return not self.static_scalars
+        return isinstance(x, jax.Array) or (hasattr(x, "shape") and hasattr(x, "dtype"))
+
+
+@functools.cache
+def _is_array_type(kind: type) -> bool:
+    # Asked for each leaf of each call, and `isinstance` of a `jax.Array` is slow.
+    return issubclass(kind, (jax.Array, np.ndarray, np.generic))
 
 
 @functools.lru_cache(maxsize=256)

@@ -8,9 +8,14 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from fp8jax.recipes import Recipe, Rule, deepseek_v3
+from fp8jax.recipes import Recipe, Rule, check_recipe, deepseek_v3
 from fp8jax.transform import _nnx
-from fp8jax.transform._arguments import ArgumentOptions, CallKey
+from fp8jax.transform._arguments import (
+    ArgumentOptions,
+    CallKey,
+    has_static_outputs,
+    without_marks,
+)
 from fp8jax.transform._interpreter import Flow, rewrite
 from fp8jax.transform._leaves import (
     Leaf,
@@ -21,7 +26,7 @@ from fp8jax.transform._leaves import (
     weight_mask,
 )
 from fp8jax.transform._plan import Plan, Policy, make_plan
-from fp8jax.transform._replace import replacer
+from fp8jax.transform._replace import Replacer
 from fp8jax.transform._report import Report
 from fp8jax.transform._roles import assign, is_whole_step
 from fp8jax.transform._rules import RULES, opaque
@@ -69,8 +74,8 @@ def fp8_transform(
             default.
         rules: `recipes.Rule`s, in order, matched with the key path of a layer's weight
             in its argument (`"params/layers_0/up/kernel"` of a TrainState,
-            `"layers_0/up/kernel"` of a dict of parameters). The first match wins; the
-            default skips come last.
+            `"layers_0/up/kernel"` of a dict of parameters), the GEMM's role and the
+            weight's size. The first match wins; the default skips come after yours.
         weights: which leaves are parameters: a predicate on the path with the
             argument's name first (`"state/params/up/kernel"`), or the numbers or names
             of arguments. By default those that the step differentiates; else those
@@ -78,7 +83,8 @@ def fp8_transform(
             the first argument, if that is a container.
         static_argnums, static_argnames, donate_argnums, donate_argnames: as in
             `jax.jit`.
-        min_dim: a weight with fewer input or output features is skipped.
+        min_dim: a weight with fewer input or output features is skipped, unless a rule
+            is about it.
         implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here.
 
     Returns:
@@ -90,11 +96,8 @@ def fp8_transform(
     """
     if not callable(fn):
         raise ValueError(f"fp8_transform takes a function, got {fn!r}.")
-    if recipe is not None and not isinstance(recipe, Recipe):
-        raise ValueError(
-            f"fp8_transform takes recipe=None or a Recipe, got {recipe!r}; see "
-            "fp8jax.recipes."
-        )
+    if recipe is not None:
+        check_recipe("fp8_transform", recipe)
     rules = tuple(rules) if isinstance(rules, Sequence) else (rules,)
     if not all(isinstance(rule, Rule) for rule in rules):
         raise ValueError(
@@ -136,6 +139,7 @@ class Fp8Function:
         self._options = options
         self._describe = describe or self._leaves
         self._without_nnx: set[CallKey] = set()
+        self._has_static_outputs = False
         self._pure_functions: dict[_nnx.PureFunction, Fp8Function] = {}
 
         def run(key: CallKey, donated: list[Any], kept: list[Any]) -> Any:
@@ -150,11 +154,12 @@ class Fp8Function:
         if self._has_nnx(call[0], args, kwargs):
             return self._call_nnx(args, kwargs)
         try:
-            return self._jit(*call)
+            outputs = self._jit(*call)
         except TypeError as error:
             if not _is_about_derivatives(error):
                 raise
             raise TypeError(NO_DERIVATIVE) from error
+        return without_marks(outputs) if self._has_static_outputs else outputs
 
     def report(self, *args: Any, **kwargs: Any) -> Report:
         """What becomes of every matrix product of this call, without running it.
@@ -176,7 +181,8 @@ class Fp8Function:
         # Runs under jit's trace, so jit's own cache is the transform's.
         jaxpr, out_tree, plan = self._plan(key, donated, kept)
         _warn(plan.report, self._policy, self._name)
-        jaxpr = rewrite(jaxpr, plan.replacements, replacer())
+        jaxpr = rewrite(jaxpr, plan.replacements, Replacer())
+        self._has_static_outputs |= has_static_outputs(out_tree)
         inputs = [*donated, *kept]
         outputs = core.jaxpr_as_fun(jaxpr)(*inputs)
         return jax.tree.unflatten(out_tree, outputs)
@@ -188,7 +194,7 @@ class Fp8Function:
 
         def flat(donated: list[Any], kept: list[Any]) -> Any:
             args, kwargs = key.arguments(donated, kept)
-            return self._fn(*args, **kwargs)
+            return self._options.mark(self._fn(*args, **kwargs), key)
 
         jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(donated, kept)
         leaves = self._ordered_leaves(key, donated, kept)

@@ -1,6 +1,6 @@
 """Walks a jaxpr, and rewrites one; knows no primitive.
 
-Rewriting replaces equations by equations of the same operands and results, in nested
+Rewriting replaces an equation by equations that give the same results, in nested
 jaxprs too. No type changes, so shardings, donation, scan carries, branches and remat
 policies stay valid, and no primitive's parameters need parsing.
 """
@@ -44,15 +44,16 @@ def _with_sub_jaxprs(eqn: Any, jaxprs: Iterable[Any]) -> Any:
 def rewrite(
     jaxpr: Any,
     plan: Mapping[Position, Hashable],
-    replace: Callable[[Any, Any], Any],
+    replacer: Callable[[Any], Callable[[Any, Any], list[Any]]],
 ) -> Any:
     """`jaxpr` with some equations replaced.
 
     Args:
         jaxpr: with or without constants.
         plan: what is to become of the equation at each position.
-        replace: makes the new equation of the old one and `plan`'s word on it. It must
-            keep operands and results.
+        replacer: for a jaxpr, the function that makes new equations of one of its own
+            and `plan`'s word on that. They may read what was there before, and what
+            the function's earlier equations gave; the last has the old one's results.
 
     Returns:
         A jaxpr of the same inputs and outputs; `jaxpr` itself for an empty plan.
@@ -69,23 +70,27 @@ def rewrite(
             by_eqn = collections.defaultdict(list)
             for position, what in plan:
                 by_eqn[position[0]].append((position[1:], what))
-            eqns = list(_compat.open_jaxpr(jaxpr).eqns)
-            for i, entries in by_eqn.items():
-                eqns[i] = visit_eqn(eqns[i], entries)
+            replace = replacer(jaxpr)
+            eqns = []
+            for i, eqn in enumerate(_compat.open_jaxpr(jaxpr).eqns):
+                eqns += visit_eqn(eqn, by_eqn[i], replace) if i in by_eqn else [eqn]
             done[key] = _compat.with_eqns(jaxpr, eqns)
         return done[key]
 
-    def visit_eqn(eqn: Any, entries: list[tuple[Position, Hashable]]) -> Any:
+    def visit_eqn(
+        eqn: Any,
+        entries: list[tuple[Position, Hashable]],
+        replace: Callable[[Any, Any], list[Any]],
+    ) -> list[Any]:
         if not entries[0][0]:
             new = replace(eqn, entries[0][1])
-            assert new.invars == eqn.invars, "operands stay"
-            assert new.outvars == eqn.outvars, "results stay"
+            assert new[-1].outvars == eqn.outvars, "results stay"
             return new
         by_sub = collections.defaultdict(list)
         for position, what in entries:
             by_sub[position[0]].append((position[1:], what))
         subs = enumerate(sub_jaxprs(eqn))
-        return _with_sub_jaxprs(eqn, [visit(s, tuple(by_sub[i])) for i, s in subs])
+        return [_with_sub_jaxprs(eqn, [visit(s, tuple(by_sub[i])) for i, s in subs])]
 
     return visit(jaxpr, tuple(sorted(plan.items(), key=lambda item: item[0])))
 

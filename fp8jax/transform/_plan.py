@@ -1,7 +1,8 @@
 """Which products change, and how; and the report that says so."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,17 @@ import numpy as np
 
 from fp8jax import ops
 from fp8jax.quant import QuantSpec
-from fp8jax.recipes import DEFAULT_SKIPS, GemmSpec, Recipe, Rule, first_match
+from fp8jax.recipes import (
+    DEFAULT_SKIPS,
+    GEMM_NAMES,
+    GemmName,
+    GemmSpec,
+    Recipe,
+    Residual,
+    Rule,
+    first_match,
+    skip_narrow,
+)
 from fp8jax.transform._leaves import Leaf
 from fp8jax.transform._report import Report, Row, describe_tiles
 from fp8jax.transform._roles import UNCLEAR, Assignment, Role
@@ -25,8 +36,8 @@ class Policy:
 
     Attributes:
         recipe: of layers that no rule is about.
-        rules: the user's, in order; the default skips come after them.
-        min_dim: a weight whose input or output features are fewer is skipped.
+        rules: the user's, in order; the default ones come after them.
+        min_dim: of the last default rule, which skips narrower weights.
         implementation: as in `fp8jax.dot_general`.
     """
 
@@ -35,8 +46,31 @@ class Policy:
     min_dim: int
     implementation: str | None
 
-    def rule_for(self, path: str) -> Rule | None:
-        return first_match((*self.rules, *DEFAULT_SKIPS), path)
+    def rule_for(self, path: str, role: GemmName, k: int, n: int) -> Rule | None:
+        rules = (*self.rules, *DEFAULT_SKIPS, skip_narrow(self.min_dim))
+        return first_match(rules, path, role, k, n)
+
+    def gemm(
+        self, path: str, role: GemmName, k: int, n: int
+    ) -> tuple[GemmSpec | None, str]:
+        """How a GEMM of the weight [k, n] is quantized, or why it is not."""
+        rule = self.rule_for(path, role, k, n)
+        recipe = self.recipe if rule is None else rule.recipe
+        if rule is not None and recipe is None:
+            by = "rule" if rule in self.rules else "by default"
+            return None, f"{by}: {rule.reason or rule.pattern}"
+        spec = getattr(recipe, role)
+        return spec, "" if spec else f"the recipe has no {role} in FP8"
+
+    def layer(self, path: str, k: int, n: int) -> Recipe:
+        """All three GEMMs of the weight [k, n], of as many rules."""
+        specs = {role: self.gemm(path, role, k, n)[0] for role in GEMM_NAMES}
+        rule = self.rule_for(path, "fprop", k, n)
+        recipe = self.recipe if rule is None else rule.recipe
+        residual: Residual = "bf16"
+        if recipe is not None and None not in specs.values():
+            residual = recipe.residual
+        return Recipe(**specs, residual=residual)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +128,20 @@ def make_plan(
         policy: what the user asked for.
         whole_step: whether the function holds a backward pass.
     """
-    obstacles = _layer_obstacles(assignments, leaves, policy)
+    obstacles = _layer_obstacles(assignments)
     replacements, rows = {}, []
+    kernel_of = functools.cache(ops.gemm_implementation)  # It traces a GEMM each time.
     for a in assignments:
         verdict = _decide(a, leaves, policy, obstacles, whole_step)
         if verdict.replacement is not None:
             replacements[a.dot.position] = verdict.replacement
-        rows.append(_row(a, leaves, verdict))
-    paths = {leaves[a.weight].path for a in assignments if a.weight is not None}
-    matched = {policy.rule_for(path) for path in paths}
+        rows.append(_row(a, leaves, verdict, kernel_of))
+    matched = {
+        policy.rule_for(leaves[layer].path, role, *_features(a))
+        for a in assignments
+        for layer in _layers(a)
+        for role in ((_gemm_name(a.role),) if whole_step else GEMM_NAMES)
+    }
     unmatched = tuple(rule.pattern for rule in policy.rules if rule not in matched)
     return Plan(
         replacements, Report(tuple(rows), unmatched, _notes(policy, whole_step))
@@ -119,10 +158,8 @@ def _notes(policy: Policy, whole_step: bool) -> tuple[str, ...]:
     return ()
 
 
-def _layer_obstacles(
-    assignments: Sequence[Assignment], leaves: Sequence[Leaf], policy: Policy
-) -> dict[int, str]:
-    """By weight, why its forward products are not in FP8's reach, or `""`.
+def _layer_obstacles(assignments: Sequence[Assignment]) -> dict[int, str]:
+    """By weight, why its forward products cannot be in FP8, or `""`.
 
     A gradient is in FP8 only if its layer's forward product can be.
     """
@@ -132,25 +169,28 @@ def _layer_obstacles(
             continue
         # A weight used twice is in reach if one of its products is.
         if obstacles.get(a.weight, "unknown"):
-            obstacles[a.weight] = _obstacle(a, leaves, policy)
+            obstacles[a.weight] = _unsupported(a.dot)
     return obstacles
 
 
-def _obstacle(a: Assignment, leaves: Sequence[Leaf], policy: Policy) -> str:
-    """Why a product with a weight operand stays as it is, whatever the recipe."""
-    assert a.weight is not None
+def _features(a: Assignment) -> tuple[int, int]:
+    """Input and output features of a product's layer."""
     assert a.side is not None
-    rule = policy.rule_for(leaves[a.weight].path)
-    if rule is not None and rule.recipe is None:
-        by = "rule" if rule in policy.rules else "by default"
-        return f"{by}: {rule.reason or rule.pattern}"
-    obstacle = _unsupported(a.dot)
-    if obstacle:
-        return obstacle
-    features = sorted((a.dot.free(a.side), a.dot.contraction))
-    if features[0] < policy.min_dim:
-        return f"weight of {features[0]} features, fewer than min_dim={policy.min_dim}"
-    return ""
+    free = a.dot.free(a.side)
+    if a.role == "wgrad":
+        return free, a.dot.free(other_side(a.side))
+    return (free, a.dot.contraction) if a.role == "dgrad" else (a.dot.contraction, free)
+
+
+def _layers(a: Assignment) -> tuple[int, ...]:
+    if a.weight is None or a.side is None or a.dot.primitive == MARKED:
+        return ()
+    return a.layers or (a.weight,)
+
+
+def _gemm_name(role: Role) -> GemmName:
+    names: dict[Role, GemmName] = {"dgrad": "dgrad", "wgrad": "wgrad"}
+    return names.get(role, "fprop")
 
 
 def _unsupported(dot: Dot) -> str:
@@ -193,20 +233,23 @@ def _decide(
     if a.role == "other" or a.weight is None:
         product = dot.primitive == "dot_general" and not dot.scope.blocked
         return _Verdict(None, _why_other(a, leaves) if product else _unsupported(dot))
-    reason = _unsupported(dot) if a.role == "wgrad" else _obstacle(a, leaves, policy)
+    reason = _unsupported(dot)
     if reason:
         return _Verdict(None, reason)
-    reasons, recipes = set(), set()
-    for layer in a.layers or (a.weight,):
-        reasons.add(obstacles.get(layer, "its layer has no forward product here"))
-        rule = policy.rule_for(leaves[layer].path)
-        recipes.add(policy.recipe if rule is None else rule.recipe)
-    if len(reasons) > 1 or len(recipes) > 1:
+    choices: set[tuple[GemmSpec | None, str]] = set()
+    for layer in _layers(a):
+        obstacle = obstacles.get(layer, "it has no forward product here")
+        if obstacle:
+            choices.add((None, f"as its layer: {obstacle}"))
+            continue
+        gemm = policy.gemm(leaves[layer].path, _gemm_name(a.role), *_features(a))
+        choices.add(gemm)
+    if len(choices) > 1:
         return _Verdict(None, UNCLEAR)
-    reason, recipe = reasons.pop(), recipes.pop()
-    if reason or recipe is None:
-        return _Verdict(None, f"as its layer: {reason}")
-    return _apply(a, recipe, policy, whole_step)
+    gemm, reason = choices.pop()
+    if whole_step:
+        return _quantized(a, gemm, reason, policy)
+    return _layer(a, policy.layer(leaves[a.weight].path, *_features(a)), reason, policy)
 
 
 def _why_other(a: Assignment, leaves: Sequence[Leaf]) -> str:
@@ -216,26 +259,33 @@ def _why_other(a: Assignment, leaves: Sequence[Leaf]) -> str:
     return f"{a.reason}; is {' or '.join(paths)} one? Then name it in weights="
 
 
-def _apply(a: Assignment, recipe: Recipe, policy: Policy, whole_step: bool) -> _Verdict:
+def _layer(a: Assignment, recipe: Recipe, reason: str, policy: Policy) -> _Verdict:
+    """A forward product to be differentiated outside; `reason` is about its fprop."""
     assert a.side is not None
-    gemm = _gemm(recipe, a.role)
-    if not whole_step:
-        if recipe.is_off:
-            return _Verdict(None, "the recipe has no GEMM in FP8")
-        return _Verdict(LayerDot(recipe, a.side, policy.implementation))
+    if recipe.is_off:
+        return _Verdict(None, reason)
+    if recipe.fprop is None:
+        reason += "; its gradients are in FP8"
+    return _Verdict(LayerDot(recipe, a.side, policy.implementation), reason)
+
+
+def _quantized(
+    a: Assignment, gemm: GemmSpec | None, reason: str, policy: Policy
+) -> _Verdict:
     if gemm is None:
-        return _Verdict(None, f"the recipe has no {a.role} in FP8")
+        return _Verdict(None, reason)
     # The named side is the weight, second in its recipe, but wgrad's activation, first.
     named, other = (gemm.lhs, gemm.rhs) if a.role == "wgrad" else (gemm.rhs, gemm.lhs)
     specs = (named, other) if a.side == "lhs" else (other, named)
     return _Verdict(QuantizedDot(a.role, *specs, policy.implementation))
 
 
-def _gemm(recipe: Recipe, role: Role) -> GemmSpec | None:
-    return {"dgrad": recipe.dgrad, "wgrad": recipe.wgrad}.get(role, recipe.fprop)
-
-
-def _row(a: Assignment, leaves: Sequence[Leaf], verdict: _Verdict) -> Row:
+def _row(
+    a: Assignment,
+    leaves: Sequence[Leaf],
+    verdict: _Verdict,
+    kernel_of: Callable[..., str],
+) -> Row:
     dot = a.dot
     # Rows of the first operand as recipes count it: activation, or output gradient.
     first: Side = "lhs"
@@ -252,7 +302,7 @@ def _row(a: Assignment, leaves: Sequence[Leaf], verdict: _Verdict) -> Row:
         status="skipped" if not specs and dot.primitive != MARKED else "fp8",
         reason=verdict.reason,
         tiles=describe_tiles(*(spec.tile for spec in specs)),
-        kernel=_kernel(verdict.replacement, specs),
+        kernel=_kernel(verdict.replacement, specs, kernel_of),
         count=dot.scope.times * dot.batch,
         flops=dot.total_flops,
     )
@@ -274,8 +324,11 @@ def _specs(replacement: Replacement | None) -> tuple[QuantSpec, ...]:
     return ()
 
 
-def _kernel(replacement: Replacement | None, specs: tuple[QuantSpec, ...]) -> str:
+def _kernel(
+    replacement: Replacement | None,
+    specs: tuple[QuantSpec, ...],
+    kernel_of: Callable[..., str],
+) -> str:
     if replacement is None or not specs:
         return ""
-    lhs_spec, rhs_spec = specs
-    return ops.gemm_implementation(lhs_spec, rhs_spec, replacement.implementation)
+    return kernel_of(*specs, replacement.implementation)

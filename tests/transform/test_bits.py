@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fp8jax
-from fp8jax import recipes
+from fp8jax import ops, recipes
 from fp8jax.transform import _plan, fp8_transform
 
 D, HIDDEN = 128, 256
@@ -87,24 +87,92 @@ def test_weight_as_the_first_operand_has_the_same_bits_in_both_placements():
     chex.assert_trees_all_equal(whole(params, X), inside(params, X))
 
 
-@pytest.mark.parametrize("role", ["wgrad", "dgrad"])
-def test_wrong_tiles_in_a_role_change_bits(monkeypatch, role):
-    # With power-of-two scales a wrong tile hides: it moves exponents, not mantissas.
+def dense_step(w, x, dout):
+    """A layer's output and its gradients of `w` and `x`."""
+
+    def loss(w, x):
+        y = x @ w
+        return jnp.sum(y * dout), y
+
+    (dw, dx), y = jax.grad(loss, argnums=(0, 1), has_aux=True)(w, x)
+    return {"fprop": y, "dgrad": dx, "wgrad": dw}
+
+
+def expected_tiles(w, x, dout):
+    """`dense_step` of quantized matrices, every one with its tiles spelled out.
+
+    The scales are float32: with powers of two another tile's scale moves exponents,
+    and most products keep their bits.
+    """
+
+    def product(lhs, lhs_tile, rhs, rhs_tile):  # Contraction last.
+        q_lhs, q_rhs = (
+            fp8jax.quantize(a, fp8jax.QuantSpec(tile=tile, scale="fp32"))
+            for a, tile in ((lhs, lhs_tile), (rhs, rhs_tile))
+        )
+        return fp8jax.scaled_matmul(q_lhs, q_rhs, out_dtype=jnp.float32)
+
+    return {
+        "fprop": product(x, (1, 128), w.T, (128, 128)),
+        "dgrad": product(dout, (1, 128), w, (128, 128)),
+        "wgrad": product(x.T, (1, 128), dout.T, (1, 128)),
+    }
+
+
+def fp8_dense_step():
     recipe = recipes.deepseek_v3(scale="fp32")
-    step = step_of(plain(block))
-    wanted = fp8_transform(step, recipe)(LAYER, X)
-    right = _plan._gemm
+    arguments = normal(0, 256, 384), normal(1, 192, 256), normal(2, 192, 384)
+    fn = fp8_transform(dense_step, recipe, weights="w")
+    assert fn.report(*arguments).fraction == 1.0
+    return fn(*arguments), expected_tiles(*arguments)
 
-    def wrong(recipe, asked):  # Activations or gradients in 128x128 tiles.
-        gemm = right(recipe, asked)
+
+def differing(got, wanted):
+    return {role for role in got if not np.array_equal(got[role], wanted[role])}
+
+
+def test_each_role_has_the_bits_of_its_tiles():
+    chex.assert_trees_all_equal(*fp8_dense_step())
+
+
+@pytest.mark.parametrize(
+    ("role", "side"),
+    [("wgrad", "lhs"), ("wgrad", "rhs"), ("dgrad", "lhs")],
+    ids=["x_in_wgrad", "dout_in_wgrad", "dout_in_dgrad"],
+)
+def test_blocks_where_tiles_belong_change_just_that_role_s_bits(
+    monkeypatch, role, side
+):
+    right = _plan.Policy.gemm
+
+    def wrong(policy, path, asked, k, n):
+        gemm, reason = right(policy, path, asked, k, n)
         if asked != role:
-            return gemm
-        block_spec = dataclasses.replace(gemm.lhs, tile=(128, 128))
-        return dataclasses.replace(gemm, lhs=block_spec)
+            return gemm, reason
+        in_blocks = dataclasses.replace(getattr(gemm, side), tile=(128, 128))
+        return dataclasses.replace(gemm, **{side: in_blocks}), reason
 
-    monkeypatch.setattr(_plan, "_gemm", wrong)
-    got = fp8_transform(step, recipe)(LAYER, X)
-    assert not np.array_equal(got[1]["up"], wanted[1]["up"])
+    monkeypatch.setattr(_plan.Policy, "gemm", wrong)
+    assert differing(*fp8_dense_step()) == {role}
+
+
+def test_quantizing_an_operand_twice_changes_bits(monkeypatch):
+    right = ops.quantize_operand
+
+    spec = dataclasses.replace(fp8jax.TILE_1X128, scale="fp32")
+
+    def twice(x, *args):
+        once = fp8jax.quantize(x, spec)
+        return right(once.dequantize(x.dtype), *args)
+
+    monkeypatch.setattr(ops, "quantize_operand", twice)
+    jax.clear_caches()  # JAX may have traced the same quantization before.
+    try:
+        # The same tiles again give the same codes; along the other dimension they do
+        # not.
+        assert "wgrad" in differing(*fp8_dense_step())
+    finally:
+        jax.clear_caches()
 
 
 def test_bf16_recipe_is_the_identity_and_the_plain_step_never_changes():

@@ -1,6 +1,7 @@
 """The transformed function is called, jitted, vmapped and refused as the plain one."""
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,7 @@ def mlp(params, x):
 
 
 def copy(tree):
-    return jax.tree.map(jnp.copy, tree)
+    return jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, tree)
 
 
 def test_traces_once_for_one_signature():
@@ -95,6 +96,40 @@ def test_leaves_that_are_no_arrays_are_static():
     assert not np.array_equal(sine, out)
 
 
+def test_static_results_are_those_that_came_in_and_survive_the_cache():
+    def forward(config, params, x):
+        return config, x @ params["a"]
+
+    fn = fp8_transform(forward, weights="params")
+    for activation in (jnp.tanh, jnp.sin, jnp.tanh):
+        config = {"activation": activation, "scale": 2.0}
+        (got, _) = fn(config, PARAMS, X)
+        assert got["activation"] is activation
+        assert float(got["scale"]) == 2.0
+
+
+def test_result_that_is_no_array_and_did_not_come_in_is_jax_s_error():
+    fn = fp8_transform(lambda params, x: (x @ params["a"], object()))
+    with pytest.raises(TypeError, match="not a valid JAX type"):
+        fn(PARAMS, X)
+
+
+def test_equinox_filter_jit_keeps_static_numbers_and_donation():
+    def step(model, x):
+        assert model["inference"] is True
+        assert model["rate"] == 0.5
+        return {**model, "w": x @ model["w"]}
+
+    model = {"w": PARAMS["a"], "inference": True, "rate": 0.5}
+    out = fp8_transform(eqx.filter_jit(step))(model, X)
+    assert (out["inference"], out["rate"]) == (True, 0.5)
+    assert isinstance(out["rate"], float)
+    mine, x = copy(model), jnp.copy(X)
+    fp8_transform(eqx.filter_jit(step, donate="all-except-first"))(mine, x)
+    assert x.is_deleted()
+    assert not mine["w"].is_deleted()
+
+
 def test_shapes_alone_will_do_for_a_report():
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), PARAMS)
     fn = fp8_transform(mlp)
@@ -140,7 +175,10 @@ def test_differentiating_a_whole_step_says_what_to_do():
     ("arguments", "message"),
     [
         ({"fn": 3}, "takes a function, got 3"),
-        ({"fn": mlp, "recipe": "deepseek_v3"}, "Recipe, got 'deepseek_v3'"),
+        (
+            {"fn": mlp, "recipe": "deepseek"},
+            "got recipe='deepseek'; presets are recipes.deepseek_v3(), ",
+        ),
         ({"fn": mlp, "rules": ["a.*"]}, "takes rules="),
         ({"fn": mlp, "rules": recipes.bf16()}, "takes rules="),
         ({"fn": mlp, "weights": 1.5}, "takes weights="),
@@ -163,7 +201,13 @@ def test_weights_that_name_no_argument_are_refused():
     [
         ({"pattern": "("}, "regular expression"),
         ({"pattern": 3}, "regular expression"),
-        ({"pattern": "a", "recipe": "bf16"}, "recipe='bf16'"),
+        ({"pattern": "a", "recipe": "bf8"}, "recipe='bf8'; presets are"),
+        ({"pattern": "a", "roles": "wgrad"}, "roles from ('fprop', 'dgrad', 'wgrad')"),
+        ({"pattern": "a", "roles": ()}, "got ()"),
+        ({"pattern": "a", "roles": 3}, "got 3"),
+        ({"pattern": "a", "roles": ("fwd",)}, "got ('fwd',)"),
+        ({"pattern": "a", "where": 128}, "got 128"),
+        ({"pattern": "a", "where": lambda k: k > 1}, "a function of (k, n)"),
     ],
 )
 def test_rules_that_are_none_are_refused(rule, message):

@@ -8,7 +8,6 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from fp8jax import _compat
 from fp8jax.transform import fp8_transform
 
 D = 128
@@ -20,6 +19,7 @@ def normal(seed, *shape):
 
 PARAMS = {"a": normal(0, D, D), "b": normal(1, D, D)}
 X = normal(9, 128, D)
+KEY = jax.random.key(1)
 
 
 def layer(params, x):
@@ -193,14 +193,130 @@ def test_sharded_arguments_give_the_unsharded_result():
     assert difference < 1e-2 * np.linalg.norm(wanted["a"])
 
 
-def test_private_names_that_the_transform_needs_are_there():
-    jitted = jax.jit(lambda x, n: x, static_argnums=1, donate_argnames="x")
-    options = _compat.jit_options(jitted)
-    assert options.static_argnums == (1,)
-    assert options.donate_argnums == (0,)
-    jaxpr = jax.make_jaxpr(
-        lambda c, x: jax.lax.scan(lambda s, y: (s + y * c, s), x[0], x)
-    )(1.0, X)
-    (scan,) = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
-    assert _compat.scan_counts(scan.params) == (1, 1)
-    assert _compat.with_eqns(jaxpr, list(jaxpr.eqns)).eqns == jaxpr.eqns
+def test_one_operand_of_an_einsum_of_three_is_the_weight():
+    def forward(params, x):  # The path multiplies x by c first, of its own batch.
+        c = jnp.cos(x)
+        return jnp.einsum("tk,td,df->kf", c, x, params["a"])
+
+    fn = fp8_transform(forward)
+    rows = fn.report(PARAMS, X).rows
+    assert len(rows) == 2
+    assert sorted(r.status for r in rows) == ["fp8", "skipped"]
+    plain, out = jax.jit(forward)(PARAMS, X), fn(PARAMS, X)
+    assert not np.array_equal(out, plain)
+    assert np.linalg.norm(out - plain) < 0.1 * np.linalg.norm(plain)
+
+
+def test_map_and_associative_scan_are_entered_and_scan_counts_runs():
+    def forward(params, x):
+        x = jax.lax.map(lambda row: layer(params, row), x.reshape(4, 32, D))
+        sums = jax.lax.associative_scan(jnp.add, x)
+        return sums, jax.lax.associative_scan(lambda a, b: a @ b, sums[:, :, :32])
+
+    fn = fp8_transform(forward)
+    first, *products = fn.report(PARAMS, X).rows
+    assert (first.path, first.status, first.count) == ("a", "fp8", 4)
+    assert products
+    assert {r.status for r in products} == {"skipped"}
+    x = jax.lax.map(lambda row: fp8_transform(layer)(PARAMS, row), X.reshape(4, 32, D))
+    # Four numbers below one: three roundings, each of half a unit in the last place.
+    sums = np.cumsum(np.asarray(x, np.float64), 0)
+    np.testing.assert_allclose(fn(PARAMS, X)[0], sums, rtol=0, atol=3 * 2.0**-23)
+
+
+def test_fft_and_complex_products_stay_beside_layers():
+    def rest(params, x):
+        spectrum = jnp.fft.rfft(x)
+        filters = params["b"][: spectrum.shape[1]].astype(spectrum.dtype)
+        return jnp.abs(spectrum), jnp.abs(spectrum @ filters)
+
+    check_left_alone(rest, "dtype complex64")
+
+
+def test_integer_products_stay_beside_layers():
+    def rest(params, x):
+        codes = jnp.round(params["b"] * 100).astype(jnp.int8)
+        steps = jnp.round(x * 100).astype(jnp.int8)
+        return jnp.matmul(steps, codes, preferred_element_type=jnp.int32)
+
+    check_left_alone(rest, "dtype int8")
+
+
+def test_operands_that_are_fp8_already_stay_beside_layers():
+    def rest(params, x):
+        operands = (a.astype(jnp.float8_e4m3fn) for a in (x, params["b"]))
+        return jnp.matmul(*operands, preferred_element_type=jnp.float32)
+
+    check_left_alone(rest, "already FP8: float8_e4m3fn")
+
+
+def test_float64_products_stay_and_float32_ones_change_with_64_bit_types_on():
+    def forward(params, x):
+        x = layer(params, x)
+        return x, x.astype(jnp.float64) @ params["b"].astype(jnp.float64)
+
+    with jax.enable_x64(True):
+        fn = fp8_transform(forward)
+        rows = fn.report(PARAMS, X).rows
+        assert [r.status for r in rows] == ["fp8", "skipped"]
+        assert rows[1].reason == "dtype float64"
+        narrow, wide = fn(PARAMS, X)
+        b = np.asarray(PARAMS["b"], np.float64)
+        np.testing.assert_allclose(wide, np.asarray(narrow, np.float64) @ b, rtol=1e-12)
+    chex.assert_trees_all_equal(narrow, fp8_transform(layer)(PARAMS, X))
+
+
+@pytest.mark.parametrize(
+    ("function", "x"),
+    [
+        (lambda x: jnp.fft.fft(x).real, X),
+        (lambda x: jax.lax.associative_scan(jnp.add, x), X),
+        (lambda key: jax.random.normal(jax.random.split(key)[0], (3,)), KEY),
+        (lambda x: jax.lax.cumsum(jax.lax.sort(x)), X),
+    ],
+    ids=["fft", "associative_scan", "keys", "sort"],
+)
+def test_function_without_products_is_the_plain_one(function, x):
+    fn = fp8_transform(function)
+    assert fn.report(x).rows == ()
+    with pytest.warns(UserWarning, match="no matrix product"):
+        out = fn(x)
+    chex.assert_trees_all_equal(out, jax.jit(function)(x))
+
+
+def test_callbacks_see_the_rewritten_values_and_effects_stay_in_order():
+    seen = []
+
+    def forward(params, x, *, tag):
+        x = layer(params, x)
+        jax.debug.callback(lambda v: seen.append((tag, np.asarray(v))), x, ordered=True)
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        y = jax.pure_callback(lambda v: np.asarray(v) * 2, shape, x)
+        jax.debug.callback(lambda v: seen.append((tag, np.asarray(v))), y, ordered=True)
+        return y
+
+    fn = fp8_transform(forward, static_argnames="tag")
+    assert statuses(fn.report(PARAMS, X, tag="mine")) == [("a", "fprop", "fp8")]
+    assert not seen
+    with jax.default_device(None):  # Ordered effects take no device of ours.
+        out = fn(PARAMS, X, tag="mine")
+        jax.effects_barrier()
+    assert [tag for tag, _ in seen] == ["mine", "mine"]
+    np.testing.assert_array_equal(seen[1][1], 2 * seen[0][1])
+    np.testing.assert_array_equal(out, seen[1][1])
+
+
+def test_hand_written_gradient_in_a_whole_step_is_rewritten_as_written_out():
+    # JAX's derivative has put its rules in place of the function: plain products.
+    def step(params, x):
+        def loss(params):
+            x_a = layer(params, x)
+            return jnp.mean(jnp.square(hand_written(params["b"], x_a)))
+
+        return jax.value_and_grad(loss)(params)
+
+    found = {
+        (r.path, r.role): r.status for r in fp8_transform(step).report(PARAMS, X).rows
+    }
+    layers = {("b", "fprop"), ("b", "wgrad"), ("b", "dgrad")}
+    assert found == dict.fromkeys(layers | {("a", "fprop"), ("a", "wgrad")}, "fp8")

@@ -307,7 +307,7 @@ def test_low_rank_adapter_is_skipped_and_its_frozen_base_named():
     assert not found(report)
     reasons = {r.path: r.reason for r in report.rows if r.role == "fprop"}
     assert set(reasons) == {"down", "up"}
-    assert all("8 features" in reason for reason in reasons.values())
+    assert all("min_dim=128" in reason for reason in reasons.values())
     assert any("base/w" in r.reason and "weights=" in r.reason for r in report.rows)
     # Told that the base is a parameter, the transform takes it.
     told = fp8_transform(step, weights=["adapter", "base"]).report(adapter, base, X)
@@ -442,7 +442,7 @@ def test_weights_with_batch_dimensions_and_small_ones_are_skipped():
     report = fp8_transform(forward).report(params, X)
     assert [r.reason for r in report.rows] == [
         "batch dimensions",
-        "weight of 96 features, fewer than min_dim=128",
+        "by default: a weight of fewer features than min_dim=128",
     ]
     small = fp8_transform(forward, min_dim=64).report(params, X)
     assert found(small) == {("narrow", "fprop"): 1}

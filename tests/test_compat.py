@@ -1,0 +1,132 @@
+"""Every private or version-dependent name of JAX that `_compat` uses, by name.
+
+If one of these fails, a JAX release removed or renamed what is in the test's name, and
+the function of `_compat` that is named with it needs a branch.
+"""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend import core
+
+from fp8jax import _compat
+
+
+def jaxpr_of(fn, *args):
+    return jax.make_jaxpr(fn)(*args)
+
+
+def eqn_of(primitive, fn, *args):
+    names = {e.primitive.name: e for e in _compat.open_jaxpr(jaxpr_of(fn, *args)).eqns}
+    assert primitive in names, f"{primitive} is now one of {sorted(names)}"
+    return names[primitive]
+
+
+def test_jit_info_of_a_jit_object_holds_its_options():
+    def f(x, n, *, name):
+        return x
+
+    jitted = jax.jit(f, static_argnums=1, static_argnames="name", donate_argnums=0)
+    assert hasattr(jitted, "_jit_info"), "jax.jit objects lost _jit_info: jit_options"
+    for name in (
+        "static_argnums",
+        "static_argnames",
+        "donate_argnums",
+        "donate_argnames",
+    ):
+        assert hasattr(jitted._jit_info, name), f"_jit_info lost {name}: jit_options"
+    options = _compat.jit_options(jitted)
+    assert options.static_argnums == (1,)
+    assert set(options.static_argnames) >= {"name"}
+    assert options.donate_argnums == (0,)
+    assert not options.static_scalars
+    assert _compat.jit_options(f) == _compat.JitOptions()
+
+
+def test_equinox_filter_jit_objects_say_what_they_donate():
+    eqx = pytest.importorskip("equinox")
+    jitted = eqx.filter_jit(lambda model, x: x, donate="all-except-first")
+    for name in ("donate_first", "donate_rest"):
+        assert hasattr(jitted, name), f"filter_jit objects lost {name}: jit_options"
+    options = _compat.jit_options(jitted)
+    assert options.static_scalars
+    assert options.donate_argnums == (1,)
+    assert options.donate_argnames == ("x",)
+
+
+def test_scan_equations_tell_constants_from_carries():
+    def f(c, x):
+        return jax.lax.scan(lambda s, y: (s + y * c, s), x[0], x)
+
+    params = eqn_of("scan", f, 1.0, jnp.ones(3)).params
+    known = "num_consts" in params or hasattr(params.get("ft_in"), "unpack")
+    assert known, f"scan has neither num_consts nor ft_in.unpack: {sorted(params)}"
+    assert _compat.scan_counts(params) == (1, 1)
+    assert {"jaxpr", "length"} <= set(params), sorted(params)
+
+
+def test_while_equations_tell_the_constants_of_condition_and_body():
+    def f(a, b, x):
+        return jax.lax.while_loop(lambda x: x < a, lambda x: x + b + a, x)
+
+    params = eqn_of("while", f, 1.0, 2.0, 0.0).params
+    names = {"cond_nconsts", "body_nconsts", "cond_jaxpr", "body_jaxpr"}
+    assert names <= set(params), sorted(params)
+    assert (params["cond_nconsts"], params["body_nconsts"]) == (1, 2)
+
+
+def test_jaxprs_are_told_from_all_else_opened_and_given_other_equations():
+    closed = jaxpr_of(lambda x: jnp.sin(x) + jnp.arange(3.0), jnp.ones(3))
+    assert _compat.is_jaxpr(closed)
+    assert not _compat.is_jaxpr("jaxpr")
+    inner = _compat.open_jaxpr(closed)
+    for name in ("eqns", "invars", "outvars", "constvars"):
+        assert hasattr(inner, name), f"jaxprs lost {name}: open_jaxpr"
+    assert hasattr(closed, "consts"), "jaxprs lost consts: jaxpr_consts"
+    assert hasattr(inner, "replace"), "jaxprs lost replace: with_eqns"
+    same = _compat.with_eqns(closed, list(inner.eqns))
+    assert list(_compat.open_jaxpr(same).eqns) == list(inner.eqns)
+    assert len(_compat.jaxpr_consts(closed)) == len(inner.constvars)
+
+
+def test_equations_have_what_a_rewrite_needs():
+    eqn = eqn_of("dot_general", jnp.matmul, jnp.ones((2, 3)), jnp.ones((3, 4)))
+    for name in ("primitive", "params", "invars", "outvars", "effects", "replace"):
+        assert hasattr(eqn, name), f"equations lost {name}: the interpreter"
+    assert hasattr(eqn.source_info, "name_stack"), "equations lost their name stack"
+    wanted = {"dimension_numbers", "precision", "preferred_element_type"}
+    assert wanted <= set(eqn.params), sorted(eqn.params)
+    assert eqn.replace(params=eqn.params).invars == eqn.invars
+    for name in ("Literal", "Var", "jaxpr_as_fun"):
+        assert hasattr(core, name), f"jax.extend.core lost {name}"
+
+
+def test_name_stacks_mark_forward_backward_and_recomputed_products():
+    def f(w, x):
+        return jnp.sum(jax.checkpoint(lambda w, x: jnp.sin(jnp.sin(x @ w) @ w))(w, x))
+
+    stacks = set()
+
+    def collect(jaxpr, outer):
+        for eqn in _compat.open_jaxpr(jaxpr).eqns:
+            stack = f"{outer}/{eqn.source_info.name_stack}"
+            if eqn.primitive.name == "dot_general":
+                stacks.add(stack)
+            for value in eqn.params.values():
+                if _compat.is_jaxpr(value):
+                    collect(value, stack)
+
+    collect(jaxpr_of(jax.grad(f), jnp.ones((4, 4)), jnp.ones((4, 4))), "")
+    for mark in ("jvp(", "transpose(jvp(", "rematted_computation"):
+        assert any(mark in s for s in stacks), f"no name stack has {mark!r}: {stacks}"
+
+
+def test_pallas_load_of_mosaic_gpu_is_as_the_version_branch_assumes():
+    plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+    assert hasattr(plgpu, "load"), "plgpu lost load: mosaic_load"
+    parameters = inspect.signature(plgpu.load).parameters
+    assert "layout" in parameters, f"plgpu.load lost layout: {list(parameters)}"
+    takes_index = len([p for p in parameters if p in ("idx", "indices")]) > 0
+    assert takes_index == (_compat.JAX_VERSION < (0, 11)), list(parameters)

@@ -1,0 +1,150 @@
+"""Products of one value share its codes: it is quantized once for each use."""
+
+import collections
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fp8jax import _compat, ops, recipes
+from fp8jax.transform import fp8_transform
+from fp8jax.transform._interpreter import sub_jaxprs
+
+D, HIDDEN = 128, 256
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape) * 0.1
+
+
+MLP = {
+    "gate": normal(0, D, HIDDEN),
+    "up": normal(1, D, HIDDEN),
+    "down": normal(2, HIDDEN, D),
+}
+ATTENTION = {name: normal(i, D, D) for i, name in enumerate("qkv")}
+X = normal(9, 2, 64, D)
+
+
+def mlp(params, x):
+    h = jax.nn.silu(x @ params["gate"]) * (x @ params["up"])
+    return x + h @ params["down"]
+
+
+def step_of(forward, argnums=(0, 1)):
+    def loss(params, x):
+        return jnp.mean(jnp.square(forward(params, x).astype(jnp.float32)))
+
+    return jax.value_and_grad(loss, argnums)
+
+
+def marked_calls(fn, *args):
+    """How often each of our functions is called, by name, but for calls within one."""
+    calls = collections.Counter()
+
+    def visit(jaxpr):
+        for eqn in _compat.open_jaxpr(jaxpr).eqns:
+            name = str(eqn.params.get("name", ""))
+            if name.startswith(ops.MARK):
+                calls[name.removeprefix(ops.MARK)] += 1
+            else:
+                for sub in sub_jaxprs(eqn):
+                    visit(sub)
+
+    visit(jax.make_jaxpr(fn)(*args))
+    return calls
+
+
+# Gate and up share x, in fprop and in wgrad; each weight's codes serve fprop and dgrad.
+# With operands quantized by each of the nine products it would be 18.
+FPROP = 1 + 1 + 3  # x, down's input, three weights
+OF_DOWN = 1 + 1 + 1  # dout for dgrad and for wgrad, down's input for wgrad
+OF_GATE_AND_UP = 2 + 2 + 1  # two gradients for dgrad and for wgrad, x for wgrad
+MLP_CALLS = {
+    "quantize": FPROP + OF_DOWN + OF_GATE_AND_UP,
+    "fprop": 3,
+    "dgrad": 3,
+    "wgrad": 3,
+}
+
+
+def test_gate_and_up_quantize_their_input_once():
+    forward = fp8_transform(jax.jit(step_of(mlp)), weights=0)
+    assert marked_calls(forward, MLP, X) == MLP_CALLS
+
+
+def test_transforming_twice_quantizes_no_more_than_once():
+    twice = fp8_transform(fp8_transform(step_of(mlp), weights=0), weights=0)
+    assert marked_calls(twice, MLP, X) == MLP_CALLS
+
+
+def test_scanned_and_rematted_block_shares_codes_within_each_loop_body():
+    def forward(params, x):
+        body = jax.checkpoint(lambda x, layer: (mlp(layer, x), None))
+        return jax.lax.scan(body, x, params)[0]
+
+    stacked = jax.tree.map(lambda a: jnp.stack([a] * 2), MLP)
+    calls = marked_calls(fp8_transform(step_of(forward), weights=0), stacked, X)
+    # The backward loop needs all three weights again; it recomputes gate and up.
+    backward = 1 + 3 + OF_DOWN + OF_GATE_AND_UP
+    assert calls == {
+        "quantize": FPROP + backward,
+        "fprop": 3,
+        "recompute": 2,
+        "dgrad": 3,
+        "wgrad": 3,
+    }
+
+
+def test_layers_that_each_cast_the_same_input_share_its_codes():
+    def forward(params, x):
+        q, k, v = (
+            x.astype(jnp.bfloat16) @ params[name].astype(jnp.bfloat16) for name in "qkv"
+        )
+        return q * k * v
+
+    calls = marked_calls(fp8_transform(step_of(forward, 0)), ATTENTION, X)
+    assert calls == {"quantize": (1 + 3) + (1 + 3), "fprop": 3, "wgrad": 3}
+
+
+def test_products_of_different_recipes_share_no_codes():
+    step = step_of(mlp)
+    rules = [recipes.Rule("up", recipes.deepseek_v3(scale="fp32"))]
+    mixed = fp8_transform(step, rules=rules, weights=0)
+    # Up has codes of x of its own, for fprop and for wgrad.
+    assert marked_calls(mixed, MLP, X)["quantize"] == MLP_CALLS["quantize"] + 2
+
+
+@pytest.mark.parametrize("of", ["x", "w"])
+def test_slices_of_one_array_are_not_taken_for_one_another(of):
+    def forward(params, x):
+        w = params["w"]
+        first, second = (x[:, :32], x[:, 32:]) if of == "x" else (x, x)
+        v, u = (w, w) if of == "x" else (w[0], w[1])
+        return jnp.tanh(first @ v) * jnp.tanh(second @ u)
+
+    params = {"w": normal(3, D, D) if of == "x" else normal(3, 2, D, D)}
+    whole = fp8_transform(step_of(forward, 0))
+    inside = jax.jit(step_of(fp8_transform(forward), 0))
+    chex.assert_trees_all_equal(whole(params, X), inside(params, X))
+
+
+def test_codes_are_made_under_the_name_stack_of_their_first_product():
+    def forward(params, x):
+        with jax.named_scope("first"):
+            gate = x @ params["gate"]
+        with jax.named_scope("second"):
+            up = x @ params["up"]
+        return gate * up
+
+    jaxpr = jax.make_jaxpr(fp8_transform(step_of(forward, 0)))(MLP, X)
+    (program,) = jaxpr.eqns
+    stacks = [
+        str(eqn.source_info.name_stack)
+        for eqn in _compat.open_jaxpr(sub_jaxprs(program)[0]).eqns
+        if eqn.params.get("name") in ("fp8jax_quantize", "fp8jax_fprop")
+        and "transpose" not in str(eqn.source_info.name_stack)
+    ]
+    assert ["first" in s for s in stacks] == [True] * 3 + [False] * 2
+    assert ["second" in s for s in stacks] == [False] * 3 + [True] * 2
