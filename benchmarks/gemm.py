@@ -14,21 +14,14 @@ import jax.numpy as jnp
 
 from benchmarks import _harness
 from fp8jax.kernels import mosaic_gpu
+from fp8jax.testing import GEMM_SHAPES
 
 CEILING = 1979  # TFLOPS of dense FP8, by the data sheet.
 
 # (m, n, k); 1d2d is fprop and dgrad, 1d1d wgrad, whose k counts tokens.
 SHAPES = {
     "1d2d": [
-        (4096, 7168, 4096),
-        (4096, 7168, 16384),
-        (8192, 8192, 8192),
-        (4096, 2048, 7168),
-        (4096, 4096, 7168),
-        (4096, 24576, 1536),
-        (4096, 32768, 512),
-        (4096, 7168, 2048),
-        (16384, 7168, 2048),
+        *((shape.m, shape.n, shape.k) for shape in GEMM_SHAPES),
         (1, 7168, 2048),
         (64, 7168, 2048),
         (128, 7168, 2048),

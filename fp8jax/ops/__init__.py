@@ -3,6 +3,7 @@
 from fp8jax.matmul import MARK, gemm_implementation
 from fp8jax.ops._dot_general import dot_general
 from fp8jax.ops._gemm import (
+    INPUT_DTYPES,
     in_contraction_order,
     multiply_operands,
     output_dtype,
@@ -12,6 +13,7 @@ from fp8jax.ops._gemm import (
 from fp8jax.ops._layout import Layout, Operand, plan
 
 __all__ = [
+    "INPUT_DTYPES",
     "MARK",
     "Layout",
     "Operand",

@@ -37,10 +37,6 @@ class Operand:
         """`spec`, given for `[free, contraction]`, as rows and columns are stored."""
         return spec if self.contraction == 1 else spec.T
 
-    @property
-    def free_size(self) -> int:
-        return self.shape[-2:][1 - self.contraction]
-
 
 @dataclasses.dataclass(frozen=True)
 class Layout:

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fp8jax import ops
 from fp8jax.quant import QuantSpec
@@ -26,8 +25,6 @@ from fp8jax.transform._leaves import Leaf
 from fp8jax.transform._report import Report, Row, describe_tiles
 from fp8jax.transform._roles import UNCLEAR, Assignment, Role
 from fp8jax.transform._values import MARKED, Dot, Position, Side, other_side
-
-_DTYPES = tuple(np.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +200,7 @@ def _unsupported(dot: Dot) -> str:
         dtype = aval.dtype
         if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 1:
             return f"already FP8: {dtype}"
-        if dtype not in _DTYPES:
+        if dtype not in ops.INPUT_DTYPES:
             return f"dtype {dtype}"
         if not aval.size:
             return "no elements"
