@@ -3,11 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 
 def kernel_times(
-    fn: Callable[..., Any], *args: jax.Array, iterations: int = 20
+    fn: Callable[..., Any], *args: Any, iterations: int = 20
 ) -> list[float]:
     """Microseconds that all kernels of one call take, for each of `iterations` calls.
 
