@@ -1,6 +1,6 @@
 """The kernels in Pallas Mosaic GPU, for Hopper (compute capability 9.0)."""
 
 from fp8jax.kernels.mosaic_gpu._gemm import gemm
-from fp8jax.kernels.mosaic_gpu._quantize import quantize
+from fp8jax.kernels.mosaic_gpu._quantize import quantize, quantize_both
 
-__all__ = ["gemm", "quantize"]
+__all__ = ["gemm", "quantize", "quantize_both"]
