@@ -120,21 +120,3 @@ def gemm_1d1d_config(m: int, n: int, k: int, num_sms: int) -> GemmConfig:
         cluster=2 if fills else 1,
         snake_axis=0 if m <= n else 1,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizeConfig:
-    """How one CTA quantizes: tiles of 128x128 through `stages` buffers.
-
-    Attributes:
-        stages: input tiles in shared memory.
-        ctas_per_sm: CTAs that share a multiprocessor.
-    """
-
-    stages: int
-    ctas_per_sm: int
-
-
-def quantize_config() -> QuantizeConfig:
-    """One CTA a multiprocessor reads and writes faster than two or three do."""
-    return QuantizeConfig(stages=2, ctas_per_sm=1)
