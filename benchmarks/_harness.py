@@ -169,9 +169,10 @@ def _commit() -> str:
 
 
 def _wait(out: Any) -> None:
-    if hasattr(out, "is_cuda"):
+    leaves = jax.tree.leaves(out)
+    if any(hasattr(leaf, "is_cuda") for leaf in leaves):
         import torch  # pyright: ignore
 
         torch.cuda.synchronize()
     else:
-        jax.block_until_ready(out)
+        jax.block_until_ready(leaves)

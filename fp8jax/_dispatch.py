@@ -20,6 +20,7 @@ MARK = "fp8jax_"
 # In order of preference.
 _TABLE: dict[str, tuple[str, ...]] = {
     "quantize": ("mosaic_gpu", "xla"),
+    "quantize_both": ("mosaic_gpu", "xla"),
     "gemm": ("mosaic_gpu", "xla"),
 }
 

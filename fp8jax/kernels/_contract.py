@@ -33,6 +33,25 @@ class Quantize(Protocol):
     ) -> tuple[jax.Array, jax.Array]: ...
 
 
+class QuantizeBoth(Protocol):
+    """`quantize(x, tile)` and `quantize(x.T, tile_t)` from one read of `x [m, k]`.
+
+    Returns `data [m, k]` with its scales, then `data_t [k, m]` with its own, the bits
+    that the two calls of `quantize` give.
+    """
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        tile: Tile,
+        tile_t: Tile,
+        dtype: jax.typing.DTypeLike,
+        scale: ScaleKind,
+        eps: float,
+    ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]: ...
+
+
 class Gemm(Protocol):
     """`lhs [m, k]` times `rhs [n, k]` transposed, FP32 promotion every 128 of k.
 

@@ -65,10 +65,6 @@ def scaled_matmul(
             "scaled_matmul takes out_dtype bfloat16, float16 or float32, got "
             f"{out_dtype}."
         )
-    if _swapped(lhs.tile, rhs.tile):
-        return scaled_matmul(
-            rhs, lhs, out_dtype=out_dtype, implementation=implementation
-        ).T
     return _dispatch.call(
         "gemm",
         lhs.data,
@@ -95,8 +91,6 @@ def gemm_implementation(
     Raises:
         NotImplementedError: If the implementation asked for cannot run here.
     """
-    if _swapped(lhs_spec.tile, rhs_spec.tile):
-        lhs_spec, rhs_spec = rhs_spec, lhs_spec
     shape = (_CONTRACTION_TILE, _CONTRACTION_TILE)
     arrays = []
     for spec in (lhs_spec, rhs_spec):
@@ -111,8 +105,3 @@ def gemm_implementation(
         rhs_tile=rhs_spec.tile,
         out_dtype=np.dtype(jnp.bfloat16),
     )
-
-
-def _swapped(lhs_tile: numerics.Tile, rhs_tile: numerics.Tile) -> bool:
-    # Kernels block the right operand; the transposed product has the same sums.
-    return lhs_tile[0] > rhs_tile[0]

@@ -82,6 +82,19 @@ def _product(rhs_tile: tuple[int, int], out_dtype=jnp.float32):
     )
 
 
+def _check_blocked_lhs(m: int, n: int, k: int, out_dtype=jnp.float32) -> None:
+    """With the lhs in blocks, the product is the other one's transpose, to the bit."""
+    rows, row_scales, blocks, block_scales = _operands(m, n, k, (128, 128))
+    run = functools.partial(mosaic_gpu.gemm, out_dtype=out_dtype)
+    tiles = {"lhs_tile": (128, 128), "rhs_tile": (1, 128)}
+    out = jax.jit(functools.partial(run, **tiles))(
+        blocks, block_scales, rows, row_scales
+    )
+    same = _product((128, 128), out_dtype)(rows, row_scales, blocks, block_scales)
+    assert out.shape == (n, m)
+    np.testing.assert_array_equal(out, same.T)
+
+
 def _check(out: jax.Array, operands: tuple[jax.Array, ...], rhs_tile) -> None:
     total, magnitude = _oracle(*operands, rhs_tile)
     # Each chunk rounds twice in float32, the product of its scales and the fused sum,
@@ -107,13 +120,22 @@ def test_interpreted_product_is_the_oracles(m, n, k, rhs_tile):
 
 
 @interpreted
+@pytest.mark.parametrize(("m", "n", "k"), [(256, 128, 256), (1, 3, 1), (136, 160, 300)])
+def test_interpreted_blocked_lhs(m, n, k):
+    with _interpreting():
+        _check_blocked_lhs(m, n, k)
+
+
+@interpreted
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 12),
     reason="interpret mode of JAX 0.11 hangs on clusters with several blocks",
 )
 def test_interpreted_cluster_past_the_last_row():
     operands = _operands(264, 160, 384, (128, 128))
-    config = _config.GemmConfig(128, 128, "m", 2, stages=2, cluster=2)
+    config = _config.GemmConfig(
+        128, 128, "m", chunks=2, accumulators=2, stages=2, cluster=2
+    )
     with _interpreting():
         out = _gemm.multiply(
             *operands, rhs_tile=(128, 128), out_dtype=jnp.float32, config=config
@@ -227,6 +249,13 @@ def _shapes() -> list[tuple[int, int, int]]:
 def test_product_is_the_oracles(m, n, k, rhs_tile):
     operands = _operands(m, n, k, rhs_tile)
     _check(jax.jit(_product(rhs_tile))(*operands), operands, rhs_tile)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("out_dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("m", "n", "k"), [*_shapes(), (1, 1, 256), (33, 64, 256)])
+def test_blocked_lhs(m, n, k, out_dtype):
+    _check_blocked_lhs(m, n, k, out_dtype)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from fp8jax.kernels.mosaic_gpu._config import CHUNK, SMEM_BYTES, GemmConfig
 from fp8jax.kernels.mosaic_gpu._gemm import gemm, multiply
 from fp8jax.kernels.mosaic_gpu._limits import refusal, smem_bytes
 from fp8jax.kernels.mosaic_gpu._problem import GEMM_KINDS, GemmKind, GemmProblem
-from fp8jax.kernels.mosaic_gpu._quantize import quantize
+from fp8jax.kernels.mosaic_gpu._quantize import quantize, quantize_both
 from fp8jax.kernels.mosaic_gpu._table import Entry, Table, read_table, write_table
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "num_sms",
     "present_device_kind",
     "quantize",
+    "quantize_both",
     "read_table",
     "refusal",
     "smem_bytes",

@@ -56,22 +56,25 @@ def gemm_padded(
     config: GemmConfig,
     num_sms: int,
     rhs_scale_rows: bool,
+    transposed: bool = False,
 ) -> jax.Array:
     """Launches the kernel on operands that fit its copies.
 
     Args:
         lhs: FP8 [m, k], m a multiple of 8, k of 128.
         lhs_scale: float32 [k / 128, m].
-        rhs: FP8 [n, k], n a multiple of 32 and at least 64.
+        rhs: FP8 [n, k], n a multiple of 8. The side of the output that is contiguous,
+            n or, where `transposed`, m, is a multiple of 32 and at least 64.
         rhs_scale: float32, [ceil(n / 128), k / 128], or [k / 128, n] where
             `rhs_scale_rows`.
         out_dtype: bfloat16 or float32.
         config: the block shape.
         num_sms: multiprocessors to fill.
         rhs_scale_rows: whether every rhs row has scales of its own (1d1d).
+        transposed: whether to store the product as [n, m].
 
     Returns:
-        [m, n] of `out_dtype`.
+        [m, n], or [n, m], of `out_dtype`.
     """
     m, n = lhs.shape[0], rhs.shape[0]
     assert config.smem_bytes(rhs_scale_rows=rhs_scale_rows) <= SMEM_BYTES, config
@@ -85,6 +88,7 @@ def gemm_padded(
         cluster, empty = {}, plgpu.Barrier
     slot = (config.stages, config.chunks)
     out_columns = OUT_SLICE_BYTES // jnp.dtype(out_dtype).itemsize
+    out_slice = (config.wg_m, out_columns)
     scratch = {
         "lhs_smem": plgpu.SMEM(
             (config.stages, config.block_m, config.chunks * CHUNK),
@@ -101,7 +105,11 @@ def gemm_padded(
             plgpu.SMEM((*slot, config.block_n), jnp.float32) if rhs_scale_rows else None
         ),
         "out_smem": plgpu.SMEM(
-            (_MATH_WARPGROUPS, OUT_SLOTS, config.wg_m, out_columns),
+            (
+                _MATH_WARPGROUPS,
+                OUT_SLOTS,
+                *(out_slice[::-1] if transposed else out_slice),
+            ),
             out_dtype,
             transforms=swizzled(out_columns, OUT_SLICE_BYTES),
         ),
@@ -111,28 +119,42 @@ def gemm_padded(
         "empty": empty(num_arrivals=_MATH_WARPGROUPS, num_barriers=config.stages),
     }
     return plgpu.kernel(
-        functools.partial(_body, config=config),
-        out_type=jax.ShapeDtypeStruct((m, n), out_dtype),
+        functools.partial(_body, config=config, transposed=transposed),
+        out_type=jax.ShapeDtypeStruct((n, m) if transposed else (m, n), out_dtype),
         scratch_types=scratch,
         grid=(max(1, min(num_sms // config.cluster, work)),),
         grid_names=("grid",),
         num_threads=_MATH_WARPGROUPS + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics[config.lowering]
+            lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         **cluster,
     )(lhs, lhs_scale, rhs, rhs_scale)
 
 
 def _body(
-    lhs, lhs_scale, rhs, rhs_scale, out, *, config: GemmConfig, full, empty, **smem
+    lhs,
+    lhs_scale,
+    rhs,
+    rhs_scale,
+    out,
+    *,
+    config: GemmConfig,
+    transposed: bool,
+    full,
+    empty,
+    out_smem,
+    **smem,
 ):
     """Splits the warpgroups: two that multiply, one that fetches."""
 
     def multiply() -> None:
         plgpu.set_max_registers(_MATH_REGISTERS, action="increase")
-        _multiply(rhs_scale, out, (lhs, rhs), full, empty, config=config, **smem)
+        store = functools.partial(
+            _store, out=out, slots=out_smem, config=config, transposed=transposed
+        )
+        _multiply(rhs_scale, store, (lhs, rhs), full, empty, config=config, **smem)
 
     def fetch() -> None:
         plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
@@ -181,10 +203,8 @@ def _fetch(
     rhs_smem,
     lhs_scale_smem,
     rhs_scale_smem,
-    out_smem,
 ) -> None:
     """The memory warpgroup: fills stage after stage as they become empty."""
-    del out_smem
     steps = _steps(lhs, config)
     shared = "cluster" if config.cluster > 1 else None
 
@@ -232,7 +252,7 @@ def _fetch(
 
 def _multiply(
     rhs_scale,
-    out,
+    store,
     operands,
     full,
     empty,
@@ -242,7 +262,6 @@ def _multiply(
     rhs_smem,
     lhs_scale_smem,
     rhs_scale_smem,
-    out_smem,
 ) -> None:
     """A math warpgroup: multiplies, promotes, stores."""
     lhs, rhs = operands
@@ -256,17 +275,19 @@ def _multiply(
     width = math.gcd(wg_n, CHUNK)
     pieces = range(0, wg_n, width)
 
-    def rhs_factor(stage, i, n_block, chunk, piece):
-        """The rhs scales of a piece in one chunk: [width], or one number."""
-        column = first_column + piece
-        if rhs_scale_smem is not None:
-            return _compat.mosaic_load(
-                rhs_scale_smem.at[stage, i, pl.ds(column, width)],
-                plgpu.Layout.WGMMA.reduce(0),
-            )
+    def rhs_row_factors(stage, i, piece):
+        """The rhs scales of a piece in chunk i of a stage, one a column."""
+        return _compat.mosaic_load(
+            rhs_scale_smem.at[stage, i, pl.ds(first_column + piece, width)],
+            plgpu.Layout.WGMMA.reduce(0),
+        )
+
+    def rhs_tile_factor(chunk, n_block, piece):
+        """The rhs scale of a piece in a chunk of k: one number."""
         last_tile = jnp.int32(rhs_scale.shape[0] - 1)
-        tile = lax.div(n_block * config.block_n + column, jnp.int32(CHUNK))
-        tile = lax.min(tile, last_tile)  # A block may reach past the last column.
+        column = n_block * config.block_n + first_column + piece
+        # A block may reach past the last column.
+        tile = lax.min(lax.div(column, jnp.int32(CHUNK)), last_tile)
         if num_chunks % config.chunks == 0:
             return rhs_scale[tile, chunk]
         # The chunk past the end has zero codes and zero lhs scales. The last real
@@ -274,56 +295,72 @@ def _multiply(
         real = lax.min(chunk, jnp.int32(num_chunks - 1))
         return jnp.where(chunk < num_chunks, rhs_scale[tile, real], jnp.float32(0))
 
-    def load_scales(stage, step, i, n_block):
-        """Both operands' scales in chunk i of a stage: the lhs's, and one a piece."""
+    def tile_factors(step, i, n_block):
+        """The rhs scales of chunk i for the pieces, where they are of tiles."""
+        if rhs_scale_smem is not None:
+            return None
+        return [rhs_tile_factor(step * config.chunks + i, n_block, p) for p in pieces]
+
+    def factors(stage, i, of_tiles):
+        """What to multiply the product of a chunk by: [wg_m, width] for each piece."""
         left = _compat.mosaic_load(
             lhs_scale_smem.at[stage, i, pl.ds(first_row, wg_m)],
             plgpu.Layout.WGMMA.reduce(1),
         )
-        chunk = step * config.chunks + i
-        return left, [rhs_factor(stage, i, n_block, chunk, piece) for piece in pieces]
-
-    def factor(left, right):
-        """The product of the scales, [wg_m, width]: 1d1d has one for each element."""
         shape = (wg_m, width)
-        if right.ndim == 0:
-            return lax.broadcast_in_dim(left * right, shape, (0,))
-        right = lax.broadcast_in_dim(right, shape, (1,))
-        return lax.broadcast_in_dim(left, shape, (0,)) * right
+        if of_tiles is not None:
+            return [lax.broadcast_in_dim(left * s, shape, (0,)) for s in of_tiles]
+        left = lax.broadcast_in_dim(left, shape, (0,))
+        return [
+            left * lax.broadcast_in_dim(rhs_row_factors(stage, i, p), shape, (1,))
+            for p in pieces
+        ]
 
     def multiply_stage(step, carry, n_block):
         count, *acc = carry
         stage = lax.rem(count, jnp.int32(config.stages))
+        ahead = [
+            tile_factors(step, i, n_block) if config.scales_ahead else None
+            for i in range(config.chunks)
+        ]
         plgpu.barrier_wait(full.at[stage])
 
-        def run(*partials):
-            for i, partial in enumerate(partials):
-                k = slice(i * CHUNK, (i + 1) * CHUNK)
-                plgpu.wgmma(
-                    partial,
-                    lhs_smem.at[stage].at[pl.ds(first_row, wg_m), k],
-                    rhs_smem.at[stage].at[pl.ds(first_column, wg_n), k].T,
-                )
-            scales = [
-                load_scales(stage, step, i, n_block) for i in range(config.chunks)
-            ]
-            sums = acc
-            for i, partial in enumerate(partials):
-                # The later products of the stage run on while this one is promoted.
-                value = plgpu.wgmma_accumulator_load(
-                    partial, wait_n=config.chunks - 1 - i
-                )
+        def issue(i, sums, running, partial):
+            """Starts chunk i, then what runs beside it, then promotes all of them."""
+            k = slice(i * CHUNK, (i + 1) * CHUNK)
+            plgpu.wgmma(
+                partial,
+                lhs_smem.at[stage].at[pl.ds(first_row, wg_m), k],
+                rhs_smem.at[stage].at[pl.ds(first_column, wg_n), k].T,
+            )
+            running = {**running, i: partial}
+            if len(running) == config.accumulators:
+                return promote(sums, running)
+            # Nested: an accumulator is zeroed where its scope begins, here while the
+            # tensor cores are at work.
+            begin = functools.partial(issue, i + 1, sums, running)
+            return pl.run_scoped(begin, accumulator)
+
+        def promote(sums, running):
+            scales = {
+                i: factors(stage, i, ahead[i] or tile_factors(step, i, n_block))
+                for i in running
+            }
+            for i, partial in running.items():
+                # The later products run on while this one is promoted.
+                value = plgpu.wgmma_accumulator_load(partial, wait_n=max(running) - i)
                 if i == config.chunks - 1:
                     plgpu.barrier_arrive(empty.at[stage])
-                left, rights = scales[i]
                 sums = [
-                    total + value[:, piece : piece + width] * factor(left, right)
-                    for total, piece, right in zip(sums, pieces, rights, strict=True)
+                    total + value[:, piece : piece + width] * scale
+                    for total, piece, scale in zip(sums, pieces, scales[i], strict=True)
                 ]
             return sums
 
         accumulator = plgpu.ACC((wg_m, wg_n), jnp.float32)  # pyright: ignore
-        return count + 1, *pl.run_scoped(run, *[accumulator] * config.chunks)
+        for i in range(0, config.chunks, config.accumulators):
+            acc = pl.run_scoped(functools.partial(issue, i, acc, {}), accumulator)
+        return count + 1, *acc
 
     def multiply_block(m_block, n_block, count):
         zero = plgpu.layout_cast(
@@ -337,27 +374,43 @@ def _multiply(
         )
         row = m_block * config.block_m + first_row
         column = n_block * config.block_n + first_column
-        _store(acc, out, out_smem.at[wg], row, column)
+        store(acc, wg, row, column)
         return count
 
     _blocks(lhs, rhs, config)(multiply_block, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
 
 
-def _store(acc: list[jax.Array], out, out_smem, row, column) -> None:
+def _store(
+    acc: list[jax.Array],
+    wg,
+    row,
+    column,
+    *,
+    out,
+    slots,
+    config: GemmConfig,
+    transposed: bool,
+) -> None:
     """Rounds and stores a warpgroup's block, one slice of columns after the other."""
-    (wg_m, piece), width = acc[0].shape, out_smem.shape[-1]
+    piece, width = acc[0].shape[1], OUT_SLICE_BYTES // jnp.dtype(out.dtype).itemsize
     slices = len(acc) * piece // width
     # The next block starts at slot 0 again, so each must be used equally often.
-    slots = math.gcd(OUT_SLOTS, slices)
+    num_slots = math.gcd(OUT_SLOTS, slices)
     assert piece % width == 0
     for i in range(slices):
         # The slice that used this slot last has left shared memory.
-        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-        slot = out_smem.at[i % slots]
+        plgpu.wait_smem_to_gmem(num_slots - 1, wait_read_only=True)
+        slot = slots.at[wg, i % num_slots]
         source, start = divmod(i * width, piece)
-        slot[...] = acc[source][:, start : start + width].astype(out.dtype)
+        values = acc[source][:, start : start + width]
+        rows, columns = pl.ds(row, config.wg_m), pl.ds(column + i * width, width)
+        if transposed:
+            values = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
+            slot.T[...] = values.astype(out.dtype)
+            target = out.at[columns, rows]
+        else:
+            slot[...] = values.astype(out.dtype)
+            target = out.at[rows, columns]
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-            slot, out.at[pl.ds(row, wg_m), pl.ds(column + i * width, width)]
-        )
+        plgpu.copy_smem_to_gmem(slot, target)

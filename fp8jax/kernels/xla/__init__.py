@@ -1,6 +1,6 @@
 """The kernels in `jnp`: the oracle, and what runs where no FP8 tensor core is."""
 
 from fp8jax.kernels.xla._gemm import gemm
-from fp8jax.kernels.xla._quantize import quantize
+from fp8jax.kernels.xla._quantize import quantize, quantize_both
 
-__all__ = ["gemm", "quantize"]
+__all__ = ["gemm", "quantize", "quantize_both"]

@@ -1,5 +1,7 @@
 """Fine-grained quantization in `jnp`."""
 
+import functools
+
 import jax
 from jax import lax
 
@@ -26,3 +28,21 @@ def quantize(
     # NOTE: without the barrier XLA:GPU fuses a later `data.astype(float32)` with the
     # cast above and drops both as excess precision: nothing would be quantized.
     return lax.optimization_barrier((data, factor[:, 0, :, 0]))
+
+
+def quantize_both(
+    x: jax.Array,
+    *,
+    tile: numerics.Tile,
+    tile_t: numerics.Tile,
+    dtype: jax.typing.DTypeLike,
+    scale: numerics.ScaleKind,
+    eps: float,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """`quantize` of `x [m, k]` in tiles of `tile` and of `x.T` in those of `tile_t`.
+
+    See `fp8jax.kernels.QuantizeBoth`. Source: DeepSeek-V3 Technical Report,
+    arXiv:2412.19437, section 3.3.2.
+    """
+    run = functools.partial(quantize, dtype=dtype, scale=scale, eps=eps)
+    return run(x, tile=tile), run(x.T, tile=tile_t)
