@@ -34,7 +34,9 @@ class Operands(NamedTuple):
         return self.lhs8, self.lhs_scale, self.rhs8, self.rhs_scale
 
 
-def operands(kind: str, m: int, n: int, k: int, *, seed: int = 0) -> Operands:
+@functools.partial(jax.jit, static_argnums=range(4))  # One compilation a shape.
+def operands(kind: str, m: int, n: int, k: int, seed: int = 0) -> Operands:
+    """Random operands; other numbers for another `seed`."""
     keys = jax.random.split(jax.random.key(m + n + k + seed), 4)
     uniform = functools.partial(jax.random.uniform, minval=0.5, maxval=1.5)
     lhs, rhs = (

@@ -8,7 +8,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import _contenders, _harness, _hlo, decode, gemm, layer, plot_m
+from benchmarks import (
+    _contenders,
+    _harness,
+    _hlo,
+    decode,
+    gemm,
+    layer,
+    plot_m,
+    sanitize,
+)
 from fp8jax.kernels import xla
 
 
@@ -181,3 +190,54 @@ def test_contenders_take_turns():
     medians = _harness.alternate_clocks({n: clock(n) for n in names}, rounds=3)
     assert turns == ["a", "b"] * 3
     assert medians == {"a": 3.0, "b": 4.0}
+
+
+@pytest.fixture
+def fake_sanitizer(monkeypatch, tmp_path):
+    """A compute-sanitizer that finds something with racecheck, and says how it ran."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(
+        "#!/bin/sh\n"
+        'echo "$@" $XLA_PYTHON_CLIENT_PREALLOCATE\n'
+        'if [ "$2" = racecheck ]; then echo RACE; exit 9; fi\n'
+        "printf '%s\\n' a b c 'ERROR SUMMARY: 0 errors'\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+
+@pytest.mark.usefixtures("fake_sanitizer")
+def test_sanitizer_prints_last_lines_and_fails_where_one_found_something(
+    monkeypatch, capsys
+):
+    with pytest.raises(SystemExit, match="not clean: racecheck"):
+        run(monkeypatch, sanitize, "--tools memcheck racecheck")
+    printed = capsys.readouterr().out
+    assert "== memcheck\na\nb\nc\nERROR SUMMARY: 0 errors\n== racecheck" in printed
+    assert "--tool racecheck" in printed
+    assert "benchmarks.sanitize --inside false\nRACE" in printed
+    run(monkeypatch, sanitize, "--tools synccheck")
+
+
+def test_sanitizer_that_is_not_there_is_asked_for(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(SystemExit):
+        run(monkeypatch, sanitize)
+    assert "finds no compute-sanitizer" in capsys.readouterr().err
+
+
+def test_sanitized_program_compares_every_kernel(monkeypatch, capsys):
+    def multiply(*args, rhs_tile, out_dtype, config):
+        del config
+        tiles = {"lhs_tile": (1, 128), "rhs_tile": rhs_tile}
+        return xla.gemm(*args, **tiles, out_dtype=out_dtype)
+
+    kernels = _contenders.mosaic_gpu
+    monkeypatch.setattr(kernels, "multiply", multiply)
+    monkeypatch.setattr(kernels, "quantize", xla.quantize)
+    sanitize.run_kernels()
+    assert "results of Mosaic kernels are right" in capsys.readouterr().out
+    monkeypatch.setattr(kernels, "multiply", lambda *a, **kw: multiply(*a, **kw) + 1)
+    with pytest.raises(AssertionError, match="1d2d 1x64x128"):
+        sanitize.run_kernels()

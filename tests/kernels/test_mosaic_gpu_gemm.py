@@ -24,7 +24,6 @@ from fp8jax.testing import (
     EDGE_SIZES,
     distinct_scales,
     gemm_float64,
-    positive_uniform,
 )
 
 _TILES = ((128, 128), (1, 128))  # Of the rhs: 1d2d and 1d1d.
@@ -318,24 +317,6 @@ def test_e5m2_operands(rhs_tile):
     _check(_product(rhs_tile)(*operands), operands, rhs_tile)
 
 
-@pytest.mark.gpu
-@both_gemms
-def test_promotion_keeps_a_long_positive_sum(rhs_tile):
-    # Without promotion 14 % of the sum is lost at this k. With it only what each k32
-    # step cuts off inside a chunk: 4 steps of 32 addends, half of 2^-14 each, of a
-    # running sum that is 3/8 of the chunk's on average: 1.5e-3. Output in float32.
-    rng = np.random.default_rng(0)
-    m, n, k = 256, 256, 16384
-    lhs, rhs = (
-        jnp.asarray(positive_uniform(rng, (side, k))).astype(jnp.float8_e4m3fn)
-        for side in (m, n)
-    )
-    operands = (lhs, _scales(rng, m, k), rhs, _scales(rng, n, k, rhs_tile))
-    total, _ = _oracle(*operands, rhs_tile)
-    out = np.asarray(_product(rhs_tile)(*operands), np.float64)
-    assert np.abs(out / total - 1).max() < 2e-3
-
-
 def _full_range(m: int, n: int, k: int, rhs_tile) -> tuple[jax.Array, ...]:
     # From NumPy's normal numbers: every exponent, but few codes near the limit.
     rng = np.random.default_rng(m + n + k)
@@ -348,26 +329,6 @@ def _full_range(m: int, n: int, k: int, rhs_tile) -> tuple[jax.Array, ...]:
         rhs.astype(jnp.float8_e4m3fn),
         _scales(rng, n, k, rhs_tile),
     )
-
-
-@pytest.mark.gpu
-@both_gemms
-def test_twenty_runs_give_the_same_bits(rhs_tile):
-    operands = _full_range(2048, 2304, 1536, rhs_tile)
-    run = jax.jit(_product(rhs_tile, jnp.bfloat16))
-    first = run(*operands)
-    assert all(bool((run(*operands) == first).all()) for _ in range(20))
-
-
-@pytest.mark.gpu
-@both_gemms
-def test_row_does_not_depend_on_the_others(rhs_tile):
-    lhs, lhs_scale, rhs, rhs_scale = _full_range(2048, 2304, 640, rhs_tile)
-    run = jax.jit(_product(rhs_tile))
-    whole = np.asarray(run(lhs, lhs_scale, rhs, rhs_scale))
-    for rows in (1, 64, 65, 128, 129, 1000):
-        part = np.asarray(run(lhs[:rows], lhs_scale[:rows], rhs, rhs_scale))
-        np.testing.assert_array_equal(part, whole[:rows])
 
 
 @pytest.mark.gpu
