@@ -259,6 +259,38 @@ def test_blocked_lhs(m, n, k, out_dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    "tiles", [((1, 128), (128, 128)), ((1, 128), (1, 128)), ((128, 128), (1, 128))]
+)
+@pytest.mark.parametrize(("m", "n", "k"), [(200, 320, 576), (33, 70, 300), (8, 64, 1)])
+def test_accumulates_in_float32(m, n, k, tiles):
+    if tiles[0][0] > 1:
+        rhs, rhs_scale, lhs, lhs_scale = _operands(n, m, k, tiles[0])
+    else:
+        lhs, lhs_scale, rhs, rhs_scale = _operands(m, n, k, tiles[1])
+    start = jax.random.normal(jax.random.key(0), (m, n))
+    run = functools.partial(
+        mosaic_gpu.gemm, lhs_tile=tiles[0], rhs_tile=tiles[1], out_dtype=jnp.float32
+    )
+    product = jax.jit(run)(lhs, lhs_scale, rhs, rhs_scale)
+    out = jax.jit(run)(lhs, lhs_scale, rhs, rhs_scale, start)
+    np.testing.assert_array_equal(out, start + product)
+
+
+@pytest.mark.parametrize("donate", [True, False])
+def test_accumulation_is_in_place(donate):
+    """No copy of what it adds to, if that may be overwritten; else exactly one."""
+    if jax.__version_info__ < (0, 11):
+        pytest.skip("kernels that change an operand came with JAX 0.11")
+    shapes = jax.eval_shape(functools.partial(_operands, 256, 512, 512, (1, 128)))
+    start = jax.ShapeDtypeStruct((256, 512), jnp.float32)
+    run = jax.jit(_product((1, 128)), donate_argnums=(4,) if donate else ())
+    text = run.trace(*shapes, start).lower(lowering_platforms=("cuda",)).as_text()
+    assert re.search(r"output_operand_alias<.*operand_index = 4", text)
+    assert ("jax.buffer_donor" in text or "tf.aliasing_output" in text) == donate
+
+
+@pytest.mark.gpu
 @both_gemms
 @pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float16])
 def test_output_dtypes(out_dtype, rhs_tile):

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from fp8jax import _compat
 from fp8jax.kernels._contract import Tile
 from fp8jax.kernels.mosaic_gpu._choose import choose_config
 from fp8jax.kernels.mosaic_gpu._common import (
@@ -41,6 +42,7 @@ def gemm(
     lhs_scale: jax.Array,
     rhs: jax.Array,
     rhs_scale: jax.Array,
+    accumulate: jax.Array | None = None,
     *,
     lhs_tile: Tile,
     rhs_tile: Tile,
@@ -62,6 +64,9 @@ def gemm(
         rhs: FP8 [n, k] of the same dtype, in tiles of `rhs_tile` = (128, 128) (1d2d:
             fprop, dgrad) or (1, 128) (1d1d: wgrad).
         rhs_scale: float32 [ceil(n / rhs_tile[0]), ceil(k / 128)].
+        accumulate: float32 [m, n] to add the product to, in place where XLA need not
+            keep it, and without a read of it where m and n need no padding. Before JAX
+            0.11 it costs one more pass.
         lhs_tile: the tile of `lhs_scale`.
         rhs_tile: the tile of `rhs_scale`.
         out_dtype: bfloat16, float32 or float16.
@@ -93,6 +98,11 @@ def gemm(
             "mosaic_gpu gemm returns bfloat16, float32 or float16, got "
             f"out_dtype={jnp.dtype(out_dtype)}."
         )
+    if accumulate is not None and not _compat.KERNELS_TAKE_REFS:
+        product = functools.partial(
+            gemm, lhs_tile=lhs_tile, rhs_tile=rhs_tile, out_dtype=out_dtype
+        )
+        return accumulate + product(lhs, lhs_scale, rhs, rhs_scale)
     # The kernel stores no float16.
     stored = jnp.float32 if jnp.dtype(out_dtype) == jnp.float16 else out_dtype
     run = mapped_under_vmap(
@@ -100,7 +110,8 @@ def gemm(
             multiply, lhs_tile=lhs_tile, rhs_tile=rhs_tile, out_dtype=stored
         )
     )
-    return run(lhs, lhs_scale, rhs, rhs_scale).astype(out_dtype)
+    added = () if accumulate is None else (accumulate,)
+    return run(lhs, lhs_scale, rhs, rhs_scale, *added).astype(out_dtype)
 
 
 @in_32_bits
@@ -109,6 +120,7 @@ def multiply(
     lhs_scale: jax.Array,
     rhs: jax.Array,
     rhs_scale: jax.Array,
+    accumulate: jax.Array | None = None,
     *,
     rhs_tile: Tile,
     out_dtype: jax.typing.DTypeLike,
@@ -118,15 +130,16 @@ def multiply(
     """`gemm` of what the kernel takes, with a block shape of one's own choice.
 
     Args:
-        lhs, lhs_scale, rhs, rhs_scale, lhs_tile, rhs_tile: as in `gemm`.
+        lhs, lhs_scale, rhs, rhs_scale, accumulate, lhs_tile, rhs_tile: as in `gemm`.
         out_dtype: bfloat16 or float32.
         config: the block shape; None takes `choose_config`'s.
     """
+    run = functools.partial(
+        _multiply, accumulate=accumulate, out_dtype=out_dtype, config=config
+    )
     if lhs_tile[0] > 1:
-        return _multiply(
-            rhs, rhs_scale, lhs, lhs_scale, lhs_tile, out_dtype, config, transposed=True
-        )
-    return _multiply(lhs, lhs_scale, rhs, rhs_scale, rhs_tile, out_dtype, config)
+        return run(rhs, rhs_scale, lhs, lhs_scale, lhs_tile, transposed=True)
+    return run(lhs, lhs_scale, rhs, rhs_scale, rhs_tile)
 
 
 def _multiply(
@@ -135,6 +148,8 @@ def _multiply(
     rhs: jax.Array,
     rhs_scale: jax.Array,
     rhs_tile: Tile,
+    *,
+    accumulate: jax.Array | None,
     out_dtype: jax.typing.DTypeLike,
     config: GemmConfig | None,
     transposed: bool = False,
@@ -151,6 +166,10 @@ def _multiply(
         rows = COLUMN_MULTIPLE if m > FEWEST_COLUMNS else FEWEST_COLUMNS
     else:
         columns = COLUMN_MULTIPLE if n > FEWEST_COLUMNS else FEWEST_COLUMNS
+    if accumulate is not None:
+        accumulate = zero_pad(
+            accumulate, (columns, rows) if transposed else (rows, columns)
+        )
     out = gemm_padded(
         zero_pad(lhs, (rows, CHUNK)),
         # The quantization kernel writes [k / 128, m]: XLA cancels the transposes.
@@ -162,5 +181,6 @@ def _multiply(
         num_sms=sms,
         rhs_scale_rows=scale_rows,
         transposed=transposed,
+        accumulate=accumulate,
     )
     return out[:n, :m] if transposed else out[:m, :n]

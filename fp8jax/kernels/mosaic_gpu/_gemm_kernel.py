@@ -57,6 +57,7 @@ def gemm_padded(
     num_sms: int,
     rhs_scale_rows: bool,
     transposed: bool = False,
+    accumulate: jax.Array | None = None,
 ) -> jax.Array:
     """Launches the kernel on operands that fit its copies.
 
@@ -72,6 +73,8 @@ def gemm_padded(
         num_sms: multiprocessors to fill.
         rhs_scale_rows: whether every rhs row has scales of its own (1d1d).
         transposed: whether to store the product as [n, m].
+        accumulate: what to add the product to, of the result's shape and dtype
+            float32; in place, where XLA need not keep it.
 
     Returns:
         [m, n], or [n, m], of `out_dtype`.
@@ -118,9 +121,13 @@ def gemm_padded(
         ),
         "empty": empty(num_arrivals=_MATH_WARPGROUPS, num_barriers=config.stages),
     }
-    return plgpu.kernel(
-        functools.partial(_body, config=config, transposed=transposed),
-        out_type=jax.ShapeDtypeStruct((n, m) if transposed else (m, n), out_dtype),
+    out_type = jax.ShapeDtypeStruct((n, m) if transposed else (m, n), out_dtype)
+    store = functools.partial(
+        _store, config=config, transposed=transposed, add=accumulate is not None
+    )
+    launch = plgpu.kernel(
+        functools.partial(_body, config=config, store=store),
+        out_type=() if accumulate is not None else out_type,
         scratch_types=scratch,
         grid=(max(1, min(num_sms // config.cluster, work)),),
         grid_names=("grid",),
@@ -130,7 +137,12 @@ def gemm_padded(
             lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         **cluster,
-    )(lhs, lhs_scale, rhs, rhs_scale)
+    )
+    if accumulate is None:
+        return launch(lhs, lhs_scale, rhs, rhs_scale)
+    out = jax.new_ref(accumulate)
+    launch(lhs, lhs_scale, rhs, rhs_scale, out)
+    return jax.freeze(out)
 
 
 def _body(
@@ -141,7 +153,7 @@ def _body(
     out,
     *,
     config: GemmConfig,
-    transposed: bool,
+    store,
     full,
     empty,
     out_smem,
@@ -151,10 +163,10 @@ def _body(
 
     def multiply() -> None:
         plgpu.set_max_registers(_MATH_REGISTERS, action="increase")
-        store = functools.partial(
-            _store, out=out, slots=out_smem, config=config, transposed=transposed
+        store_block = functools.partial(store, out=out, slots=out_smem)
+        _multiply(
+            rhs_scale, store_block, (lhs, rhs), full, empty, config=config, **smem
         )
-        _multiply(rhs_scale, store, (lhs, rhs), full, empty, config=config, **smem)
 
     def fetch() -> None:
         plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
@@ -391,8 +403,9 @@ def _store(
     slots,
     config: GemmConfig,
     transposed: bool,
+    add: bool,
 ) -> None:
-    """Rounds and stores a warpgroup's block, one slice of columns after the other."""
+    """Rounds and stores, or adds, a warpgroup's block, a slice of columns at a time."""
     piece, width = acc[0].shape[1], OUT_SLICE_BYTES // jnp.dtype(out.dtype).itemsize
     slices = len(acc) * piece // width
     # The next block starts at slot 0 again, so each must be used equally often.
@@ -413,4 +426,5 @@ def _store(
             slot[...] = values.astype(out.dtype)
             target = out.at[rows, columns]
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(slot, target)
+        # The copy engine adds where the memory is: nothing is read back.
+        plgpu.copy_smem_to_gmem(slot, target, reduction_op="add" if add else None)

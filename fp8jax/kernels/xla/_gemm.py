@@ -16,6 +16,7 @@ def gemm(
     lhs_scale: jax.Array,
     rhs: jax.Array,
     rhs_scale: jax.Array,
+    accumulate: jax.Array | None = None,
     *,
     lhs_tile: numerics.Tile,
     rhs_tile: numerics.Tile,
@@ -50,7 +51,8 @@ def gemm(
         return acc + partial * (l_scale[:, None] * r_scale[None, :])
 
     acc = jnp.zeros((m, n), jnp.float32)
-    return lax.fori_loop(0, chunks, promote, acc).astype(out_dtype)
+    out = lax.fori_loop(0, chunks, promote, acc).astype(out_dtype)
+    return out if accumulate is None else accumulate + out
 
 
 def _columns(x: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
