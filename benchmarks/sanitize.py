@@ -2,7 +2,7 @@
 
     python -m benchmarks.sanitize [--tools memcheck racecheck synccheck]
 
-Runs every GEMM config, both quantizers and their edges under each tool, compares the
+Runs every GEMM config, the quantizers and their edges under each tool, compares the
 results, prints versions and each tool's last lines, and fails if one found anything.
 """
 
@@ -12,9 +12,21 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import _contenders
+from fp8jax.kernels import mosaic_gpu, xla
+from fp8jax.testing import every_gemm_config
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 LINES = 4  # Of a tool's output that are shown where it found nothing.
+QUANTIZED: dict[str, Any] = {"dtype": jnp.float8_e4m3fn, "scale": "pow2", "eps": 0.0}
+Result = tuple[str, Any, Any]  # Name, what a kernel gave, what it should give.
 # Ragged and whole, fewer and more rows than a block.
 SHAPES = [(1, 64, 128), (65, 96, 300), (136, 160, 384), (264, 320, 256)]
 
@@ -41,55 +53,65 @@ def main() -> None:
 
 def run_kernels() -> None:
     """Every kernel once, on the GPU; raises where one gives wrong numbers."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from benchmarks import _contenders
-    from fp8jax.kernels import mosaic_gpu, xla
-    from fp8jax.testing import every_gemm_config
-
-    device = jax.devices()[0]
-    print(f"jax {jax.__version__}, {device.device_kind}")
-    cpu = jax.devices("cpu")[0]
-    options = {"dtype": jnp.float8_e4m3fn, "scale": "pow2", "eps": 0.0}
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
     launches = 0
-
-    def check(name: str, out: jax.Array, expected: jax.Array) -> None:
-        nonlocal launches
-        launches += 1
-        a, b = (np.asarray(x).astype(np.float32) for x in (out, expected))
-        # Sums of FP8 products in another order; codes and scales are the same bits.
-        np.testing.assert_allclose(a, b, rtol=2e-2, atol=1e-2, err_msg=name)
-
-    for m, n, k in SHAPES:
+    for shape in SHAPES:
+        m, n, k = shape
         rng = np.random.default_rng(m + n + k)
         x, w = (rng.standard_normal((side, k), np.float32) for side in (m, n))
-        for tile in ((1, 128), (128, 1), (128, 128)):
-            with jax.default_device(cpu):
-                expected = xla.quantize(jnp.asarray(x), tile=tile, **options)
-            out = mosaic_gpu.quantize(jnp.asarray(x), tile=tile, **options)
-            for part, reference in zip(out, expected, strict=True):
-                check(f"quantize {tile} {m}x{k}", part, reference)
-        for name, (lhs_tile, rhs_tile) in _contenders.TILES.items():
-            tiles = {"lhs_tile": lhs_tile, "rhs_tile": rhs_tile}
-            kind = "1d1d" if name == "1d1d" else "1d2d"  # 2d1d is 1d2d, transposed.
-            with jax.default_device(cpu):
-                q = (
-                    *xla.quantize(jnp.asarray(x), tile=lhs_tile, **options),
-                    *xla.quantize(jnp.asarray(w), tile=rhs_tile, **options),
+        results = (*_quantizers(x), *_gemms(x, w, every_config=shape == SHAPES[-1]))
+        for name, out, expected in results:
+            launches += 1
+            for part, reference in zip(
+                jax.tree.leaves(out), jax.tree.leaves(expected), strict=True
+            ):
+                # Codes and scales are the same bits, sums were made in another order.
+                np.testing.assert_allclose(
+                    np.asarray(part).astype(np.float32),
+                    np.asarray(reference).astype(np.float32),
+                    rtol=2e-2,
+                    atol=1e-2,
+                    err_msg=f"{name} of {m}x{n}x{k}",
                 )
-                expected = xla.gemm(*q, out_dtype=jnp.float32, **tiles)
-            args = jax.device_put(q, device)
-            for out_dtype in ("bfloat16", "float32"):
-                configs = every_gemm_config(kind, out_dtype)
-                # The last shape with all of them, the others with what they get.
-                for config in configs if (m, n, k) == SHAPES[-1] else [None]:
-                    out = mosaic_gpu.multiply(
-                        *args, **tiles, out_dtype=out_dtype, config=config
-                    )
-                    check(f"{name} {m}x{n}x{k} {config}", out, expected)
     print(f"{launches} results of Mosaic kernels are right")
+
+
+def _quantizers(x: np.ndarray) -> Iterator[Result]:
+    for tile in ((1, 128), (128, 1), (128, 128)):
+        out = mosaic_gpu.quantize(jnp.asarray(x), tile=tile, **QUANTIZED)
+        with jax.default_device(jax.devices("cpu")[0]):
+            expected = xla.quantize(jnp.asarray(x), tile=tile, **QUANTIZED)
+        yield f"quantize {tile}", out, expected
+    for tile in ((1, 128), (128, 128)):
+        tiles: dict[str, Any] = {"tile": tile, "tile_t": tile}
+        out = mosaic_gpu.quantize_both(jnp.asarray(x), **tiles, **QUANTIZED)
+        with jax.default_device(jax.devices("cpu")[0]):
+            expected = xla.quantize_both(jnp.asarray(x), **tiles, **QUANTIZED)
+        yield f"quantize_both {tile}", out, expected
+
+
+def _gemms(x: np.ndarray, w: np.ndarray, *, every_config: bool) -> Iterator[Result]:
+    for name, (lhs_tile, rhs_tile) in _contenders.TILES.items():
+        tiles: dict[str, Any] = {"lhs_tile": lhs_tile, "rhs_tile": rhs_tile}
+        with jax.default_device(jax.devices("cpu")[0]):
+            lhs, lhs_scale = xla.quantize(jnp.asarray(x), tile=lhs_tile, **QUANTIZED)
+            rhs, rhs_scale = xla.quantize(jnp.asarray(w), tile=rhs_tile, **QUANTIZED)
+            operands = lhs, lhs_scale, rhs, rhs_scale
+            expected = xla.gemm(*operands, out_dtype=jnp.float32, **tiles)
+        operands = jax.device_put(operands, jax.devices()[0])
+        ones = jnp.ones(expected.shape, jnp.float32)
+        out = mosaic_gpu.gemm(
+            *operands, accumulate=ones, out_dtype=jnp.float32, **tiles
+        )
+        yield f"{name} accumulated", out, expected + 1
+        kind = "1d1d" if name == "1d1d" else "1d2d"  # 2d1d is 1d2d, transposed.
+        for out_dtype in ("bfloat16", "float32"):
+            configs = every_gemm_config(kind, out_dtype) if every_config else [None]
+            for config in configs:
+                out = mosaic_gpu.multiply(
+                    *operands, **tiles, out_dtype=out_dtype, config=config
+                )
+                yield f"{name} with {config} to {out_dtype}", out, expected
 
 
 def _clean(sanitizer: str, tool: str, minutes: float) -> bool:

@@ -18,7 +18,6 @@ from benchmarks import (
     plot_m,
     sanitize,
 )
-from fp8jax import testing
 from fp8jax.kernels import xla
 
 
@@ -234,12 +233,16 @@ def test_sanitized_program_compares_every_kernel(monkeypatch, capsys):
         del config
         return xla.gemm(*args, **static)
 
-    kernels = _contenders.mosaic_gpu
-    monkeypatch.setattr(kernels, "multiply", multiply)
-    monkeypatch.setattr(kernels, "quantize", xla.quantize)
-    monkeypatch.setattr(testing, "every_gemm_config", lambda *_: [None])
+    monkeypatch.setattr(sanitize, "every_gemm_config", lambda *_: [None])
+    for name in ("gemm", "quantize", "quantize_both"):
+        monkeypatch.setattr(sanitize.mosaic_gpu, name, getattr(xla, name))
+    monkeypatch.setattr(sanitize.mosaic_gpu, "multiply", multiply)
     sanitize.run_kernels()
     assert "results of Mosaic kernels are right" in capsys.readouterr().out
-    monkeypatch.setattr(kernels, "multiply", lambda *a, **kw: multiply(*a, **kw) + 1)
-    with pytest.raises(AssertionError, match="1d2d 1x64x128"):
+
+    def wrong(*args, **static):
+        return multiply(*args, **static) + 1
+
+    monkeypatch.setattr(sanitize.mosaic_gpu, "multiply", wrong)
+    with pytest.raises(AssertionError, match="1d2d with None to bfloat16 of 1x64x128"):
         sanitize.run_kernels()
