@@ -45,6 +45,7 @@ def run_kernels() -> None:
     import jax.numpy as jnp
     import numpy as np
 
+    from benchmarks import _contenders
     from fp8jax.kernels import mosaic_gpu, xla
     from fp8jax.testing import every_gemm_config
 
@@ -70,12 +71,12 @@ def run_kernels() -> None:
             out = mosaic_gpu.quantize(jnp.asarray(x), tile=tile, **options)
             for part, reference in zip(out, expected, strict=True):
                 check(f"quantize {tile} {m}x{k}", part, reference)
-        for kind in mosaic_gpu.GEMM_KINDS:
-            rhs_tile = (1 if kind == "1d1d" else 128, 128)
-            tiles = {"lhs_tile": (1, 128), "rhs_tile": rhs_tile}
+        for name, (lhs_tile, rhs_tile) in _contenders.TILES.items():
+            tiles = {"lhs_tile": lhs_tile, "rhs_tile": rhs_tile}
+            kind = "1d1d" if name == "1d1d" else "1d2d"  # 2d1d is 1d2d, transposed.
             with jax.default_device(cpu):
                 q = (
-                    *xla.quantize(jnp.asarray(x), tile=(1, 128), **options),
+                    *xla.quantize(jnp.asarray(x), tile=lhs_tile, **options),
                     *xla.quantize(jnp.asarray(w), tile=rhs_tile, **options),
                 )
                 expected = xla.gemm(*q, out_dtype=jnp.float32, **tiles)
@@ -85,9 +86,9 @@ def run_kernels() -> None:
                 # The last shape with all of them, the others with what they get.
                 for config in configs if (m, n, k) == SHAPES[-1] else [None]:
                     out = mosaic_gpu.multiply(
-                        *args, rhs_tile=rhs_tile, out_dtype=out_dtype, config=config
+                        *args, **tiles, out_dtype=out_dtype, config=config
                     )
-                    check(f"{kind} {m}x{n}x{k} {config}", out, expected)
+                    check(f"{name} {m}x{n}x{k} {config}", out, expected)
     print(f"{launches} results of Mosaic kernels are right")
 
 

@@ -18,6 +18,7 @@ from benchmarks import (
     plot_m,
     sanitize,
 )
+from fp8jax import testing
 from fp8jax.kernels import xla
 
 
@@ -53,10 +54,11 @@ def rows(path):
 
 def test_gemm(on_cpu, monkeypatch):
     shapes = {"1d2d": [(8, 128, 128)], "1d1d": [(8, 128, 256)]}
+    shapes["2d1d"] = [(128, 8, 384)]
     monkeypatch.setattr(gemm, "SHAPES", shapes)
     run(monkeypatch, gemm, "--rounds 1 --commit abc")
-    one, two = rows(on_cpu / "gemm.csv")
-    assert (one["gemm"], two["k"], two["commit"]) == ("1d2d", "256", "abc")
+    one, two, three = rows(on_cpu / "gemm.csv")
+    assert (one["gemm"], two["k"], three["commit"]) == ("1d2d", "256", "abc")
     assert one["ratio"] == one["cublaslt_blockwise"] == ""
 
 
@@ -228,14 +230,14 @@ def test_sanitizer_that_is_not_there_is_asked_for(monkeypatch, tmp_path, capsys)
 
 
 def test_sanitized_program_compares_every_kernel(monkeypatch, capsys):
-    def multiply(*args, rhs_tile, out_dtype, config):
+    def multiply(*args, config, **static):
         del config
-        tiles = {"lhs_tile": (1, 128), "rhs_tile": rhs_tile}
-        return xla.gemm(*args, **tiles, out_dtype=out_dtype)
+        return xla.gemm(*args, **static)
 
     kernels = _contenders.mosaic_gpu
     monkeypatch.setattr(kernels, "multiply", multiply)
     monkeypatch.setattr(kernels, "quantize", xla.quantize)
+    monkeypatch.setattr(testing, "every_gemm_config", lambda *_: [None])
     sanitize.run_kernels()
     assert "results of Mosaic kernels are right" in capsys.readouterr().out
     monkeypatch.setattr(kernels, "multiply", lambda *a, **kw: multiply(*a, **kw) + 1)

@@ -20,8 +20,14 @@ from fp8jax.testing import (
     positive_uniform,
 )
 
-RHS_TILES = {"1d2d": (128, 128), "1d1d": (1, 128)}
-each_kind = pytest.mark.parametrize("kind", mosaic_gpu.GEMM_KINDS)
+# Of lhs and rhs. The kernel makes a 2d1d product as 1d2d, transposed.
+TILES = {
+    "1d2d": ((1, 128), (128, 128)),
+    "1d1d": ((1, 128), (1, 128)),
+    "2d1d": ((128, 128), (1, 128)),
+}
+CONFIGS_OF = {"1d2d": "1d2d", "1d1d": "1d1d", "2d1d": "1d2d"}
+each_kind = pytest.mark.parametrize("kind", TILES)
 each_out_dtype = pytest.mark.parametrize("out_dtype", ["bfloat16", "float32"])
 
 
@@ -31,7 +37,7 @@ def operands(kind, m, n, k, draw=None):
     draw = draw or (lambda rng, shape: rng.standard_normal(shape, np.float32))
     return tuple(
         array
-        for rows, tile in ((m, (1, 128)), (n, RHS_TILES[kind]))
+        for rows, tile in zip((m, n), TILES[kind], strict=True)
         for array in quantize(jnp.asarray(draw(rng, (rows, k))), tile)
     )
 
@@ -41,11 +47,13 @@ def quantize(x, tile):
     return xla.quantize(x, tile=tile, dtype=jnp.float8_e4m3fn, scale="pow2", eps=0.0)
 
 
+def tiles(kind):
+    return dict(zip(("lhs_tile", "rhs_tile"), TILES[kind], strict=True))
+
+
 def gemm(kind, out_dtype="bfloat16"):
     def run(*args):
-        return mosaic_gpu.gemm(
-            *args, lhs_tile=(1, 128), rhs_tile=RHS_TILES[kind], out_dtype=out_dtype
-        )
+        return mosaic_gpu.gemm(*args, **tiles(kind), out_dtype=out_dtype)
 
     return run
 
@@ -91,7 +99,8 @@ def test_row_does_not_depend_on_m(kind, n, k):
     run = jax.jit(gemm(kind, "float32"))
     whole = run(lhs, lhs_scale, rhs, rhs_scale)
     for m in (1, 8, 16, 17, 32, 63, 64, 65, 127, 128, 129, 256, 257, 512, 1000):
-        part = run(lhs[:m], lhs_scale[:m], rhs, rhs_scale)
+        scale_rows = -(-m // TILES[kind][0][0])
+        part = run(lhs[:m], lhs_scale[:scale_rows], rhs, rhs_scale)
         assert bool((part == whole[:m]).all()), m
 
 
@@ -101,9 +110,9 @@ def test_every_config_gives_the_same_bits(kind):
     args = operands(kind, 264, 480, 1000)
     for out_dtype in ("bfloat16", "float32"):
         expected = None
-        for config in every_gemm_config(kind, out_dtype):
+        for config in every_gemm_config(CONFIGS_OF[kind], out_dtype):
             out = mosaic_gpu.multiply(
-                *args, rhs_tile=RHS_TILES[kind], out_dtype=out_dtype, config=config
+                *args, **tiles(kind), out_dtype=out_dtype, config=config
             )
             expected = out if expected is None else expected
             assert bool((out == expected).all()), config
@@ -187,9 +196,7 @@ PROMOTED_ERROR = 2e-3
 
 def worst_error(out, args, kind):
     """Of a product of positive numbers, relative to the one in float64."""
-    total = gemm_float64(
-        *map(np.asarray, args), lhs_tile=(1, 128), rhs_tile=RHS_TILES[kind]
-    )
+    total = gemm_float64(*map(np.asarray, args), **tiles(kind))
     return np.abs(np.asarray(out, np.float64) / total - 1).max()
 
 
@@ -219,8 +226,10 @@ def unscaled(kind, m, n):
         jnp.asarray(positive_uniform(rng, (side, K))).astype(jnp.float8_e4m3fn)
         for side in (m, n)
     ]
-    scales = (m, -(-n // RHS_TILES[kind][0]))
-    lhs_scale, rhs_scale = (jnp.ones((rows, K // 128)) for rows in scales)
+    lhs_scale, rhs_scale = (
+        jnp.ones((-(-rows // tile[0]), K // 128))
+        for rows, tile in zip((m, n), TILES[kind], strict=True)
+    )
     return codes[0], lhs_scale, codes[1], rhs_scale
 
 
@@ -307,8 +316,9 @@ def test_error_on_deepgemm_s_shapes(kind, m, n, k):
         jax.random.normal(key, (side, k), jnp.bfloat16)
         for key, side in zip(keys, (m, n), strict=True)
     )
-    q_x = fp8jax.quantize(x)
-    q_w = fp8jax.quantize(w, fp8jax.QuantSpec(RHS_TILES[kind]))
+    lhs_tile, rhs_tile = TILES[kind]
+    q_x = fp8jax.quantize(x, fp8jax.QuantSpec(lhs_tile))
+    q_w = fp8jax.quantize(w, fp8jax.QuantSpec(rhs_tile))
     product = functools.partial(
         fp8jax.scaled_matmul, q_x, q_w, implementation="mosaic_gpu"
     )
@@ -322,9 +332,9 @@ def test_error_on_deepgemm_s_shapes(kind, m, n, k):
 
 CONFIGS = [
     pytest.param(kind, out_dtype, config, id=f"{kind}-{out_dtype}-{i}")
-    for kind in mosaic_gpu.GEMM_KINDS
+    for kind, configs_of in CONFIGS_OF.items()
     for out_dtype in ("bfloat16", "float32")
-    for i, config in enumerate(every_gemm_config(kind, out_dtype))
+    for i, config in enumerate(every_gemm_config(configs_of, out_dtype))
 ]
 
 
@@ -333,20 +343,18 @@ CONFIGS = [
 )
 @pytest.mark.parametrize(("kind", "out_dtype", "config"), CONFIGS)
 def test_lowers_with_every_config(kind, out_dtype, config):
-    assert mosaic_gpu.refusal(kind, config) is None
-    m, n, k, columns = 520, 1056, 640, 5
-    rows = n if kind == "1d1d" else -(-n // 128)
-    args = (
-        jax.ShapeDtypeStruct((m, k), jnp.float8_e4m3fn),
-        jax.ShapeDtypeStruct((m, columns), jnp.float32),
-        jax.ShapeDtypeStruct((n, k), jnp.float8_e4m3fn),
-        jax.ShapeDtypeStruct((rows, columns), jnp.float32),
-    )
+    assert mosaic_gpu.refusal(CONFIGS_OF[kind], config) is None
+    m, n, k = 520, 1056, 640
+    args = [
+        aval
+        for rows, tile in zip((m, n), TILES[kind], strict=True)
+        for aval in (
+            jax.ShapeDtypeStruct((rows, k), jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct((-(-rows // tile[0]), k // 128), jnp.float32),
+        )
+    ]
     run = functools.partial(
-        mosaic_gpu.multiply,
-        rhs_tile=RHS_TILES[kind],
-        out_dtype=out_dtype,
-        config=config,
+        mosaic_gpu.multiply, **tiles(kind), out_dtype=out_dtype, config=config
     )
     lowered = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
