@@ -18,6 +18,7 @@ from fp8jax.quant import (
     QTensor,
     QuantSpec,
     quantize,
+    quantize_both,
     requantize,
 )
 from fp8jax.recipes import GemmSpec, Recipe, Rule
@@ -42,6 +43,7 @@ __all__ = [
     "fp8_transform",
     "numerics",
     "quantize",
+    "quantize_both",
     "recipes",
     "requantize",
     "scaled_matmul",

@@ -19,7 +19,8 @@ class Quantize(Protocol):
     Returns `data [m, k]` of `dtype` and float32 `scale [ceil(m / tile[0]),
     ceil(k / tile[1])]` with `x ~= data * scale`. What the numbers mean is in
     `fp8jax.numerics`; edge tiles are zero-padded, and a NaN or an infinity anywhere in
-    a tile makes its scale NaN.
+    a tile makes its scale NaN. With `transposed`, x.T is what is quantized: `data` is
+    [k, m], and `tile` and scales are of it.
     """
 
     def __call__(
@@ -30,11 +31,12 @@ class Quantize(Protocol):
         dtype: jax.typing.DTypeLike,
         scale: ScaleKind,
         eps: float,
+        transposed: bool = False,
     ) -> tuple[jax.Array, jax.Array]: ...
 
 
 class QuantizeBoth(Protocol):
-    """`quantize(x, tile)` and `quantize(x.T, tile_t)` from one read of `x [m, k]`.
+    """`x [m, k]` in tiles of `tile` and `x.T` in tiles of `tile_t`, in one read of x.
 
     Returns `data [m, k]` with its scales, then `data_t [k, m]` with its own, the bits
     that the two calls of `quantize` give.

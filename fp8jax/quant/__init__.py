@@ -1,7 +1,12 @@
 """Quantized arrays: `QuantSpec` says how, `quantize` makes a `QTensor`."""
 
 from fp8jax.quant._qtensor import QTensor
-from fp8jax.quant._quantize import quantize, requantize
+from fp8jax.quant._quantize import (
+    quantize,
+    quantize_both,
+    quantize_transposed,
+    requantize,
+)
 from fp8jax.quant._spec import BLOCK_128X128, TILE_1X128, TILE_128X1, QuantSpec
 
 __all__ = [
@@ -11,5 +16,7 @@ __all__ = [
     "QTensor",
     "QuantSpec",
     "quantize",
+    "quantize_both",
+    "quantize_transposed",
     "requantize",
 ]

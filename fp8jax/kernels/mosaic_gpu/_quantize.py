@@ -17,6 +17,7 @@ def quantize(
     dtype: jax.typing.DTypeLike,
     scale: ScaleKind,
     eps: float,
+    transposed: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     r"""`x [m, k]` to FP8 codes and one float32 scale a tile, in one pass.
 
@@ -34,9 +35,11 @@ def quantize(
         dtype: float8_e4m3fn or float8_e5m2.
         scale: "pow2" or "fp32".
         eps: floor of amax, in units of x.
+        transposed: whether x.T is what is quantized, x being read as it lies.
 
     Returns:
-        Codes [m, k] and scales [ceil(m / tile[0]), ceil(k / tile[1])].
+        Codes [m, k] and scales [ceil(m / tile[0]), ceil(k / tile[1])]; of x.T, with
+        the sides exchanged, where `transposed`.
 
     Raises:
         NotImplementedError: For other tiles or dtypes.
@@ -47,9 +50,11 @@ def quantize(
     check_arguments("quantize", (x,), {"tile": tile}, (_ROW, _COLUMN, _BOX), dtype)
     fmt = Format(jnp.dtype(dtype), scale, eps)
     if tile == _COLUMN:
-        (((data, factor),),) = quantize_blocks((x,), (Direction(_ROW, True),), fmt)
+        (((data, factor),),) = quantize_blocks(
+            (x,), (Direction(_ROW, not transposed),), fmt
+        )
         return data.T, factor.T
-    return quantize_blocks((x,), (Direction(tile, False),), fmt)[0][0]
+    return quantize_blocks((x,), (Direction(tile, transposed),), fmt)[0][0]
 
 
 def quantize_both(

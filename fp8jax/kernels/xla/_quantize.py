@@ -15,12 +15,14 @@ def quantize(
     dtype: jax.typing.DTypeLike,
     scale: numerics.ScaleKind,
     eps: float,
+    transposed: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """`x [m, k]` to FP8 codes `[m, k]` and float32 scales `[m_tiles, k_tiles]`.
 
-    See `fp8jax.kernels.Quantize`. Source: DeepSeek-V3 Technical Report,
-    arXiv:2412.19437, section 3.3.2.
+    With `transposed`, what is quantized is x.T. See `fp8jax.kernels.Quantize`.
+    Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.2.
     """
+    x = x.T if transposed else x
     tiles = numerics.split_tiles(x, tile)  # [mt, tm, kt, tk]
     amax = numerics.integer_amax(tiles, axes=(1, 3))  # [mt, 1, kt, 1]
     factor = numerics.scale_from_amax(amax, dtype, scale, eps)
@@ -45,4 +47,4 @@ def quantize_both(
     arXiv:2412.19437, section 3.3.2.
     """
     run = functools.partial(quantize, dtype=dtype, scale=scale, eps=eps)
-    return run(x, tile=tile), run(x.T, tile=tile_t)
+    return run(x, tile=tile), run(x, tile=tile_t, transposed=True)
