@@ -12,6 +12,10 @@ import jax
 Tile = tuple[int, int]
 ScaleKind = Literal["pow2", "fp32"]
 
+Quantized = tuple[jax.Array, jax.Array]  # Codes, and scales one a tile.
+# Of a matrix, and of its transpose; None where it was not asked for.
+Directions = tuple[Quantized | None, Quantized | None]
+
 
 class Quantize(Protocol):
     """`x [m, k]` to codes and scales, one scale a tile.
@@ -32,7 +36,7 @@ class Quantize(Protocol):
         scale: ScaleKind,
         eps: float,
         transposed: bool = False,
-    ) -> tuple[jax.Array, jax.Array]: ...
+    ) -> Quantized: ...
 
 
 class QuantizeBoth(Protocol):
@@ -51,7 +55,51 @@ class QuantizeBoth(Protocol):
         dtype: jax.typing.DTypeLike,
         scale: ScaleKind,
         eps: float,
-    ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]: ...
+    ) -> tuple[Quantized, Quantized]: ...
+
+
+class QuantizeSwiglu(Protocol):
+    """`h = silu(gate) * up`, quantized; `gate` and `up` `[m, k]` of one dtype.
+
+    h is computed in float32 as `fp8jax.kernels._swiglu` spells it, and rounded to the
+    dtype of `gate`: the codes are those of an h that was written and read again, and
+    the same numbers in both directions. Returns a tuple of what `QuantizeBoth` does of
+    h, with None in place of a direction whose tile is None.
+
+    A NaN or an infinity in h makes its tile NaN; so does an infinite gate.
+    """
+
+    def __call__(
+        self,
+        gate: jax.Array,
+        up: jax.Array,
+        *,
+        tile: Tile | None,
+        tile_t: Tile | None,
+        dtype: jax.typing.DTypeLike,
+        scale: ScaleKind,
+        eps: float,
+    ) -> tuple[Directions]: ...
+
+
+class QuantizeSwigluGradient(Protocol):
+    """The gradients of `QuantizeSwiglu`'s h to gate and up, given `dh [m, k]`.
+
+    Computed, rounded and quantized as h is there: `dgate`'s directions, then `dup`'s.
+    """
+
+    def __call__(
+        self,
+        dh: jax.Array,
+        gate: jax.Array,
+        up: jax.Array,
+        *,
+        tile: Tile | None,
+        tile_t: Tile | None,
+        dtype: jax.typing.DTypeLike,
+        scale: ScaleKind,
+        eps: float,
+    ) -> tuple[Directions, Directions]: ...
 
 
 class Gemm(Protocol):

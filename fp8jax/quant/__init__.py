@@ -8,6 +8,7 @@ from fp8jax.quant._quantize import (
     requantize,
 )
 from fp8jax.quant._spec import BLOCK_128X128, TILE_1X128, TILE_128X1, QuantSpec
+from fp8jax.quant._swiglu import quantize_swiglu, quantize_swiglu_gradient
 
 __all__ = [
     "BLOCK_128X128",
@@ -17,6 +18,8 @@ __all__ = [
     "QuantSpec",
     "quantize",
     "quantize_both",
+    "quantize_swiglu",
+    "quantize_swiglu_gradient",
     "quantize_transposed",
     "requantize",
 ]

@@ -47,7 +47,7 @@ def quantize(
 
     Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.2.
     """
-    x = _checked("quantize", x, spec)
+    x = checked("quantize", x, spec)
 
     def run(matrix: jax.Array) -> QTensor:
         return _quantize_matrix(matrix, spec, implementation)
@@ -56,7 +56,7 @@ def quantize(
     if batch and m % spec.tile[0] == 0:  # No tile spans two matrices: a tall one.
         q = run(x.reshape(-1, k))
         return jax.tree.map(lambda a: a.reshape(*batch, -1, a.shape[-1]), q)
-    return _each_matrix(run, x)
+    return each_matrix(run, x)
 
 
 def quantize_transposed(
@@ -81,12 +81,12 @@ def quantize_transposed(
     Raises:
         ValueError, NotImplementedError: As `quantize` does.
     """
-    x = _checked("quantize_transposed", x, spec)
+    x = checked("quantize_transposed", x, spec)
 
     def run(matrix: jax.Array) -> QTensor:
         return _quantize_matrix(matrix, spec, implementation, transposed=True)
 
-    return _each_matrix(run, x)
+    return each_matrix(run, x)
 
 
 def quantize_both(
@@ -116,7 +116,7 @@ def quantize_both(
 
     Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.2.
     """
-    x = _checked("quantize_both", x, spec, spec_t)
+    x = checked("quantize_both", x, spec, spec_t)
     if dataclasses.replace(spec_t, tile=spec.tile) != spec:
         return (
             quantize(x, spec, implementation=implementation),
@@ -136,10 +136,10 @@ def quantize_both(
         )
         return QTensor(data, scale, spec.tile), QTensor(data_t, scale_t, spec_t.tile)
 
-    return _each_matrix(run, x)
+    return each_matrix(run, x)
 
 
-def _checked(name: str, x: jax.Array, *specs: QuantSpec) -> jax.Array:
+def checked(name: str, x: jax.Array, *specs: QuantSpec) -> jax.Array:
     """`x` as an array; ValueError, on behalf of `name`, if it cannot be quantized."""
     x = jnp.asarray(x)
     for spec in specs:
@@ -174,11 +174,11 @@ def _quantize_matrix(
     return QTensor(data, scale, spec.tile)
 
 
-def _each_matrix(run: Callable[[jax.Array], Any], x: jax.Array) -> Any:
-    """`run` of the last two dimensions, mapped over the others."""
-    for _ in x.shape[:-2]:
+def each_matrix(run: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """`run` of the arrays' last two dimensions, mapped over the others."""
+    for _ in arrays[0].shape[:-2]:
         run = jax.vmap(run)
-    return run(x)
+    return run(*arrays)
 
 
 def requantize(

@@ -2,5 +2,12 @@
 
 from fp8jax.kernels.mosaic_gpu._gemm import gemm
 from fp8jax.kernels.mosaic_gpu._quantize import quantize, quantize_both
+from fp8jax.kernels.mosaic_gpu._swiglu import quantize_swiglu, quantize_swiglu_gradient
 
-__all__ = ["gemm", "quantize", "quantize_both"]
+__all__ = [
+    "gemm",
+    "quantize",
+    "quantize_both",
+    "quantize_swiglu",
+    "quantize_swiglu_gradient",
+]

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fp8jax import _compat
-from fp8jax.kernels._contract import ScaleKind, Tile
+from fp8jax.kernels._contract import Quantized, ScaleKind, Tile
 from fp8jax.kernels.mosaic_gpu._blocks_config import BlocksConfig, blocks_config
 from fp8jax.kernels.mosaic_gpu._common import (
     ceil_div,
@@ -37,7 +37,6 @@ from fp8jax.kernels.mosaic_gpu._common import (
 from fp8jax.kernels.mosaic_gpu._encode import BLOCK, amax_bits, encode, scales
 
 Compute = Callable[..., tuple[jax.Array, ...]]
-Quantized = tuple[jax.Array, jax.Array]
 
 _ROW: Tile = (1, BLOCK)
 _BOX: Tile = (BLOCK, BLOCK)

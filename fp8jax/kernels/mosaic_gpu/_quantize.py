@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from fp8jax.kernels._contract import ScaleKind, Tile
+from fp8jax.kernels._contract import Quantized, ScaleKind, Tile
 from fp8jax.kernels.mosaic_gpu._blocks import Direction, Format, quantize_blocks
 from fp8jax.kernels.mosaic_gpu._encode import BLOCK, check_arguments
 
@@ -18,7 +18,7 @@ def quantize(
     scale: ScaleKind,
     eps: float,
     transposed: bool = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> Quantized:
     r"""`x [m, k]` to FP8 codes and one float32 scale a tile, in one pass.
 
     $$s = \max(\max(amax, eps) \cdot q_{max}^{-1}, 2^{-126}), \quad
@@ -65,7 +65,7 @@ def quantize_both(
     dtype: jax.typing.DTypeLike,
     scale: ScaleKind,
     eps: float,
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+) -> tuple[Quantized, Quantized]:
     """`quantize` of `x [m, k]` and of `x.T`, bit for bit, in one read of x.
 
     Args:

@@ -6,6 +6,7 @@ import jax
 from jax import lax
 
 from fp8jax import numerics
+from fp8jax.kernels._contract import Quantized
 
 
 def quantize(
@@ -16,7 +17,7 @@ def quantize(
     scale: numerics.ScaleKind,
     eps: float,
     transposed: bool = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> Quantized:
     """`x [m, k]` to FP8 codes `[m, k]` and float32 scales `[m_tiles, k_tiles]`.
 
     With `transposed`, what is quantized is x.T. See `fp8jax.kernels.Quantize`.
@@ -40,7 +41,7 @@ def quantize_both(
     dtype: jax.typing.DTypeLike,
     scale: numerics.ScaleKind,
     eps: float,
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+) -> tuple[Quantized, Quantized]:
     """`quantize` of `x [m, k]` in tiles of `tile` and of `x.T` in those of `tile_t`.
 
     See `fp8jax.kernels.QuantizeBoth`. Source: DeepSeek-V3 Technical Report,
