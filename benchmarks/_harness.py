@@ -19,6 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fp8jax import tune
+
 RESULTS = pathlib.Path(__file__).parent / "results"
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
@@ -51,18 +53,38 @@ def alternate(
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def kernel_us(fn: Callable[..., Any], *args: jax.Array, iterations: int = 20) -> float:
+def kernel_us(fn: Callable[..., Any], *args: Any, iterations: int = 20) -> float:
     """Median microseconds that a jitted JAX function's kernels take, by CUPTI."""
-    from jax.experimental.mosaic.gpu import profiler
-
-    _, milliseconds = profiler.measure(fn, iterations=iterations)(*args)
-    if milliseconds is None:
-        raise RuntimeError("CUPTI saw no kernel.")
-    return statistics.median(milliseconds) * 1e3  # pyright: ignore
+    return statistics.median(tune.kernel_times(fn, *args, iterations=iterations))
 
 
-def torch_graph_us(run: Callable[[], Any], *, launches: int = 20) -> float:
-    """Median microseconds a launch of a torch function, replayed as a CUDA graph."""
+def alternate_clocks(
+    clocks: Mapping[str, Callable[[], list[float]]], *, rounds: int = 5
+) -> dict[str, float]:
+    """Median microseconds by each contender's own clock, taking turns.
+
+    Args:
+        clocks: name to what `kernel_clock` or `graph_clock` gives.
+        rounds: how often every contender has its turn.
+    """
+    times: dict[str, list[float]] = {name: [] for name in clocks}
+    for _ in range(rounds):
+        for name, clock in clocks.items():
+            times[name] += clock()
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def kernel_clock(
+    fn: Callable[..., Any], *args: Any, iterations: int = 5
+) -> Callable[[], list[float]]:
+    """Times of a jitted JAX function's kernels, by CUPTI, without gaps between them."""
+    return lambda: tune.kernel_times(fn, *args, iterations=iterations)
+
+
+def graph_clock(
+    run: Callable[[], Any], *, launches: int = 20
+) -> Callable[[], list[float]]:
+    """Times of a torch function in a CUDA graph: its kernels and the gaps between."""
     import torch  # pyright: ignore
 
     run()
@@ -71,15 +93,16 @@ def torch_graph_us(run: Callable[[], Any], *, launches: int = 20) -> float:
     with torch.cuda.graph(graph):
         for _ in range(launches):
             run()
-    times = []
-    for _ in range(10):
+
+    def replay() -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         stop.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / launches * 1e3)
-    return statistics.median(times)
+        return start.elapsed_time(stop) / launches * 1e3
+
+    return lambda: [replay() for _ in range(3)]
 
 
 def to_torch(x: jax.Array) -> Any:

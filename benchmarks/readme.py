@@ -1,8 +1,9 @@
-"""Writes the tables in README.md from the results beside this file.
+"""Writes the tables in README.md and benchmarks/README.md from the results.
 
     python -m benchmarks.readme [--check]
 
-With --check it changes nothing and fails if README.md is not what the results say.
+README.md gets what matters most, benchmarks/README.md every row. With --check it
+changes nothing and fails if a file is not what the results say.
 """
 
 import argparse
@@ -11,72 +12,60 @@ import math
 import pathlib
 import sys
 import textwrap
+from collections.abc import Iterable
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
-README = HERE.parent / "README.md"
 BEGIN, END = "<!-- measured: written by benchmarks/readme.py -->", "<!-- /measured -->"
 
 PEAK_TFLOPS = 1979  # Dense FP8 of an H100 or H200, by the data sheet.
+PEAK_RATIO = 2.0  # Of FP8's peak to BF16's.
+MEMORY_GBPS = 4800  # Of an H200, by the data sheet.
 QUANTIZE_SHAPE = ("16384", "7168")
+DECODE = ("16", "7168", "16384")  # m, n, k in README.md.
+
+Rows = list[dict[str, str]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    written = "\n\n".join(map(wrap, sections()))
-    new = "".join((before, BEGIN, "\n", written, "\n", END, after))
-    if check and new != text:
-        sys.exit("README.md differs from the results: run python -m benchmarks.readme.")
-    if not check:
-        README.write_text(new)
+    files = {HERE.parent / "README.md": summary(), HERE / "README.md": every_row()}
+    for path, sections in files.items():
+        text = path.read_text()
+        before, rest = text.split(BEGIN)
+        after = rest.split(END)[1]
+        written = "\n\n".join(map(wrap, sections))
+        new = "".join((before, BEGIN, "\n", written, "\n", END, after))
+        if check and new != text:
+            sys.exit(
+                f"{path.relative_to(HERE.parent)} differs from the results: run "
+                "python -m benchmarks.readme."
+            )
+        if not check:
+            path.write_text(new)
 
 
-def sections() -> list[str]:
-    """The paragraphs and tables, in order."""
-    gemm = [row for row in read("gemm") if row["ratio"]]
-    large = [r for r in gemm if r["gemm"] == "1d2d" and int(r["m"]) >= 4096]
-    ratios = [float(r["ratio"]) for r in large]
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    wgrad = [float(r["ratio"]) for r in gemm if r["gemm"] == "1d1d"]
-    losses = read("train_lm_h200/summary")
-    return [
+def summary() -> list[str]:
+    """README.md's paragraphs and tables, in order."""
+    gemm, losses = read("gemm"), read("train_lm_h200/summary")
+    rows = [*gemm_summary(gemm), *decode_summary(), *quantize_summary()]
+    written = [
         f"On one {gemm[0]['device']}, JAX {gemm[0]['jax']}, contenders side by side in "
-        "one run. How, and all rows: [benchmarks/README.md](benchmarks/README.md).",
-        "GEMM, 1x128 by 128x128, BF16 out, TFLOPS (peak "
-        f"{PEAK_TFLOPS}), against cuBLASLt's blockwise FP8 kernel "
-        "(`torch._scaled_mm`), whose bits it gives:",
-        table(
-            ["m, n, k", "fp8jax", "cuBLASLt blockwise", "ratio", "torch BF16"],
-            [
-                [
-                    f"{r['m']}, {r['n']}, {r['k']}" + "*" * (r["clock"] == "kernel"),
-                    r["fp8jax"],
-                    r["cublaslt_blockwise"],
-                    f"{float(r['ratio']):.2f}",
-                    r["torch_bf16"],
-                ]
-                for r in large
-            ],
-        ),
-        "(*) Shorter than 100 us: kernel time, one contender after the other.",
-        f"Geometric mean {mean:.2f}. The weight gradient's 1x128 by 1x128 is at "
-        f"{min(wgrad):.2f} to {max(wgrad):.2f} of cuBLASLt's, about BF16's speed: it "
-        "is next.",
-        "Quantization of bfloat16 "
-        f"[{', '.join(QUANTIZE_SHAPE)}], GB/s of reads and writes:",
-        table(
-            ["tile", "fp8jax", "XLA's fusion", "x + 1 in BF16, by XLA"],
-            [
-                [r["tile"], r["fp8jax"], r["xla"], r["copy"]]
-                for r in read("quantize")
-                if (r["m"], r["k"]) == QUANTIZE_SHAPE and r["dtype"] == "bfloat16"
-            ],
-        ),
+        "one run; 1x128 by 128x128 gives cuBLASLt's bits. How, and all rows: "
+        "[benchmarks/README.md](benchmarks/README.md).",
+        table(["what", "fp8jax", "against", "ratio", "ceiling"], rows),
+    ]
+    if (RESULTS / "gemm_by_m.png").exists():
+        written += [
+            "[How TFLOPS grow with m](benchmarks/results/gemm_by_m.png), from 1 to "
+            "65536."
+        ]
+    return [
+        *written,
         "Training (`examples/train_lm.py --preset h200`: 85 M parameters, 25 M tokens, "
         "one seed):",
         table(
@@ -97,12 +86,203 @@ def sections() -> list[str]:
     ]
 
 
-def read(name: str) -> list[dict[str, str]]:
-    with (RESULTS / f"{name}.csv").open(newline="") as file:
+def every_row() -> list[str]:
+    """benchmarks/README.md's tables, in order; those without results are left out."""
+    return [
+        *gemm_tables(read("gemm")),
+        *layer_table(read("layer")),
+        *decode_table(read("decode")),
+        *quantize_table(read("quantize")),
+    ]
+
+
+def gemm_summary(gemm: Rows) -> list[list[str]]:
+    """Geometric means of the two GEMMs, and the layer's rows."""
+    names = {
+        "1d2d": "GEMM 1x128 by 128x128, {} shapes with m >= 4096, TFLOPS",
+        "1d1d": "GEMM 1x128 by 1x128 (wgrad), {} shapes, TFLOPS",
+    }
+    rows = []
+    for kind, name in names.items():
+        of_kind = [r for r in gemm if r["gemm"] == kind and r["ratio"]]
+        of_kind = [r for r in of_kind if int(r["m"]) >= 4096 or kind == "1d1d"]
+        if not of_kind:
+            continue
+        ratios = [float(r["ratio"]) for r in of_kind]
+        ours, other, per_tensor = (
+            mean(float(r[column]) for r in of_kind)
+            for column in ("fp8jax", "cublaslt_blockwise", "cublaslt_per_tensor_fast")
+        )
+        rows.append(
+            [
+                name.format(len(of_kind)),
+                f"{ours:.0f}",
+                f"{other:.0f} cuBLASLt blockwise",
+                f"{mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+                f"{per_tensor:.0f} per tensor, {PEAK_TFLOPS} peak",
+            ]
+        )
+    for base, r in layers(read("layer")):
+        rows.append(
+            [
+                f"Layer {r['in']} to {r['out']}, {r['tokens']} tokens, "
+                f"{r['contender'].removeprefix('fp8jax ')}: fprop, dgrad, wgrad, us",
+                f"{float(r['wall_us']):.0f}",
+                f"{float(base['wall_us']):.0f} BF16",
+                f"{float(r['wall_speedup']):.2f}",
+                f"{PEAK_RATIO:.2f}",
+            ]
+        )
+    return rows
+
+
+def decode_summary() -> list[list[str]]:
+    return [
+        [
+            f"GEMM m={r['m']}, n={r['n']}, k={r['k']}, GB/s of the weight",
+            r["weight_gbps"],
+            f"{r['copy_gbps']} a copy",
+            f"{float(r['of_copy']):.2f}",
+            f"{MEMORY_GBPS}",
+        ]
+        for r in read("decode")
+        if (r["m"], r["n"], r["k"]) == DECODE
+    ]
+
+
+def quantize_summary() -> list[list[str]]:
+    return [
+        [
+            f"Quantize {r['tile']}, BF16 [{', '.join(QUANTIZE_SHAPE)}], GB/s",
+            r["fp8jax"],
+            f"{r['xla']} XLA's fusion",
+            f"{float(r['fp8jax']) / float(r['xla']):.2f}",
+            f"{MEMORY_GBPS}",
+        ]
+        for r in quantize_rows(read("quantize"))
+    ]
+
+
+def gemm_tables(gemm: Rows) -> list[str]:
+    return [
+        f"GEMM, BF16 out, TFLOPS (peak {PEAK_TFLOPS}). Per tensor, with one scale and "
+        "fast accumulation, is what the tensor cores sustain.",
+        table(
+            ["m, n, k", "fp8jax", "blockwise", "ratio", "per tensor", "BF16", "clock"],
+            [
+                [
+                    f"{r['gemm']} {r['m']}, {r['n']}, {r['k']}",
+                    r["fp8jax"],
+                    r["cublaslt_blockwise"],
+                    f"{float(r['ratio']):.2f}" if r["ratio"] else "",
+                    r["cublaslt_per_tensor_fast"],
+                    r["torch_bf16"],
+                    r["clock"],
+                ]
+                for r in gemm
+            ],
+        ),
+    ]
+
+
+def layer_table(rows: Rows) -> list[str]:
+    if not rows:
+        return []
+    return [
+        "Dense layer: output and both gradients, every quantization included. TFLOPS "
+        f"by wall time (FP8 peak {PEAK_TFLOPS}), speed against JAX in BF16 (ceiling "
+        f"{PEAK_RATIO:.2f}).",
+        table(
+            ["tokens, in, out", "contender", "us", "TFLOPS", "speed", "kernels only"],
+            [
+                [
+                    f"{r['tokens']}, {r['in']}, {r['out']}",
+                    r["contender"],
+                    r["wall_us"],
+                    r["tflops"],
+                    f"{float(r['wall_speedup']):.2f}",
+                    f"{float(r['kernel_speedup']):.2f}",
+                ]
+                for r in rows
+            ],
+        ),
+    ]
+
+
+def decode_table(rows: Rows) -> list[str]:
+    if not rows:
+        return []
+    return [
+        "GEMM of few rows, the weight not in the cache: GB/s of the weight, beside a "
+        f"copy of it (reads and writes; the memory's {MEMORY_GBPS}).",
+        table(
+            ["m, n, k", "us", "TFLOPS", "GB/s", "a copy", "of it", "over cuBLASLt"],
+            [
+                [
+                    f"{r['m']}, {r['n']}, {r['k']}",
+                    r["us"],
+                    r["tflops"],
+                    r["weight_gbps"],
+                    r["copy_gbps"],
+                    f"{float(r['of_copy']):.2f}",
+                    f"{float(r['ratio']):.2f}" if r["ratio"] else "",
+                ]
+                for r in rows
+            ],
+        ),
+    ]
+
+
+def quantize_table(rows: Rows) -> list[str]:
+    return [
+        f"Quantization of bfloat16 [{', '.join(QUANTIZE_SHAPE)}], GB/s of reads and "
+        f"writes (the memory's {MEMORY_GBPS}):",
+        table(
+            ["tile", "fp8jax", "XLA's fusion", "x + 1 in BF16, by XLA"],
+            [
+                [r["tile"], r["fp8jax"], r["xla"], r["copy"]]
+                for r in quantize_rows(rows)
+            ],
+        ),
+    ]
+
+
+def quantize_rows(rows: Rows) -> Rows:
+    return [
+        r
+        for r in rows
+        if (r["m"], r["k"]) == QUANTIZE_SHAPE and r["dtype"] == "bfloat16"
+    ]
+
+
+def layers(rows: Rows) -> Iterable[tuple[dict[str, str], dict[str, str]]]:
+    """Each FP8 layer with the BF16 one of its shape."""
+    bases = {
+        (r["tokens"], r["in"], r["out"]): r
+        for r in rows
+        if r["contender"] == "jax bf16"
+    }
+    for r in rows:
+        if r["contender"].startswith("fp8jax "):
+            yield bases[r["tokens"], r["in"], r["out"]], r
+
+
+def mean(values: Iterable[float]) -> float:
+    """The geometric mean."""
+    values = list(values)
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def read(name: str) -> Rows:
+    """The rows of a CSV; none where it has not been measured."""
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def gap(arms: list[dict[str, str]], loss: str) -> str:
+def gap(arms: Rows, loss: str) -> str:
     reference, other = (float(arm[loss]) for arm in arms)
     return f"{other / reference - 1:+.2%}"
 

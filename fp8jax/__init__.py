@@ -1,7 +1,7 @@
 """FP8 quantization, as DeepSeek-V3 does it, as composable JAX transformations.
 
-`fp8jax.linen`, `fp8jax.nnx` and `fp8jax.testing` are loaded when they are first used:
-Flax is no requirement of the rest.
+`fp8jax.linen`, `fp8jax.nnx`, `fp8jax.testing` and `fp8jax.tune` are loaded when they
+are first used: Flax is no requirement of the rest, and Pallas takes long to import.
 """
 
 import importlib
@@ -26,6 +26,7 @@ from fp8jax.transform import Report, fp8_transform
 
 if TYPE_CHECKING:
     from fp8jax.testing import assert_fp8_lowered
+    from fp8jax.tune import load_tuning
 
 __all__ = [
     "BLOCK_128X128",
@@ -41,6 +42,7 @@ __all__ = [
     "assert_fp8_lowered",
     "dot_general",
     "fp8_transform",
+    "load_tuning",
     "numerics",
     "quantize",
     "quantize_both",
@@ -53,6 +55,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "assert_fp8_lowered":
         return importlib.import_module("fp8jax.testing").assert_fp8_lowered
-    if name in ("linen", "nnx", "testing"):
+    if name == "load_tuning":
+        return importlib.import_module("fp8jax.tune").load_tuning
+    if name in ("linen", "nnx", "testing", "tune"):
         return importlib.import_module(f"fp8jax.{name}")
     raise AttributeError(f"module 'fp8jax' has no attribute {name!r}")

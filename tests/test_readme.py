@@ -48,5 +48,10 @@ def test_tables_are_what_the_results_say():
     assert run.returncode == 0, run.stderr
 
 
+def test_code_in_the_docs_about_tuning_runs(capsys):
+    run_blocks("docs/tuning.md")
+    assert capsys.readouterr().out
+
+
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150

@@ -114,7 +114,9 @@ def test_interpreted_product_is_the_oracles(m, n, k, rhs_tile):
 )
 def test_interpreted_cluster_past_the_last_row():
     operands = _operands(264, 160, 384, (128, 128))
-    config = _config.GemmConfig(128, 128, "m", 2, stages=2, cluster=2)
+    config = _config.GemmConfig(
+        128, 128, "m", chunks=2, accumulators=2, stages=2, cluster=2
+    )
     with _interpreting():
         out = _gemm.multiply(
             *operands, rhs_tile=(128, 128), out_dtype=jnp.float32, config=config

@@ -311,7 +311,9 @@ def _compute_in_place(compute: Compute, sources: list[Any]) -> None:
             pieces = [s.at[pl.ds(i, _PIECE), pl.ds(j, _PIECE)] for s in sources]
             loaded = [_load(piece) for piece in pieces]
             for piece, value in zip(pieces, compute(*loaded), strict=False):
-                piece[...] = value.astype(piece.dtype)
+                piece[...] = plgpu.layout_cast(
+                    value.astype(piece.dtype), plgpu.Layout.WGMMA
+                )
 
 
 def _store(
@@ -344,9 +346,9 @@ def _store(
     if shared is None:
         bits = amax_bits(values)
         if direction.tile == _BOX:
-            # JAX 0.10 finds no layout for vectors of one value without being told.
             bits = lax.broadcast_in_dim(jnp.max(bits), (BLOCK,), ())
-            bits = plgpu.layout_cast(bits, plgpu.Layout.WGMMA.reduce(1))
+        # JAX 0.10 finds no layout, or searches long, without being told.
+        bits = plgpu.layout_cast(bits, plgpu.Layout.WGMMA.reduce(1))
         shared = scales(bits, fmt.kind, fmt.eps, fmt.dtype)
     scale, inverse = shared
     codes = encode(values, scale, inverse, fmt.kind, fmt.dtype)

@@ -1,6 +1,7 @@
 """Block shapes of the Mosaic GPU kernels, as pure functions of the problem."""
 
 import dataclasses
+import functools
 from typing import Literal
 
 CHUNK = 128  # Columns of the contraction between two promotions.
@@ -18,25 +19,27 @@ class GemmConfig:
         block_m: rows of the output block of a CTA.
         block_n: columns of it.
         split: the side of the block that the two math warpgroups share out.
-        chunks: chunks of 128 of k in one stage of the pipeline. Each has its own
-            accumulator, so that one is promoted while the tensor cores fill the next.
+        chunks: chunks of 128 of k in one stage of the pipeline.
+        accumulators: products of one chunk that a math warpgroup has in flight: with
+            two, one is promoted while the tensor cores fill the next. Divides `chunks`.
         stages: stages in shared memory.
         cluster: CTAs, neighbours along m, that fetch one rhs block between them.
         snake_axis: the side of the grid of blocks that runs fastest, 0 for m.
         snake_width: how many blocks of that side are walked before the other advances.
-        lowering: Mosaic's semantics: "Warpgroup" infers layouts, "Lane" takes them from
-            the kernel.
+        scales_ahead: whether the rhs scales of 1d2d are read before a stage is awaited.
+            It hides their latency where few blocks leave it bare, and costs registers.
     """
 
     block_m: int
     block_n: int
     split: Literal["m", "n"]
     chunks: int
+    accumulators: int
     stages: int
     cluster: int
     snake_axis: int = 0
     snake_width: int = 8
-    lowering: Literal["Warpgroup", "Lane"] = "Warpgroup"
+    scales_ahead: bool = False
 
     @property
     def wg_m(self) -> int:
@@ -68,24 +71,29 @@ def gemm_1d2d_config(m: int, n: int, k: int, num_sms: int) -> GemmConfig:
     that more of the `num_sms` multiprocessors take part in reading the rhs.
     """
     chunks = 2 if k > CHUNK else 1
+    narrow = functools.partial(
+        GemmConfig,
+        chunks=chunks,
+        accumulators=chunks,
+        stages=4,
+        cluster=1,
+        scales_ahead=True,
+    )
     if m <= 64:
-        blocks_of_128 = -(-n // 128)
-        block_n = 128 if blocks_of_128 >= 2 * num_sms else 64
-        return GemmConfig(64, block_n, "n", chunks, stages=4, cluster=1)
-    if m <= 128:
-        blocks_of_128 = -(-n // 128)
-        if blocks_of_128 < num_sms:
-            return GemmConfig(128, 64, "m", chunks, stages=4, cluster=1)
-        return GemmConfig(128, 128, "m", chunks, stages=3, cluster=1)
+        # 64 columns keep too few bytes in flight once the rhs is long.
+        return narrow(64, 128 if k >= 8192 else 64, "n")
+    if m <= 128 and -(-n // 128) < num_sms:
+        return narrow(128, 64, "m")
     # A cluster pays where there is more than one wave of blocks.
     fills = -(-m // 128) * -(-n // 128) > num_sms
     return GemmConfig(
         128,
         128,
         "m",
-        chunks,
+        chunks=chunks,
+        accumulators=chunks,
         stages=3,
-        cluster=2 if fills else 1,
+        cluster=2 if fills and m > 128 else 1,
         snake_axis=0 if m <= n else 1,
     )
 
@@ -93,16 +101,22 @@ def gemm_1d2d_config(m: int, n: int, k: int, num_sms: int) -> GemmConfig:
 def gemm_1d1d_config(m: int, n: int, k: int, num_sms: int) -> GemmConfig:
     """The block shape for `[m, k]` times `[n, k]` with scales along both rows.
 
-    Promotion costs a product of scales for every element, and bounds this kernel. Tall
-    blocks load fewer column scales a row; a second accumulator costs more registers
-    than there are.
+    Promotion costs a product of scales for every element. A second accumulator would
+    cost more registers than there are.
     """
-    del k
+    chunks = 2 if k > CHUNK else 1
     if m <= 64:
-        return GemmConfig(64, 64, "n", 1, stages=4, cluster=1)
+        return GemmConfig(64, 64, "n", chunks, accumulators=1, stages=4, cluster=1)
     if m <= 128:
-        return GemmConfig(128, 64, "m", 1, stages=6, cluster=1)
-    fills = -(-m // 256) * -(-n // 64) > num_sms
+        return GemmConfig(128, 64, "m", chunks, accumulators=1, stages=4, cluster=1)
+    fills = -(-m // 128) * -(-n // 128) > num_sms
     return GemmConfig(
-        256, 64, "m", 1, stages=4, cluster=2 if fills else 1, lowering="Lane"
+        128,
+        128,
+        "m",
+        chunks,
+        accumulators=1,
+        stages=3,
+        cluster=2 if fills else 1,
+        snake_axis=0 if m <= n else 1,
     )

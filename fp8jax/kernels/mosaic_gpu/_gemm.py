@@ -10,29 +10,27 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax.kernels._contract import Tile
+from fp8jax.kernels.mosaic_gpu._choose import choose_config
 from fp8jax.kernels.mosaic_gpu._common import (
     in_32_bits,
     mapped_under_vmap,
     num_sms,
     zero_pad,
 )
-from fp8jax.kernels.mosaic_gpu._config import (
-    CHUNK,
-    GemmConfig,
-    gemm_1d1d_config,
-    gemm_1d2d_config,
-)
+from fp8jax.kernels.mosaic_gpu._config import CHUNK, GemmConfig
 from fp8jax.kernels.mosaic_gpu._gemm_kernel import (
     COLUMN_MULTIPLE,
     FEWEST_COLUMNS,
     ROW_MULTIPLE,
     gemm_padded,
 )
+from fp8jax.kernels.mosaic_gpu._problem import GemmKind
 
 _OUT_DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float32, jnp.float16)))
 _FP8_DTYPES = tuple(map(jnp.dtype, (jnp.float8_e4m3fn, jnp.float8_e5m2)))
 _LHS_TILE = (1, CHUNK)
-_CONFIGS = {(CHUNK, CHUNK): gemm_1d2d_config, (1, CHUNK): gemm_1d1d_config}
+# By the tile of the rhs.
+_KINDS: dict[Tile, GemmKind] = {(CHUNK, CHUNK): "1d2d", (1, CHUNK): "1d1d"}
 
 
 def gemm(
@@ -76,7 +74,7 @@ def gemm(
     Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.2.
     """
     lhs_tile, rhs_tile = (lhs_tile[0], lhs_tile[1]), (rhs_tile[0], rhs_tile[1])
-    if lhs_tile != _LHS_TILE or rhs_tile not in _CONFIGS:
+    if lhs_tile != _LHS_TILE or rhs_tile not in _KINDS:
         raise NotImplementedError(
             "mosaic_gpu gemm takes (lhs_tile, rhs_tile) of ((1, 128), (128, 128)) or "
             f"((1, 128), (1, 128)), got ({lhs_tile}, {rhs_tile})."
@@ -115,10 +113,13 @@ def multiply(
     Args:
         lhs, lhs_scale, rhs, rhs_scale, rhs_tile: as in `gemm`.
         out_dtype: bfloat16 or float32.
-        config: the block shape; None chooses by shape.
+        config: the block shape; None takes `choose_config`'s.
     """
     (m, k), n = lhs.shape, rhs.shape[0]
     rows, sms = rhs_tile[0] == 1, num_sms()
+    if config is None:
+        stored = jnp.dtype(out_dtype).name
+        config = choose_config(_KINDS[rhs_tile], m, n, k, stored, sms)
     # The quantization kernel writes [k / 128, m]: XLA cancels the transposes.
     lhs_scale = zero_pad(lhs_scale.T, (1, ROW_MULTIPLE))
     columns = COLUMN_MULTIPLE if n > FEWEST_COLUMNS else FEWEST_COLUMNS
@@ -128,7 +129,7 @@ def multiply(
         zero_pad(rhs, (columns, CHUNK)),
         zero_pad(rhs_scale.T, (1, columns)) if rows else rhs_scale,
         out_dtype=out_dtype,
-        config=config or _CONFIGS[rhs_tile](m, n, k, sms),
+        config=config,
         num_sms=sms,
         rhs_scale_rows=rows,
     )

@@ -119,7 +119,7 @@ def gemm_padded(
         num_threads=_MATH_WARPGROUPS + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics[config.lowering]
+            lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         **cluster,
     )(lhs, lhs_scale, rhs, rhs_scale)
@@ -256,17 +256,19 @@ def _multiply(
     width = math.gcd(wg_n, CHUNK)
     pieces = range(0, wg_n, width)
 
-    def rhs_factor(stage, i, n_block, chunk, piece):
-        """The rhs scales of a piece in one chunk: [width], or one number."""
-        column = first_column + piece
-        if rhs_scale_smem is not None:
-            return _compat.mosaic_load(
-                rhs_scale_smem.at[stage, i, pl.ds(column, width)],
-                plgpu.Layout.WGMMA.reduce(0),
-            )
+    def rhs_row_factors(stage, i, piece):
+        """The rhs scales of a piece in chunk i of a stage, one a column."""
+        return _compat.mosaic_load(
+            rhs_scale_smem.at[stage, i, pl.ds(first_column + piece, width)],
+            plgpu.Layout.WGMMA.reduce(0),
+        )
+
+    def rhs_tile_factor(chunk, n_block, piece):
+        """The rhs scale of a piece in a chunk of k: one number."""
         last_tile = jnp.int32(rhs_scale.shape[0] - 1)
-        tile = lax.div(n_block * config.block_n + column, jnp.int32(CHUNK))
-        tile = lax.min(tile, last_tile)  # A block may reach past the last column.
+        column = n_block * config.block_n + first_column + piece
+        # A block may reach past the last column.
+        tile = lax.min(lax.div(column, jnp.int32(CHUNK)), last_tile)
         if num_chunks % config.chunks == 0:
             return rhs_scale[tile, chunk]
         # The chunk past the end has zero codes and zero lhs scales. The last real
@@ -274,56 +276,72 @@ def _multiply(
         real = lax.min(chunk, jnp.int32(num_chunks - 1))
         return jnp.where(chunk < num_chunks, rhs_scale[tile, real], jnp.float32(0))
 
-    def load_scales(stage, step, i, n_block):
-        """Both operands' scales in chunk i of a stage: the lhs's, and one a piece."""
+    def tile_factors(step, i, n_block):
+        """The rhs scales of chunk i for the pieces, where they are of tiles."""
+        if rhs_scale_smem is not None:
+            return None
+        return [rhs_tile_factor(step * config.chunks + i, n_block, p) for p in pieces]
+
+    def factors(stage, i, of_tiles):
+        """What to multiply the product of a chunk by: [wg_m, width] for each piece."""
         left = _compat.mosaic_load(
             lhs_scale_smem.at[stage, i, pl.ds(first_row, wg_m)],
             plgpu.Layout.WGMMA.reduce(1),
         )
-        chunk = step * config.chunks + i
-        return left, [rhs_factor(stage, i, n_block, chunk, piece) for piece in pieces]
-
-    def factor(left, right):
-        """The product of the scales, [wg_m, width]: 1d1d has one for each element."""
         shape = (wg_m, width)
-        if right.ndim == 0:
-            return lax.broadcast_in_dim(left * right, shape, (0,))
-        right = lax.broadcast_in_dim(right, shape, (1,))
-        return lax.broadcast_in_dim(left, shape, (0,)) * right
+        if of_tiles is not None:
+            return [lax.broadcast_in_dim(left * s, shape, (0,)) for s in of_tiles]
+        left = lax.broadcast_in_dim(left, shape, (0,))
+        return [
+            left * lax.broadcast_in_dim(rhs_row_factors(stage, i, p), shape, (1,))
+            for p in pieces
+        ]
 
     def multiply_stage(step, carry, n_block):
         count, *acc = carry
         stage = lax.rem(count, jnp.int32(config.stages))
+        ahead = [
+            tile_factors(step, i, n_block) if config.scales_ahead else None
+            for i in range(config.chunks)
+        ]
         plgpu.barrier_wait(full.at[stage])
 
-        def run(*partials):
-            for i, partial in enumerate(partials):
-                k = slice(i * CHUNK, (i + 1) * CHUNK)
-                plgpu.wgmma(
-                    partial,
-                    lhs_smem.at[stage].at[pl.ds(first_row, wg_m), k],
-                    rhs_smem.at[stage].at[pl.ds(first_column, wg_n), k].T,
-                )
-            scales = [
-                load_scales(stage, step, i, n_block) for i in range(config.chunks)
-            ]
-            sums = acc
-            for i, partial in enumerate(partials):
-                # The later products of the stage run on while this one is promoted.
-                value = plgpu.wgmma_accumulator_load(
-                    partial, wait_n=config.chunks - 1 - i
-                )
+        def issue(i, sums, running, partial):
+            """Starts chunk i, then what runs beside it, then promotes all of them."""
+            k = slice(i * CHUNK, (i + 1) * CHUNK)
+            plgpu.wgmma(
+                partial,
+                lhs_smem.at[stage].at[pl.ds(first_row, wg_m), k],
+                rhs_smem.at[stage].at[pl.ds(first_column, wg_n), k].T,
+            )
+            running = {**running, i: partial}
+            if len(running) == config.accumulators:
+                return promote(sums, running)
+            # Nested: an accumulator is zeroed where its scope begins, here while the
+            # tensor cores are at work.
+            begin = functools.partial(issue, i + 1, sums, running)
+            return pl.run_scoped(begin, accumulator)
+
+        def promote(sums, running):
+            scales = {
+                i: factors(stage, i, ahead[i] or tile_factors(step, i, n_block))
+                for i in running
+            }
+            for i, partial in running.items():
+                # The later products run on while this one is promoted.
+                value = plgpu.wgmma_accumulator_load(partial, wait_n=max(running) - i)
                 if i == config.chunks - 1:
                     plgpu.barrier_arrive(empty.at[stage])
-                left, rights = scales[i]
                 sums = [
-                    total + value[:, piece : piece + width] * factor(left, right)
-                    for total, piece, right in zip(sums, pieces, rights, strict=True)
+                    total + value[:, piece : piece + width] * scale
+                    for total, piece, scale in zip(sums, pieces, scales[i], strict=True)
                 ]
             return sums
 
         accumulator = plgpu.ACC((wg_m, wg_n), jnp.float32)  # pyright: ignore
-        return count + 1, *pl.run_scoped(run, *[accumulator] * config.chunks)
+        for i in range(0, config.chunks, config.accumulators):
+            acc = pl.run_scoped(functools.partial(issue, i, acc, {}), accumulator)
+        return count + 1, *acc
 
     def multiply_block(m_block, n_block, count):
         zero = plgpu.layout_cast(

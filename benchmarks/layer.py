@@ -1,0 +1,150 @@
+"""How fast is a dense layer, forward and both gradients, against BF16?
+
+    python -m benchmarks.layer [--recipe deepseek_v3] [--hlo] [--rounds 7]
+
+`y = x W`, `dx = dy Wᵀ`, `dW = xᵀ dy` in one jitted function of x, W and dy, all in
+bfloat16, with every quantization. Writes benchmarks/results/layer.csv, and with --hlo
+what the compiled FP8 program launches to layer_kernels.txt.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import fp8jax
+from benchmarks import _harness, _hlo
+from fp8jax import recipes
+
+CEILING = 1979  # TFLOPS of dense FP8, by the data sheet; 989 in BF16.
+SHAPES = [(16384, 7168, 7168), (8192, 4096, 14336), (4096, 2048, 7168)]
+RECIPES = {
+    "deepseek_v3": recipes.deepseek_v3(),
+    "deepseek_v3_fp32": recipes.deepseek_v3("fp32"),
+    "deepseek_v3_fp8_residual": recipes.deepseek_v3(residual="fp8"),
+    "deepseek_v3_transposed_residual": recipes.deepseek_v3(residual="fp8_transposed"),
+    "bf16_wgrad": recipes.bf16_wgrad(),
+}
+BASE = "jax bf16"
+
+
+def main() -> None:
+    options = _options()
+    rows, programs = [], []
+    print(
+        f"{'tokens':>7}{'in':>7}{'out':>7}  {'contender':28}{'wall us':>9}"
+        f"{'kernel us':>10}{'TFLOPS':>8}{'wall x':>8}{'kernel x':>9}"
+    )
+    for tokens, k, n in SHAPES:
+        x, w, dout = _arrays(tokens, k, n)
+        layers = {BASE: _layer(recipes.bf16())}
+        layers |= {f"fp8jax {name}": _layer(RECIPES[name]) for name in options.recipe}
+        rows += _rows((tokens, k, n), layers, (x, w, dout), options.rounds)
+        for name in options.recipe if options.hlo else ():
+            compiled = layers[f"fp8jax {name}"].lower(x, w, dout).compile()
+            programs += [f"{name}: tokens {tokens}, in {k}, out {n}"]
+            programs += [*_hlo.report(compiled.as_text() or ""), ""]
+    path = _harness.write_csv("layer", rows, options.commit)
+    print(f"ceiling {CEILING} TFLOPS; wrote {path}")
+    if programs:
+        path = _harness.RESULTS / "layer_kernels.txt"
+        path.write_text("\n".join(programs))
+        print(*programs, f"wrote {path}", sep="\n")
+
+
+def _options() -> argparse.Namespace:
+    parser = _harness.options_parser(__doc__)
+    parser.add_argument(
+        "--recipe",
+        nargs="+",
+        choices=sorted(RECIPES),
+        default=["deepseek_v3"],
+        help="one or more, timed side by side",
+    )
+    parser.add_argument(
+        "--hlo", action="store_true", help="list what the FP8 program launches"
+    )
+    parser.add_argument("--rounds", type=int, default=7)
+    return parser.parse_args()
+
+
+def _arrays(tokens: int, k: int, n: int) -> tuple[jax.Array, ...]:
+    keys = jax.random.split(jax.random.key(tokens + k + n), 3)
+    shapes = ((tokens, k), (k, n), (tokens, n))
+    scales = (1.0, k**-0.5, 1.0)
+    return tuple(
+        (jax.random.normal(key, shape) * scale).astype(jnp.bfloat16)
+        for key, shape, scale in zip(keys, shapes, scales, strict=True)
+    )
+
+
+def _layer(recipe: recipes.Recipe) -> Any:
+    """Jitted: output, and gradients with respect to x and w, for a given cotangent."""
+    dimensions = (((1,), (0,)), ((), ()))
+    dot = functools.partial(
+        fp8jax.dot_general, dimension_numbers=dimensions, recipe=recipe
+    )
+
+    @jax.jit
+    def run(x, w, dout):
+        out, vjp = jax.vjp(dot, x, w)
+        return out, *vjp(dout)
+
+    return run
+
+
+def _rows(
+    shape: tuple[int, int, int],
+    layers: dict[str, Any],
+    arrays: tuple[jax.Array, ...],
+    rounds: int,
+) -> list[dict[str, Any]]:
+    launch: dict[str, Callable[[], Any]] = {
+        name: functools.partial(layer, *arrays) for name, layer in layers.items()
+    }
+    clocks = {
+        name: _harness.kernel_clock(layer, *arrays) for name, layer in layers.items()
+    }
+    if _harness.HAS_TORCH:
+        launch["torch bf16"] = _torch_layer(*map(_harness.to_torch, arrays))
+        clocks["torch bf16"] = _harness.graph_clock(launch["torch bf16"], launches=4)
+    wall = _harness.alternate(launch, launches=10, rounds=rounds)
+    kernel = _harness.alternate_clocks(clocks, rounds=3)
+    tokens, k, n = shape
+    rows = []
+    for name in launch:
+        tflops = 6 * tokens * k * n / wall[name] * 1e-6
+        ratios = [times[BASE] / times[name] for times in (wall, kernel)]
+        print(
+            f"{tokens:7}{k:7}{n:7}  {name:28}{wall[name]:9.1f}{kernel[name]:10.1f}"
+            f"{tflops:8.0f}{ratios[0]:8.2f}{ratios[1]:9.2f}",
+            flush=True,
+        )
+        rows.append(
+            {
+                "tokens": tokens,
+                "in": k,
+                "out": n,
+                "contender": name,
+                "wall_us": f"{wall[name]:.1f}",
+                "kernel_us": f"{kernel[name]:.1f}",
+                "tflops": f"{tflops:.0f}",
+                "wall_speedup": f"{ratios[0]:.3f}",
+                "kernel_speedup": f"{ratios[1]:.3f}",
+            }
+        )
+    return rows
+
+
+def _torch_layer(x, w, dout) -> Callable[[], Any]:
+    def run():
+        return x @ w, dout @ w.t(), x.t() @ dout
+
+    return run
+
+
+if __name__ == "__main__":
+    main()

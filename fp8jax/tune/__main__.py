@@ -1,0 +1,161 @@
+"""Explains and measures the block shapes of FP8 GEMMs.
+
+    python -m fp8jax.tune --explain M N K
+    python -m fp8jax.tune M N K [M N K ...] [--out table.json]
+
+[M, K] times [N, K] transposed; for wgrad (--kind 1d1d) K counts tokens. --explain
+computes and needs no GPU. Without it, candidates are timed against each other on the
+GPU present, and --out writes the fastest ones to a table for fp8jax.load_tuning; a
+table that is there already is added to.
+"""
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Sequence
+
+from fp8jax.kernels import check_available, mosaic_gpu
+from fp8jax.kernels.mosaic_gpu import Entry, GemmProblem, Table
+from fp8jax.tune._explain import explain
+from fp8jax.tune._measure import Timing, best, measure
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    sides = options.sides
+    if len(sides) % 3 or min(sides) < 1:
+        parser.error(f"takes M N K [M N K ...], integers from 1, got {sides}.")
+    problems = [
+        GemmProblem(options.kind, m, n, k, options.out_dtype)
+        for m, n, k in zip(*[iter(sides)] * 3, strict=True)
+    ]
+    try:
+        if options.table:
+            mosaic_gpu.load_tuning(options.table)
+        if options.explain:
+            _explain(problems, options.num_sms or mosaic_gpu.num_sms())
+        else:
+            _tune(parser, problems, options)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fp8jax.tune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("sides", nargs="+", type=int, metavar="M N K")
+    parser.add_argument(
+        "--explain", action="store_true", help="print the config and why; no GPU"
+    )
+    parser.add_argument("--kind", choices=mosaic_gpu.GEMM_KINDS, default="1d2d")
+    parser.add_argument(
+        "--out-dtype", choices=("bfloat16", "float32"), default="bfloat16"
+    )
+    parser.add_argument("--table", help="a table to load first")
+    parser.add_argument(
+        "--num-sms", type=int, help="to explain for; of the GPU present, else 132"
+    )
+    parser.add_argument("--out", help="the table to write or to add to")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of five calls")
+    return parser
+
+
+def _explain(problems: list[GemmProblem], num_sms: int) -> None:
+    print(
+        *(
+            explain(p.kind, p.m, p.n, p.k, out_dtype=p.out_dtype, num_sms=num_sms)
+            for p in problems
+        ),
+        sep="\n\n",
+    )
+
+
+def _tune(
+    parser: argparse.ArgumentParser,
+    problems: list[GemmProblem],
+    options: argparse.Namespace,
+) -> None:
+    try:
+        check_available("mosaic_gpu")
+    except NotImplementedError as reason:
+        parser.error(f"measuring {reason} --explain works without one.")
+    keys = [problem.key for problem in problems]
+    for problem in problems:
+        if keys.count(problem.key) > 1:
+            low, high = problem.bucket
+            parser.error(
+                f"m of {low} to {high} share one entry of a table: give one of them "
+                f"for n={problem.n}, k={problem.k}."
+            )
+    # Before the minutes of measuring: a table that cannot be added to is refused now.
+    sms, device_kind = mosaic_gpu.num_sms(), mosaic_gpu.present_device_kind()
+    table = Table(device_kind, sms, {})
+    if options.out and os.path.exists(options.out):
+        table = mosaic_gpu.read_table(options.out, device_kind=device_kind, num_sms=sms)
+    for problem in problems:
+        candidates = mosaic_gpu.gemm_candidates(
+            problem.kind, problem.m, problem.n, problem.k, problem.out_dtype, sms
+        )
+        timings = measure(problem, candidates, rounds=options.rounds)
+        entry = best(problem, timings)
+        _print(problem, timings, entry)
+        if entry and options.out:
+            # After each shape: what was measured stays if a later one fails.
+            table = table.updated([entry])
+            mosaic_gpu.write_table(options.out, table)
+    if options.out:
+        print(f"{len(table.entries)} entries in {options.out}")
+
+
+def _print(problem: GemmProblem, timings: list[Timing], entry: Entry | None) -> None:
+    # Not above: rich is needed for nothing but this table.
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    p = problem
+    title = f"{p.kind} m={p.m} n={p.n} k={p.k} {p.out_dtype}"
+    view = RichTable("config", "us", "TFLOPS", "compile s", "", title=title)
+    for i, timing in enumerate(timings):
+        chosen = entry is not None and timing.config == entry.config
+        note = ", ".join(
+            word
+            for word, holds in (
+                ("computed", i == 0),
+                ("[bold]fastest[/bold]", chosen),
+                (timing.note.replace("[", r"\["), timing.note),
+            )
+            if holds
+        )
+        work = 2 * p.m * p.n * p.k
+        view.add_row(
+            _brief(timing.config),
+            f"{timing.us:.2f}" if timing.us else "",
+            f"{work / timing.us * 1e-6:.0f}" if timing.us else "",
+            f"{timing.compile_s:.1f}",
+            note,
+        )
+    console = Console()
+    console.print(view)
+    total = sum(timing.compile_s for timing in timings)
+    if entry is None:
+        console.print("The computed config did not run: no entry.")
+        return
+    console.print(
+        f"{entry.us:.2f} us, {entry.computed_us / entry.us:.3f} times the computed "
+        f"config's speed. One shape compiles in {timings[0].compile_s:.1f} s, these "
+        f"{len(timings)} candidates took {total:.0f} s."
+    )
+
+
+def _brief(config: mosaic_gpu.GemmConfig) -> str:
+    fields = dataclasses.asdict(config)
+    shape = f"{fields.pop('block_m')}x{fields.pop('block_n')}"
+    return " ".join((shape, *(f"{name}={value}" for name, value in fields.items())))
+
+
+if __name__ == "__main__":
+    main()

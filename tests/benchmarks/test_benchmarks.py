@@ -1,0 +1,183 @@
+"""The benchmarks' own logic, on a CPU: tables, options, CSVs and HLO lists."""
+
+import csv
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import _contenders, _harness, _hlo, decode, gemm, layer, plot_m
+from fp8jax.kernels import xla
+
+
+@pytest.fixture
+def on_cpu(monkeypatch, tmp_path):
+    """No GPU, no torch: XLA's GEMM, one call by wall clock, results in tmp_path."""
+
+    def clock(fn, *args, iterations=0):
+        def run():
+            start = time.perf_counter()
+            jax.block_until_ready(fn(*args))
+            return [(time.perf_counter() - start) * 1e6]
+
+        return run
+
+    monkeypatch.setattr(_harness, "kernel_clock", clock)
+    monkeypatch.setattr(_harness, "kernel_us", lambda *a, **kw: clock(*a)()[0])
+    monkeypatch.setattr(_harness, "HAS_TORCH", False)
+    monkeypatch.setattr(_harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(_contenders.mosaic_gpu, "gemm", xla.gemm)
+    return tmp_path
+
+
+def run(monkeypatch, module, arguments=""):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments.split()])
+    module.main()
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_gemm(on_cpu, monkeypatch):
+    shapes = {"1d2d": [(8, 128, 128)], "1d1d": [(8, 128, 256)]}
+    monkeypatch.setattr(gemm, "SHAPES", shapes)
+    run(monkeypatch, gemm, "--rounds 1 --commit abc")
+    one, two = rows(on_cpu / "gemm.csv")
+    assert (one["gemm"], two["k"], two["commit"]) == ("1d2d", "256", "abc")
+    assert one["ratio"] == one["cublaslt_blockwise"] == ""
+
+
+def test_layer_beside_bf16_with_its_kernels(on_cpu, monkeypatch):
+    monkeypatch.setattr(layer, "SHAPES", [(128, 256, 384)])
+    recipes = "deepseek_v3 bf16_wgrad"
+    run(monkeypatch, layer, f"--rounds 1 --hlo --recipe {recipes}")
+    base, *fp8 = rows(on_cpu / "layer.csv")
+    assert base["contender"] == "jax bf16"
+    assert base["wall_speedup"] == base["kernel_speedup"] == "1.000"
+    assert [r["contender"] for r in fp8] == ["fp8jax deepseek_v3", "fp8jax bf16_wgrad"]
+    kernels = (on_cpu / "layer_kernels.txt").read_text()
+    assert "deepseek_v3: tokens 128, in 256, out 384" in kernels
+    assert "bf16_wgrad: tokens 128" in kernels
+    assert "OTHER" in kernels
+
+
+def test_every_recipe_of_the_layer_benchmark_has_fp8_in_it():
+    arrays = layer._arrays(128, 256, 384)
+    for name, recipe in layer.RECIPES.items():
+        outputs = jax.jit(layer._layer(recipe))(*arrays)
+        assert [o.shape for o in outputs] == [(128, 384), (128, 256), (256, 384)], name
+        hlo = layer._layer(recipe).lower(*arrays).as_text()
+        assert "f8E4M3FN" in hlo, name
+
+
+def test_decode(on_cpu, monkeypatch):
+    monkeypatch.setattr(decode, "SHAPES", [(256, 384)])
+    monkeypatch.setattr(decode, "COLD_BYTES", 256 * 384)
+    run(monkeypatch, decode, "--tokens 1 16 --rounds 1")
+    one, two = rows(on_cpu / "decode.csv")
+    assert (one["m"], two["m"], one["n"], one["k"]) == ("1", "16", "256", "384")
+    assert float(one["of_copy"]) > 0
+    assert one["cublaslt_us"] == ""
+
+
+def test_plot_of_measured_rows_and_again_from_the_csv(on_cpu, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(plot_m, "SHAPES", [(256, 128), (128, 384)])
+    run(monkeypatch, plot_m, "--tokens 1 16 64")
+    png = on_cpu / "gemm_by_m.png"
+    first = png.read_bytes()
+    assert first.startswith(b"\x89PNG")
+    assert len(rows(on_cpu / "gemm_by_m.csv")) == 6
+    png.unlink()
+    run(monkeypatch, plot_m, "--plot-only")
+    assert png.read_bytes() == first
+
+
+def test_plot_only_without_a_csv_says_what_to_do(on_cpu, monkeypatch, capsys):
+    del on_cpu
+    with pytest.raises(SystemExit):
+        run(monkeypatch, plot_m, "--plot-only")
+    assert "measure first" in capsys.readouterr().err
+
+
+def test_ceiling_is_the_memory_s_for_few_rows_and_the_peak_for_many():
+    # One row: 7168 * 2048 bytes of weight at 4300 GB/s are 3.41 us.
+    assert plot_m._ceiling(1, 7168, 2048) == pytest.approx(8.58, rel=1e-2)
+    assert plot_m._ceiling(65536, 7168, 2048) == 1979
+
+
+HLO = """\
+HloModule jit_run, is_scheduled=true, entry_computation_layout={(f32[2]{0})->f32[2]{0}}
+
+%fused (p.1: f32[2]) -> f32[2] {
+  %p.1 = f32[2]{0} parameter(0)
+  ROOT %add.1 = f32[2]{0} add(%p.1, %p.1)
+}
+
+%command_buffer (p.2: f8e4m3fn[4,2]) -> (bf16[4,2], bf16[4,2]) {
+  %p.2 = f8e4m3fn[4,2]{1,0} parameter(0)
+  %gemm.1 = bf16[4,2]{1,0} custom-call(%p.2), custom_call_target="mosaic_gpu_v2", \
+metadata={op_name="jit(run)/jit(fp8jax_gemm_mosaic_gpu)/pallas_call" source_line=1}
+  %gemm.2 = bf16[4,2]{1,0:S(1)} custom-call(%p.2), custom_call_target="mosaic_gpu_v2", \
+metadata={op_name="jit(run)/jit(fp8jax_gemm_mosaic_gpu)/pallas_call" source_line=1}
+  ROOT %t = (bf16[4,2]{1,0}, /*index=1*/bf16[4,2]{1,0}) tuple(%gemm.1, %gemm.2)
+}
+
+ENTRY %main (x: f32[2]) -> f32[2] {
+  %x = f32[2]{0} parameter(0), metadata={op_name="x"}
+  %call = (bf16[4,2]{1,0}, /*index=1*/bf16[4,2]{1,0}) call(%x), to_apply=%command_buffer
+  %cp = f32[2,3]{0,1} copy(%x), metadata={op_name="jit(run)/transpose"}
+  %start = (f32[2]{0}, f32[2]{0}, u32[]) copy-start(%x)
+  %done = f32[2]{0} copy-done(%start)
+  ROOT %fusion = f32[2]{0} fusion(%x), kind=kLoop, calls=%fused, \
+metadata={op_name="jit(run)/add"}
+}
+"""
+
+
+def test_hlo_list_shows_every_launch_ours_first():
+    found = _hlo.launches(HLO)
+    assert dict(found) == {
+        (
+            "custom-call",
+            "mosaic_gpu_v2 jit(fp8jax_gemm_mosaic_gpu) pallas_call",
+            "bf16[4,2]",
+        ): 2,
+        ("copy", "transpose", "f32[2,3]"): 1,
+        ("copy-start", "?", "(f32[2], f32[2], u32[])"): 1,
+        ("fusion", "add", "f32[2]"): 1,
+    }
+    lines = _hlo.report(HLO)
+    assert lines[0].split()[:2] == ["2", "kernel"]
+    assert [line.split()[1] for line in lines[1:]] == ["OTHER"] * 3
+
+
+def test_hlo_list_of_a_real_program():
+    def f(x):
+        return jax.lax.fori_loop(0, 3, lambda _, y: jnp.sin(y) @ y, x)
+
+    text = jax.jit(f).lower(jnp.ones((8, 8))).compile().as_text()
+    assert text is not None
+    opcodes = {launch.opcode for launch in _hlo.launches(text)}
+    assert opcodes & {"dot", "fusion", "custom-call"}
+    assert not opcodes & {"while", "call", "parameter"}
+
+
+def test_contenders_take_turns():
+    turns = []
+
+    def clock(name):
+        def run():
+            turns.append(name)
+            return [float(len(turns))]
+
+        return run
+
+    names = ("a", "b")
+    medians = _harness.alternate_clocks({n: clock(n) for n in names}, rounds=3)
+    assert turns == ["a", "b"] * 3
+    assert medians == {"a": 3.0, "b": 4.0}

@@ -1,0 +1,113 @@
+"""README's tables: what they say follows from the CSVs, and only from them."""
+
+import csv
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import readme
+
+GEMM = {"device": "a GPU", "jax": "0.11.2", "clock": "wall", "torch_bf16": "500"}
+GEMM |= {"m": "4096", "n": "256", "k": "128", "cublaslt_per_tensor_fast": "1500"}
+LAYER = {"tokens": "512", "in": "256", "out": "128", "tflops": "9"}
+
+
+def of(base, **columns):
+    return base | columns
+
+
+@pytest.fixture
+def results(monkeypatch, tmp_path):
+    """Results of every benchmark, small."""
+    fast = of(GEMM, gemm="1d2d", fp8jax="1200", cublaslt_blockwise="1000", ratio="1.2")
+    slow = of(fast, fp8jax="300", cublaslt_blockwise="1000", ratio="0.3")
+    few = of(fast, m="1", cublaslt_blockwise="", ratio="", fp8jax="3")
+    wgrad = of(slow, gemm="1d1d", m="128", ratio="0.5", fp8jax="500")
+    write(tmp_path / "gemm.csv", [fast, slow, few, wgrad])
+    times = {"wall_us": "200.0", "kernel_us": "190.0"}
+    base = of(LAYER, contender="jax bf16", wall_speedup="1", kernel_speedup="1")
+    fp8 = of(
+        LAYER,
+        contender="fp8jax deepseek_v3",
+        wall_us="125.0",
+        kernel_us="100.0",
+        wall_speedup="1.6",
+        kernel_speedup="1.9",
+    )
+    write(tmp_path / "layer.csv", [of(base, **times), fp8])
+    decode = {"m": "16", "n": "7168", "k": "16384", "us": "30.0", "tflops": "125"}
+    decode |= {"weight_gbps": "3900", "copy_gbps": "4300", "of_copy": "0.907"}
+    write(tmp_path / "decode.csv", [of(decode, ratio=""), of(decode, m="1", ratio="2")])
+    (tmp_path / "train_lm_h200").mkdir()
+    losses = {"train_loss": "2.0", "heldout_loss": "3.0", "tokens_per_second": "10"}
+    arms = [of(losses, arm=arm) for arm in ("bf16", "fp8")]
+    write(tmp_path / "train_lm_h200" / "summary.csv", arms)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def write(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.mark.usefixtures("results")
+def test_summary_has_a_line_for_each_target_with_its_ceiling():
+    text = "\n".join(readme.summary())
+    for line in (
+        # sqrt(1200 * 300) and sqrt(1.2 * 0.3)
+        "2 shapes with m >= 4096, TFLOPS | 600 | 1000 cuBLASLt blockwise | "
+        "0.60 (0.30 to 1.20) | 1500 per tensor, 1979 peak |",
+        "(wgrad), 1 shapes, TFLOPS | 500 | 1000 cuBLASLt blockwise | 0.50",
+        "Layer 256 to 128, 512 tokens, deepseek_v3: fprop, dgrad, wgrad, us | 125 | "
+        "200 BF16 | 1.60 | 2.00 |",
+        "m=16, n=7168, k=16384, GB/s of the weight | 3900 | 4300 a copy | 0.91 | 4800",
+        "The gap is +0.00% in training loss",
+    ):
+        assert line in text, text
+    assert "gemm_by_m.png" not in text
+
+
+def test_the_plot_is_linked_once_it_is_there(results):
+    (results / "gemm_by_m.png").touch()
+    assert "(benchmarks/results/gemm_by_m.png)" in "\n".join(readme.summary())
+
+
+@pytest.mark.usefixtures("results")
+def test_every_row_is_there_and_a_missing_contender_is_an_empty_cell():
+    text = "\n".join(readme.every_row())
+    for line in (
+        "| 1d2d 1, 256, 128 | 3 |  |  | 1500 | 500 | wall |",
+        "| 512, 256, 128 | fp8jax deepseek_v3 | 125.0 | 9 | 1.60 | 1.90 |",
+        "| 16, 7168, 16384 | 30.0 | 125 | 3900 | 4300 | 0.91 |  |",
+        "| 1, 7168, 16384 | 30.0 | 125 | 3900 | 4300 | 0.91 | 2.00 |",
+    ):
+        assert line in text, text
+
+
+def test_tables_without_results_are_left_out(results):
+    (results / "decode.csv").unlink()
+    (results / "layer.csv").unlink()
+    text = "\n".join((*readme.summary(), *readme.every_row()))
+    assert "Layer" not in text
+    assert "16384" not in text.replace("[16384, 7168]", "")
+
+
+def test_check_names_the_file_that_differs(results):
+    command = [sys.executable, "-c", PROGRAM, str(results)]
+    root = readme.HERE.parent
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "README.md differs from the results: run python -m benchmarks" in run.stderr
+
+
+PROGRAM = """
+import pathlib, sys
+from benchmarks import readme
+readme.RESULTS = pathlib.Path(sys.argv[1])
+sys.argv[1:] = ["--check"]
+readme.main()
+"""
