@@ -306,14 +306,18 @@ def _body(
 
 def _compute_in_place(compute: Compute, sources: list[Any]) -> None:
     """The values take the first inputs' place, piece by piece to save registers."""
-    for i in range(0, BLOCK, _PIECE):
-        for j in range(0, BLOCK, _PIECE):
-            pieces = [s.at[pl.ds(i, _PIECE), pl.ds(j, _PIECE)] for s in sources]
-            loaded = [_load(piece) for piece in pieces]
-            for piece, value in zip(pieces, compute(*loaded), strict=False):
-                piece[...] = plgpu.layout_cast(
-                    value.astype(piece.dtype), plgpu.Layout.WGMMA
-                )
+    across = BLOCK // _PIECE
+
+    def compute_piece(number, carry):
+        row, column = lax.div(number, across), lax.rem(number, across)
+        at = pl.ds(row * _PIECE, _PIECE), pl.ds(column * _PIECE, _PIECE)
+        pieces = [source.at[at] for source in sources]
+        found = compute(*map(_load, pieces))
+        for piece, value in zip(pieces, found, strict=False):
+            piece[...] = value.astype(piece.dtype)
+        return carry
+
+    lax.fori_loop(0, across * across, compute_piece, None)
 
 
 def _store(
