@@ -5,6 +5,7 @@ from fp8jax.kernels._contract import (
     Gemm,
     Quantize,
     QuantizeBoth,
+    QuantizeRmsNorm,
     QuantizeSwiglu,
     QuantizeSwigluGradient,
 )
@@ -13,6 +14,7 @@ __all__ = [
     "Gemm",
     "Quantize",
     "QuantizeBoth",
+    "QuantizeRmsNorm",
     "QuantizeSwiglu",
     "QuantizeSwigluGradient",
     "check_available",

@@ -102,6 +102,27 @@ class QuantizeSwigluGradient(Protocol):
     ) -> tuple[Directions, Directions]: ...
 
 
+class QuantizeRmsNorm(Protocol):
+    """`h = x / rms(x) * weight`, quantized; `x [m, k]`, `weight [k]`.
+
+    With `r = rsqrt(mean(x^2) + epsilon)` of a row, in float32, h is `(x r) weight`
+    rounded to the dtype of x. Returns what `Quantize` does of h, and r, float32 [m].
+    r is NaN, and so is the row, where the sum of squares is no finite number.
+    """
+
+    def __call__(
+        self,
+        x: jax.Array,
+        weight: jax.Array,
+        *,
+        epsilon: float,
+        tile: Tile,
+        dtype: jax.typing.DTypeLike,
+        scale: ScaleKind,
+        eps: float,
+    ) -> tuple[Quantized, jax.Array]: ...
+
+
 class Gemm(Protocol):
     """`lhs [m, k]` times `rhs [n, k]` transposed, FP32 promotion every 128 of k.
 

@@ -7,6 +7,7 @@ from fp8jax.quant._quantize import (
     quantize_transposed,
     requantize,
 )
+from fp8jax.quant._rms_norm import quantize_rms_norm
 from fp8jax.quant._spec import BLOCK_128X128, TILE_1X128, TILE_128X1, QuantSpec
 from fp8jax.quant._swiglu import quantize_swiglu, quantize_swiglu_gradient
 
@@ -18,6 +19,7 @@ __all__ = [
     "QuantSpec",
     "quantize",
     "quantize_both",
+    "quantize_rms_norm",
     "quantize_swiglu",
     "quantize_swiglu_gradient",
     "quantize_transposed",
