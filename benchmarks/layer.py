@@ -30,6 +30,7 @@ RECIPES = {
         wgrad=recipes.GemmSpec(lhs=fp8jax.BLOCK_128X128, rhs=fp8jax.TILE_1X128),
     ),
     "deepseek_v3_fp8_residual": recipes.deepseek_v3(residual="fp8"),
+    "deepseek_v3_transposed_residual": recipes.deepseek_v3(residual="fp8_transposed"),
     "bf16_wgrad": recipes.bf16_wgrad(),
 }
 BASE = "jax bf16"

@@ -18,6 +18,7 @@ from fp8jax.quant import (
     QTensor,
     QuantSpec,
     quantize,
+    quantize_both,
     requantize,
 )
 from fp8jax.recipes import GemmSpec, Recipe, Rule
@@ -44,6 +45,7 @@ __all__ = [
     "load_tuning",
     "numerics",
     "quantize",
+    "quantize_both",
     "recipes",
     "requantize",
     "scaled_matmul",

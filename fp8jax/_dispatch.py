@@ -21,6 +21,9 @@ MARK = "fp8jax_"
 _TABLE: dict[str, tuple[str, ...]] = {
     "quantize": ("mosaic_gpu", "xla"),
     "quantize_both": ("mosaic_gpu", "xla"),
+    "quantize_rms_norm": ("mosaic_gpu", "xla"),
+    "quantize_swiglu": ("mosaic_gpu", "xla"),
+    "quantize_swiglu_gradient": ("mosaic_gpu", "xla"),
     "gemm": ("mosaic_gpu", "xla"),
 }
 

@@ -1,6 +1,21 @@
 """FP8 kernels: arrays in, arrays out. One package for each way to lower them."""
 
 from fp8jax.kernels._available import check_available
-from fp8jax.kernels._contract import Gemm, Quantize, QuantizeBoth
+from fp8jax.kernels._contract import (
+    Gemm,
+    Quantize,
+    QuantizeBoth,
+    QuantizeRmsNorm,
+    QuantizeSwiglu,
+    QuantizeSwigluGradient,
+)
 
-__all__ = ["Gemm", "Quantize", "QuantizeBoth", "check_available"]
+__all__ = [
+    "Gemm",
+    "Quantize",
+    "QuantizeBoth",
+    "QuantizeRmsNorm",
+    "QuantizeSwiglu",
+    "QuantizeSwigluGradient",
+    "check_available",
+]

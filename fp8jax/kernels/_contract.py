@@ -12,6 +12,10 @@ import jax
 Tile = tuple[int, int]
 ScaleKind = Literal["pow2", "fp32"]
 
+Quantized = tuple[jax.Array, jax.Array]  # Codes, and scales one a tile.
+# Of a matrix, and of its transpose; None where it was not asked for.
+Directions = tuple[Quantized | None, Quantized | None]
+
 
 class Quantize(Protocol):
     """`x [m, k]` to codes and scales, one scale a tile.
@@ -19,7 +23,8 @@ class Quantize(Protocol):
     Returns `data [m, k]` of `dtype` and float32 `scale [ceil(m / tile[0]),
     ceil(k / tile[1])]` with `x ~= data * scale`. What the numbers mean is in
     `fp8jax.numerics`; edge tiles are zero-padded, and a NaN or an infinity anywhere in
-    a tile makes its scale NaN.
+    a tile makes its scale NaN. With `transposed`, x.T is what is quantized: `data` is
+    [k, m], and `tile` and scales are of it.
     """
 
     def __call__(
@@ -30,11 +35,12 @@ class Quantize(Protocol):
         dtype: jax.typing.DTypeLike,
         scale: ScaleKind,
         eps: float,
-    ) -> tuple[jax.Array, jax.Array]: ...
+        transposed: bool = False,
+    ) -> Quantized: ...
 
 
 class QuantizeBoth(Protocol):
-    """`quantize(x, tile)` and `quantize(x.T, tile_t)` from one read of `x [m, k]`.
+    """`x [m, k]` in tiles of `tile` and `x.T` in tiles of `tile_t`, in one read of x.
 
     Returns `data [m, k]` with its scales, then `data_t [k, m]` with its own, the bits
     that the two calls of `quantize` give.
@@ -49,7 +55,72 @@ class QuantizeBoth(Protocol):
         dtype: jax.typing.DTypeLike,
         scale: ScaleKind,
         eps: float,
-    ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]: ...
+    ) -> tuple[Quantized, Quantized]: ...
+
+
+class QuantizeSwiglu(Protocol):
+    """`h = silu(gate) * up`, quantized; `gate` and `up` `[m, k]` of one dtype.
+
+    h is computed in float32 as `fp8jax.kernels._swiglu` spells it, and rounded to the
+    dtype of `gate`: the codes are those of an h that was written and read again, and
+    the same numbers in both directions. Returns a tuple of what `QuantizeBoth` does of
+    h, with None in place of a direction whose tile is None.
+
+    A NaN or an infinity in h makes its tile NaN; so does an infinite gate.
+    """
+
+    def __call__(
+        self,
+        gate: jax.Array,
+        up: jax.Array,
+        *,
+        tile: Tile | None,
+        tile_t: Tile | None,
+        dtype: jax.typing.DTypeLike,
+        scale: ScaleKind,
+        eps: float,
+    ) -> tuple[Directions]: ...
+
+
+class QuantizeSwigluGradient(Protocol):
+    """The gradients of `QuantizeSwiglu`'s h to gate and up, given `dh [m, k]`.
+
+    Computed, rounded and quantized as h is there: `dgate`'s directions, then `dup`'s.
+    """
+
+    def __call__(
+        self,
+        dh: jax.Array,
+        gate: jax.Array,
+        up: jax.Array,
+        *,
+        tile: Tile | None,
+        tile_t: Tile | None,
+        dtype: jax.typing.DTypeLike,
+        scale: ScaleKind,
+        eps: float,
+    ) -> tuple[Directions, Directions]: ...
+
+
+class QuantizeRmsNorm(Protocol):
+    """`h = x / rms(x) * weight`, quantized; `x [m, k]`, `weight [k]`.
+
+    With `r = rsqrt(mean(x^2) + epsilon)` of a row, in float32, h is `(x r) weight`
+    rounded to the dtype of x. Returns what `Quantize` does of h, and r, float32 [m].
+    r is NaN, and so is the row, where the sum of squares is no finite number.
+    """
+
+    def __call__(
+        self,
+        x: jax.Array,
+        weight: jax.Array,
+        *,
+        epsilon: float,
+        tile: Tile,
+        dtype: jax.typing.DTypeLike,
+        scale: ScaleKind,
+        eps: float,
+    ) -> tuple[Quantized, jax.Array]: ...
 
 
 class Gemm(Protocol):

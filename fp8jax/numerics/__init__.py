@@ -8,6 +8,7 @@ from fp8jax.numerics._rounding import (
     decode_tiles,
     encode,
     integer_amax,
+    round_to,
     round_up_pow2,
     scale_from_amax,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "join_tiles",
     "max_value",
     "relative_error",
+    "round_to",
     "round_up_pow2",
     "scale_from_amax",
     "scale_shape",

@@ -93,6 +93,19 @@ def encode(x: jax.Array, scale: jax.Array, dtype: jax.typing.DTypeLike) -> jax.A
     return clipped.astype(dtype)
 
 
+def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """float32 `x` rounded to the nearest value of `dtype`, a float of 16 or 32 bits.
+
+    Inside `jit` the cast alone would not do: XLA drops a cast down and up again as
+    excess precision.
+    """
+    if dtype == jnp.bfloat16:
+        info = jnp.finfo(dtype)
+        return lax.reduce_precision(x, info.nexp, info.nmant).astype(dtype)
+    # reduce_precision flushes what float16 holds as subnormals.
+    return lax.optimization_barrier(x.astype(dtype))
+
+
 def decode_tiles(data: jax.Array, scale: jax.Array) -> jax.Array:
     """`data * scale` in float32, for tiles `[mt, tm, kt, tk]` and scales `[mt, kt]`."""
     return data.astype(jnp.float32) * scale[:, None, :, None]

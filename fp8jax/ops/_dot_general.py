@@ -10,7 +10,12 @@ from jax import lax
 
 from fp8jax.matmul import scaled_matmul
 from fp8jax.ops._derivatives import refuse_derivatives
-from fp8jax.ops._gemm import check_inputs, output_dtype, quantize_along
+from fp8jax.ops._gemm import (
+    check_inputs,
+    output_dtype,
+    quantize_along,
+    quantize_both_ways,
+)
 from fp8jax.ops._layout import Operand, plan
 from fp8jax.quant import QTensor, QuantSpec, requantize
 from fp8jax.recipes import GemmSpec, Recipe, check_recipe, deepseek_v3
@@ -113,6 +118,11 @@ class _Product:
     def quantize(self, x: jax.Array, contraction: int, spec: QuantSpec) -> QTensor:
         return quantize_along(x, contraction, spec, self.implementation)
 
+    def quantize_both(
+        self, x: jax.Array, contraction: int, spec: QuantSpec, spec_t: QuantSpec
+    ) -> tuple[QTensor, QTensor]:
+        return quantize_both_ways(x, contraction, spec, spec_t, self.implementation)
+
     def requantize(self, q: QTensor, spec: QuantSpec) -> QTensor:
         if q.tile == spec.tile and q.dtype == spec.dtype:
             return q
@@ -133,30 +143,58 @@ _ONE_DERIVATIVE = (
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(product: _Product, x: jax.Array, w: jax.Array) -> jax.Array:
-    return _fprop(product, x, w)[0]
+    recipe = product.recipe
+    if recipe.fprop is None:
+        return product.plain(x, w)
+    q_x = product.quantize(x, product.x.contraction, recipe.fprop.lhs)
+    q_w = product.quantize(w, product.w.contraction, recipe.fprop.rhs)
+    return product.multiply(q_x, q_w, product.out_dtype)
 
 
 def _fprop(product: _Product, x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
+    """The product, and of x and w what wgrad and dgrad will need.
+
+    Codes that are kept, are kept as `[k, m]` and `[k, n]`.
+    """
     recipe = product.recipe
-    if recipe.fprop is None:
-        return product.plain(x, w), (x, w)
-    q_x = product.quantize(x, product.x.contraction, recipe.fprop.lhs)
-    q_w = product.quantize(w, product.w.contraction, recipe.fprop.rhs)
-    out = product.multiply(q_x, q_w, product.out_dtype)
-    return out, (q_x, q_w) if recipe.residual == "fp8" else (x, w)
+    fprop, dgrad, wgrad = recipe.fprop, recipe.dgrad, recipe.wgrad
+    if recipe.residual == "bf16":
+        return _matmul(product, x, w), (x, w)
+    assert fprop is not None  # The recipe checks it of residuals in FP8.
+    assert dgrad is not None
+    assert wgrad is not None
+    x_side, w_side = product.x.contraction, product.w.contraction
+    if recipe.residual == "fp8":
+        q_x = product.quantize(x, x_side, fprop.lhs)
+        q_x_t = q_x.T
+    else:
+        q_x, q_x_t = product.quantize_both(x, x_side, fprop.lhs, wgrad.lhs)
+    if recipe.residual == "fp8" and dgrad.rhs != fprop.rhs.T:
+        q_w = product.quantize(w, w_side, fprop.rhs)
+        q_w_t = q_w.T
+    else:
+        q_w, q_w_t = product.quantize_both(w, w_side, fprop.rhs, dgrad.rhs)
+    return product.multiply(q_x, q_w, product.out_dtype), (q_x_t, q_w_t)
 
 
 def _backward(product: _Product, residuals: Any, dout: jax.Array) -> Any:
     x, w = residuals
-    recipe = product.recipe
-    if recipe.dgrad is None:
+    dgrad, wgrad = product.recipe.dgrad, product.recipe.wgrad
+    q_dout = q_dout_t = None  # [m, n] for dgrad, [n, m] for wgrad
+    if dgrad is not None and wgrad is not None:
+        q_dout, q_dout_t = product.quantize_both(dout, 1, dgrad.lhs, wgrad.rhs)
+    elif dgrad is not None:
+        q_dout = product.quantize(dout, 1, dgrad.lhs)
+    elif wgrad is not None:
+        q_dout_t = product.quantize(dout, 0, wgrad.rhs)
+    if dgrad is None or q_dout is None:
         dx = jax.vjp(lambda x: product.plain(x, w), x)[1](dout)[0]
     else:
-        dx = _dgrad(product, recipe.dgrad, w, dout)
-    if recipe.wgrad is None:
+        dx = _dgrad(product, dgrad, w, q_dout)
+    if wgrad is None or q_dout_t is None:
         dw = jax.vjp(lambda w: product.plain(x, w), w)[1](dout)[0]
     else:
-        dw = _wgrad(product, recipe.wgrad, x, dout)
+        dw = _wgrad(product, wgrad, x, q_dout_t)
     return dx, dw
 
 
@@ -172,24 +210,22 @@ def _backward_once(product: _Product, residuals: Any, dout: jax.Array) -> Any:
 _matmul.defvjp(_fprop_once, _backward_once)
 
 
-def _dgrad(product: _Product, spec: GemmSpec, w: Any, dout: jax.Array) -> jax.Array:
+def _dgrad(product: _Product, spec: GemmSpec, w: Any, q_dout: QTensor) -> jax.Array:
     """`dx = dout wᵀ`, contracting n, stored as `x` is."""
-    q_dout = product.quantize(dout, 1, spec.lhs)  # [m, n]
-    if isinstance(w, QTensor):  # [n, k], of the forward pass
-        q_w = product.requantize(w.T, spec.rhs)  # [k, n]
+    if isinstance(w, QTensor):  # [k, n], of the forward pass
+        q_w = product.requantize(w, spec.rhs)
     else:
-        q_w = product.quantize(w, 1 - product.w.contraction, spec.rhs)
+        q_w = product.quantize(w, 1 - product.w.contraction, spec.rhs)  # [k, n]
     dx = product.multiply(q_dout, q_w, product.x_dtype)  # [m, k]
     return dx if product.x.contraction == 1 else dx.T
 
 
-def _wgrad(product: _Product, spec: GemmSpec, x: Any, dout: jax.Array) -> jax.Array:
+def _wgrad(product: _Product, spec: GemmSpec, x: Any, q_dout: QTensor) -> jax.Array:
     """`dw = xᵀ dout`, contracting the m tokens, stored as `w` is."""
-    q_dout = product.quantize(dout, 0, spec.rhs)  # [n, m]
-    if isinstance(x, QTensor):  # [m, k], of the forward pass
-        q_x = product.requantize(x.T, spec.lhs)  # [k, m]
+    if isinstance(x, QTensor):  # [k, m], of the forward pass
+        q_x = product.requantize(x, spec.lhs)
     else:
-        q_x = product.quantize(x, 1 - product.x.contraction, spec.lhs)
+        q_x = product.quantize(x, 1 - product.x.contraction, spec.lhs)  # [k, m]
     if product.w.contraction == 0:
         return product.multiply(q_x, q_dout, product.w_dtype)  # [k, n]
     return product.multiply(q_dout, q_x, product.w_dtype)  # [n, k]

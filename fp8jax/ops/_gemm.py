@@ -9,7 +9,13 @@ import numpy as np
 from fp8jax.matmul import scaled_matmul
 from fp8jax.ops._derivatives import refuse_derivatives
 from fp8jax.ops._layout import Layout, Operand, plan
-from fp8jax.quant import QTensor, QuantSpec, quantize
+from fp8jax.quant import (
+    QTensor,
+    QuantSpec,
+    quantize,
+    quantize_both,
+    quantize_transposed,
+)
 
 INPUT_DTYPES = tuple(np.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
 
@@ -62,7 +68,29 @@ def quantize_along(
     """
     if contraction == 1:
         return quantize(x, spec, implementation=implementation)
-    return quantize(x, spec.T, implementation=implementation).T
+    return quantize_transposed(x, spec, implementation=implementation)
+
+
+def quantize_both_ways(
+    x: jax.Array,
+    contraction: int,
+    spec: QuantSpec,
+    spec_t: QuantSpec,
+    implementation: str | None,
+) -> tuple[QTensor, QTensor]:
+    """`quantize_along` one side of a matrix and along the other, in one read of it.
+
+    Args:
+        x: matrix.
+        contraction: the dimension that the first result contracts, 0 or 1.
+        spec: of the first result, `[free, contraction]`.
+        spec_t: of the second, `[contraction, free]`.
+        implementation: as in `quantize`.
+    """
+    if contraction == 1:
+        return quantize_both(x, spec, spec_t, implementation=implementation)
+    q_t, q = quantize_both(x, spec_t, spec, implementation=implementation)
+    return q, q_t
 
 
 def quantized_dot(

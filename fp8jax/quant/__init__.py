@@ -1,8 +1,15 @@
 """Quantized arrays: `QuantSpec` says how, `quantize` makes a `QTensor`."""
 
 from fp8jax.quant._qtensor import QTensor
-from fp8jax.quant._quantize import quantize, requantize
+from fp8jax.quant._quantize import (
+    quantize,
+    quantize_both,
+    quantize_transposed,
+    requantize,
+)
+from fp8jax.quant._rms_norm import quantize_rms_norm
 from fp8jax.quant._spec import BLOCK_128X128, TILE_1X128, TILE_128X1, QuantSpec
+from fp8jax.quant._swiglu import quantize_swiglu, quantize_swiglu_gradient
 
 __all__ = [
     "BLOCK_128X128",
@@ -11,5 +18,10 @@ __all__ = [
     "QTensor",
     "QuantSpec",
     "quantize",
+    "quantize_both",
+    "quantize_rms_norm",
+    "quantize_swiglu",
+    "quantize_swiglu_gradient",
+    "quantize_transposed",
     "requantize",
 ]

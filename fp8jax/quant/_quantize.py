@@ -1,5 +1,9 @@
 """Arrays to quantized arrays."""
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -43,38 +47,138 @@ def quantize(
 
     Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.2.
     """
-    x = jnp.asarray(x)
-    if not isinstance(spec, QuantSpec):
-        raise ValueError(f"quantize takes a QuantSpec, got {spec!r}.")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"quantize takes a float array, got dtype {x.dtype}.")
-    if x.ndim < 2 or x.size == 0:
-        raise ValueError(
-            "quantize takes an array [..., m, k] of at least one element, got "
-            f"x.shape={x.shape}."
-        )
+    x = checked("quantize", x, spec)
 
     def run(matrix: jax.Array) -> QTensor:
-        data, scale = _dispatch.call(
-            "quantize",
+        return _quantize_matrix(matrix, spec, implementation)
+
+    *batch, m, k = x.shape
+    if batch and m % spec.tile[0] == 0:  # No tile spans two matrices: a tall one.
+        q = run(x.reshape(-1, k))
+        return jax.tree.map(lambda a: a.reshape(*batch, -1, a.shape[-1]), q)
+    return each_matrix(run, x)
+
+
+def quantize_transposed(
+    x: jax.Array,
+    spec: QuantSpec = TILE_1X128,
+    *,
+    implementation: str | None = None,
+) -> QTensor:
+    """`quantize(x.mT, spec)`, bit for bit, reading `x` as it lies.
+
+    Kernels read the contraction last: this is the way to quantize an operand that is
+    stored with it first, at no cost of a transposition.
+
+    Args:
+        x: `[..., m, k]` of any float dtype.
+        spec: of `x.mT`.
+        implementation: as in `quantize`.
+
+    Returns:
+        QTensor: `[..., k, m]`.
+
+    Raises:
+        ValueError, NotImplementedError: As `quantize` does.
+    """
+    x = checked("quantize_transposed", x, spec)
+
+    def run(matrix: jax.Array) -> QTensor:
+        return _quantize_matrix(matrix, spec, implementation, transposed=True)
+
+    return each_matrix(run, x)
+
+
+def quantize_both(
+    x: jax.Array,
+    spec: QuantSpec = TILE_1X128,
+    spec_t: QuantSpec = TILE_1X128,
+    *,
+    implementation: str | None = None,
+) -> tuple[QTensor, QTensor]:
+    """`quantize(x, spec)` and `quantize(x.mT, spec_t)`, bit for bit, in one read of x.
+
+    What two products need that contract x along one side and along the other: dgrad
+    and wgrad of an output gradient, fprop and wgrad of an activation, fprop and dgrad
+    of a weight, whose 128x128 codes are then those of its transpose.
+
+    Args:
+        x: `[..., m, k]` of any float dtype.
+        spec: of `x`.
+        spec_t: of `x.mT`. Where more than the tile differs, x is read twice.
+        implementation: as in `quantize`.
+
+    Returns:
+        QTensors `[..., m, k]` and `[..., k, m]`.
+
+    Raises:
+        ValueError, NotImplementedError: As `quantize` does.
+
+    Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.2.
+    """
+    x = checked("quantize_both", x, spec, spec_t)
+    if dataclasses.replace(spec_t, tile=spec.tile) != spec:
+        return (
+            quantize(x, spec, implementation=implementation),
+            quantize_transposed(x, spec_t, implementation=implementation),
+        )
+
+    def run(matrix: jax.Array) -> tuple[QTensor, QTensor]:
+        (data, scale), (data_t, scale_t) = _dispatch.call(
+            "quantize_both",
             matrix,
             implementation=implementation,
             tile=spec.tile,
+            tile_t=spec_t.tile,
             dtype=spec.dtype,
             scale=spec.scale,
             eps=spec.eps,
         )
-        return QTensor(data, scale, spec.tile)
+        return QTensor(data, scale, spec.tile), QTensor(data_t, scale_t, spec_t.tile)
 
-    *batch, m, k = x.shape
-    if not batch:
-        return run(x)
-    if m % spec.tile[0] == 0:  # No tile spans two matrices: one tall matrix.
-        q = run(x.reshape(-1, k))
-        return jax.tree.map(lambda a: a.reshape(*batch, -1, a.shape[-1]), q)
-    for _ in batch:
+    return each_matrix(run, x)
+
+
+def checked(name: str, x: jax.Array, *specs: QuantSpec) -> jax.Array:
+    """`x` as an array; ValueError, on behalf of `name`, if it cannot be quantized."""
+    x = jnp.asarray(x)
+    for spec in specs:
+        if not isinstance(spec, QuantSpec):
+            raise ValueError(f"{name} takes a QuantSpec, got {spec!r}.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} takes a float array, got dtype {x.dtype}.")
+    if x.ndim < 2 or x.size == 0:
+        raise ValueError(
+            f"{name} takes an array [..., m, k] of at least one element, got "
+            f"x.shape={x.shape}."
+        )
+    return x
+
+
+def _quantize_matrix(
+    x: jax.Array,
+    spec: QuantSpec,
+    implementation: str | None,
+    **options: bool,
+) -> QTensor:
+    data, scale = _dispatch.call(
+        "quantize",
+        x,
+        implementation=implementation,
+        tile=spec.tile,
+        dtype=spec.dtype,
+        scale=spec.scale,
+        eps=spec.eps,
+        **options,
+    )
+    return QTensor(data, scale, spec.tile)
+
+
+def each_matrix(run: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """`run` of the arrays' last two dimensions, mapped over the others."""
+    for _ in arrays[0].shape[:-2]:
         run = jax.vmap(run)
-    return run(x)
+    return run(*arrays)
 
 
 def requantize(

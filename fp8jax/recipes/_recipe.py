@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from fp8jax.quant import QuantSpec
 
-Residual = Literal["bf16", "fp8"]
+Residual = Literal["bf16", "fp8", "fp8_transposed"]
 
 _CONTRACTION_TILE = 128
 
@@ -54,9 +54,12 @@ class Recipe:
         dgrad: the gradient of the input; likewise.
         wgrad: the gradient of the weight; likewise.
         residual: what the forward pass keeps of `x` for wgrad: `"bf16"`, the array as
-            it came, quantized again along tokens in the backward pass; or `"fp8"`, the
+            it came, quantized again along tokens in the backward pass; `"fp8"`, the
             forward pass's codes and scales, half the bytes, requantized along tokens
-            (power-of-two scales only).
+            (power-of-two scales only); or `"fp8_transposed"`, half the bytes too, the
+            codes that wgrad and dgrad will read, made from x and W by the same read as
+            the forward pass's: the numbers of `"bf16"`, and less to do, at the cost
+            of an array of codes more where `x` is kept for something else anyway.
 
     Raises:
         ValueError: If gradients have 128x128 tiles, or `"fp8"` residuals have a GEMM
@@ -75,7 +78,8 @@ class Recipe:
                 raise ValueError(f"Recipe takes GemmSpec or None, got {name}={spec!r}.")
         if self.residual not in get_args(Residual):
             raise ValueError(
-                f"Recipe takes residual='bf16' or 'fp8', got {self.residual!r}."
+                f"Recipe takes a residual of {get_args(Residual)}, got "
+                f"{self.residual!r}."
             )
         gradients = {
             "dgrad.lhs": self.dgrad and self.dgrad.lhs,
@@ -88,12 +92,15 @@ class Recipe:
                     f"{spec.tile}: with 128x128 tiles training diverged (DeepSeek-V3 "
                     "Technical Report, appendix B.2)."
                 )
+        if self.residual != "bf16" and None in (self.fprop, self.dgrad, self.wgrad):
+            raise ValueError(
+                f"Recipe with residual={self.residual!r} keeps no unquantized operand, "
+                "so it takes all three GEMMs in FP8; got one that is None."
+            )
         if self.residual == "fp8":
-            if self.fprop is None or self.wgrad is None or self.dgrad is None:
-                raise ValueError(
-                    "Recipe with residual='fp8' keeps no unquantized operand, so it "
-                    "takes all three GEMMs in FP8; got one that is None."
-                )
+            assert self.fprop is not None
+            assert self.dgrad is not None
+            assert self.wgrad is not None
             specs = (
                 self.fprop.lhs,
                 self.fprop.rhs,

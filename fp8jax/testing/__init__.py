@@ -1,6 +1,7 @@
 """Oracles, data and named shapes for tests and benchmarks of quantized code."""
 
 from fp8jax.testing._assertions import (
+    assert_codes_differ_by_last_bits,
     assert_product_within_float32,
     assert_same_bits,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "EDGE_SIZES",
     "GEMM_SHAPES",
     "GemmShape",
+    "assert_codes_differ_by_last_bits",
     "assert_fp8_lowered",
     "assert_product_within_float32",
     "assert_same_bits",

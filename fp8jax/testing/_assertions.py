@@ -56,3 +56,27 @@ def assert_product_within_float32(out: Any, lhs: QTensor, rhs: QTensor) -> None:
         f"element {tuple(map(int, worst))} is off by {error[worst]:.3g}, allowed "
         f"{bound[worst]:.3g}; {np.mean(error > bound):.1%} are"
     )
+
+
+def assert_codes_differ_by_last_bits(actual: Any, expected: Any) -> None:
+    """Two trees of codes and float32 scales, of values that differ in their last bits.
+
+    A value that is off by some ulps of float32 lies on the other side of a tie now and
+    then: its code moves by a step. So does a scale, by an ulp of a 16-bit amax, or to
+    another power of two and all its codes with it. Two in a thousand may.
+
+    Raises:
+        AssertionError: If more do, one moves further, or a NaN has no NaN beside it.
+    """
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (a.shape, a.dtype) == (e.shape, e.dtype)
+        step = 0.0 if a.dtype.itemsize == 1 else 2.0**-7
+        smallest = 2.0**-6 if a.dtype.itemsize == 1 else 2.0**-126
+        a, e = np.asarray(a).astype(np.float32), np.asarray(e).astype(np.float32)
+        np.testing.assert_array_equal(np.isnan(a), np.isnan(e))
+        with np.errstate(invalid="ignore"):
+            off = np.abs(a - e) / np.maximum(np.abs(e), smallest)
+        off = np.where((a == e) | np.isnan(e), 0, off)
+        assert np.max(off) <= 1
+        assert np.sum(off > step) <= max(1, 2e-3 * off.size)

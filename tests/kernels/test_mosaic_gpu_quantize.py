@@ -15,7 +15,12 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fp8jax.kernels import mosaic_gpu
-from fp8jax.testing import ALL_BF16, lognormal_tokens, quantize_numpy
+from fp8jax.testing import (
+    ALL_BF16,
+    assert_same_bits,
+    lognormal_tokens,
+    quantize_numpy,
+)
 
 _TILES = ((1, 128), (128, 1), (128, 128))
 _SMALLEST_NORMAL = np.float32(2.0**-126)
@@ -116,6 +121,29 @@ def test_interpreted_special_values(tile):
     x[9, :128] = 0
     _check_pow2(x, tile, context=_interpreting)
     _check_pow2(np.zeros((8, 128), np.float32), tile, context=_interpreting)
+
+
+def _check_transposed(x, tile, context) -> None:
+    def run(x, **options):
+        quantize = functools.partial(mosaic_gpu.quantize, tile=tile, **options)
+        return quantize(x, dtype=jnp.float8_e4m3fn, scale="pow2", eps=0.0)
+
+    with context():
+        got = run(x, transposed=True)
+        assert_same_bits(got, run(x.T))
+
+
+@interpreted
+@each_tile
+def test_interpreted_transposed(tile):
+    _check_transposed(_lognormal((136, 130), jnp.bfloat16), tile, _interpreting)
+
+
+@pytest.mark.gpu
+@each_tile
+def test_transposed(tile):
+    x = _lognormal((1032, 640), jnp.bfloat16)
+    _check_transposed(x, tile, contextlib.nullcontext)
 
 
 @interpreted

@@ -113,6 +113,7 @@ def test_a_blocked_left_operand():
     lhs, rhs = operand(0, 200, 300, BLOCK), operand(1, 70, 300, ONE)
     out = SCALED_MATMUL(lhs, rhs, out_dtype=jnp.float32)
     assert_product_within_float32(out, lhs, rhs)
+    np.testing.assert_array_equal(out, SCALED_MATMUL(rhs, lhs, out_dtype=jnp.float32).T)
 
 
 def test_accumulate_is_added_to():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fp8jax
-from fp8jax import numerics
+from fp8jax import numerics, quant
 from fp8jax.testing import (
     ALL_BF16,
     ALL_FP16,
@@ -215,6 +215,39 @@ def test_vmap_and_scan_give_the_same_bits(spec):
     expected = quantize(x)
     assert_same_bits(jax.vmap(quantize)(x), expected)
     assert_same_bits(jax.lax.scan(lambda c, m: (c, quantize(m)), None, x)[1], expected)
+
+
+@EACH_SPEC
+@pytest.mark.parametrize("spec_t", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("shape", [(130, 200), (2, 128, 70), (2, 3, 20, 129)])
+def test_both_directions_are_the_two_quantizations_bit_for_bit(shape, spec, spec_t):
+    x = matrix((int(np.prod(shape[:-1])), shape[-1]), 6).reshape(shape)
+    q, q_t = fp8jax.quantize_both(x, spec, spec_t)
+    assert_same_bits(q, fp8jax.quantize(x, spec))
+    assert_same_bits(q_t, fp8jax.quantize(x.mT, spec_t))
+    assert_same_bits(q_t, quant.quantize_transposed(x, spec_t))
+
+
+def test_both_directions_under_jit_vmap_and_scan():
+    x = jnp.stack([matrix((130, 70), i) for i in range(3)])
+    expected = fp8jax.quantize_both(x)
+    assert_same_bits(jax.jit(fp8jax.quantize_both)(x), expected)
+    assert_same_bits(jax.vmap(fp8jax.quantize_both)(x), expected)
+    scanned = jax.lax.scan(lambda c, m: (c, fp8jax.quantize_both(m)), None, x)[1]
+    assert_same_bits(scanned, expected)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [fp8jax.quantize_both, quant.quantize_transposed],
+    ids=lambda f: f.__name__,
+)
+def test_bad_input_of_the_others_is_named_too(function):
+    name = function.__name__
+    with pytest.raises(ValueError, match=f"{name} takes a float array, got dtype int3"):
+        function(jnp.zeros((4, 128), jnp.int32))
+    with pytest.raises(ValueError, match=f"{name} takes a QuantSpec, got 'e4m3'"):
+        function(jnp.zeros((4, 128)), "e4m3")
 
 
 @pytest.mark.parametrize(

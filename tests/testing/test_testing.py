@@ -70,3 +70,17 @@ def test_assert_product_sees_one_wrong_element():
     testing.assert_product_within_float32(out, q, q)
     with pytest.raises(AssertionError, match=r"element \(3, 4\) is off by"):
         testing.assert_product_within_float32(out.at[3, 4].add(0.01), q, q)
+
+
+def test_codes_that_differ_by_more_than_last_bits_are_found():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((64, 128), np.float32))
+    q = fp8jax.quantize(x)
+    check = testing.assert_codes_differ_by_last_bits
+    check(q, q)
+    check(fp8jax.quantize(x * np.float32(1 + 2.0**-22)), q)
+    with pytest.raises(AssertionError):
+        check(fp8jax.quantize(x * np.float32(1.02)), q)
+    with pytest.raises(AssertionError):
+        check(fp8jax.quantize(x.at[3, 4].set(jnp.nan)), q)
+    with pytest.raises(AssertionError):
+        check(fp8jax.quantize(x.at[3, 4].multiply(-1)), q)

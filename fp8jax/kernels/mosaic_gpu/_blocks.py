@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fp8jax import _compat
-from fp8jax.kernels._contract import ScaleKind, Tile
+from fp8jax.kernels._contract import Quantized, ScaleKind, Tile
 from fp8jax.kernels.mosaic_gpu._blocks_config import BlocksConfig, blocks_config
 from fp8jax.kernels.mosaic_gpu._common import (
     ceil_div,
@@ -37,7 +37,6 @@ from fp8jax.kernels.mosaic_gpu._common import (
 from fp8jax.kernels.mosaic_gpu._encode import BLOCK, amax_bits, encode, scales
 
 Compute = Callable[..., tuple[jax.Array, ...]]
-Quantized = tuple[jax.Array, jax.Array]
 
 _ROW: Tile = (1, BLOCK)
 _BOX: Tile = (BLOCK, BLOCK)
@@ -307,12 +306,18 @@ def _body(
 
 def _compute_in_place(compute: Compute, sources: list[Any]) -> None:
     """The values take the first inputs' place, piece by piece to save registers."""
-    for i in range(0, BLOCK, _PIECE):
-        for j in range(0, BLOCK, _PIECE):
-            pieces = [s.at[pl.ds(i, _PIECE), pl.ds(j, _PIECE)] for s in sources]
-            loaded = [_load(piece) for piece in pieces]
-            for piece, value in zip(pieces, compute(*loaded), strict=False):
-                piece[...] = value.astype(piece.dtype)
+    across = BLOCK // _PIECE
+
+    def compute_piece(number, carry):
+        row, column = lax.div(number, across), lax.rem(number, across)
+        at = pl.ds(row * _PIECE, _PIECE), pl.ds(column * _PIECE, _PIECE)
+        pieces = [source.at[at] for source in sources]
+        found = compute(*map(_load, pieces))
+        for piece, value in zip(pieces, found, strict=False):
+            piece[...] = value.astype(piece.dtype)
+        return carry
+
+    lax.fori_loop(0, across * across, compute_piece, None)
 
 
 def _store(
@@ -345,9 +350,9 @@ def _store(
     if shared is None:
         bits = amax_bits(values)
         if direction.tile == _BOX:
-            # JAX 0.10 finds no layout for vectors of one value without being told.
             bits = lax.broadcast_in_dim(jnp.max(bits), (BLOCK,), ())
-            bits = plgpu.layout_cast(bits, plgpu.Layout.WGMMA.reduce(1))
+        # JAX 0.10 finds no layout, or searches long, without being told.
+        bits = plgpu.layout_cast(bits, plgpu.Layout.WGMMA.reduce(1))
         shared = scales(bits, fmt.kind, fmt.eps, fmt.dtype)
     scale, inverse = shared
     codes = encode(values, scale, inverse, fmt.kind, fmt.dtype)

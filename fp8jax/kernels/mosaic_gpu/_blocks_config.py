@@ -29,13 +29,12 @@ def blocks_config(inputs: int, itemsize: int, outputs: int) -> BlocksConfig:
         itemsize: bytes of an element of theirs.
         outputs: arrays of codes.
     """
-    buffers = min(outputs, 2)
-    if inputs * itemsize <= 4:  # At most 64 KB of inputs a block.
-        slots = (2,) * inputs
-    elif inputs == 3 and itemsize == 2:
-        slots = (2, 2, 1)
-    elif inputs == 2:
-        slots = (2, 1)
-    else:
-        slots, buffers = (1,) * inputs, 1
-    return BlocksConfig(slots, buffers, ctas_per_sm=1)
+    if inputs == 1:
+        return BlocksConfig((2,), min(outputs, 2), ctas_per_sm=1)
+    # Of float32, a block is 64 KB: what fits is one buffer, and fewer slots.
+    narrow = itemsize == 2
+    slots = {
+        2: (2, 2) if narrow else (2, 1),
+        3: (2, 2, 1) if narrow else (1, 1, 1),
+    }[inputs]
+    return BlocksConfig(slots, min(outputs, 2) if narrow else 1, ctas_per_sm=1)

@@ -1,6 +1,6 @@
 """Codes and scales of a block in registers: the arithmetic of the fused kernels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ _SMALLEST_SCALE = np.float32(2.0**-126)
 def check_arguments(
     name: str,
     inputs: Sequence[jax.Array],
-    tiles: dict[str, Tile | None],
+    tiles: Mapping[str, Tile | None],
     allowed: tuple[Tile, ...],
     dtype: jax.typing.DTypeLike,
 ) -> None:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from fp8jax.kernels._contract import ScaleKind, Tile
+from fp8jax.kernels._contract import Quantized, ScaleKind, Tile
 from fp8jax.kernels.mosaic_gpu._blocks import Direction, Format, quantize_blocks
 from fp8jax.kernels.mosaic_gpu._encode import BLOCK, check_arguments
 
@@ -17,7 +17,8 @@ def quantize(
     dtype: jax.typing.DTypeLike,
     scale: ScaleKind,
     eps: float,
-) -> tuple[jax.Array, jax.Array]:
+    transposed: bool = False,
+) -> Quantized:
     r"""`x [m, k]` to FP8 codes and one float32 scale a tile, in one pass.
 
     $$s = \max(\max(amax, eps) \cdot q_{max}^{-1}, 2^{-126}), \quad
@@ -34,9 +35,11 @@ def quantize(
         dtype: float8_e4m3fn or float8_e5m2.
         scale: "pow2" or "fp32".
         eps: floor of amax, in units of x.
+        transposed: whether x.T is what is quantized, x being read as it lies.
 
     Returns:
-        Codes [m, k] and scales [ceil(m / tile[0]), ceil(k / tile[1])].
+        Codes [m, k] and scales [ceil(m / tile[0]), ceil(k / tile[1])]; of x.T, with
+        the sides exchanged, where `transposed`.
 
     Raises:
         NotImplementedError: For other tiles or dtypes.
@@ -47,9 +50,11 @@ def quantize(
     check_arguments("quantize", (x,), {"tile": tile}, (_ROW, _COLUMN, _BOX), dtype)
     fmt = Format(jnp.dtype(dtype), scale, eps)
     if tile == _COLUMN:
-        (((data, factor),),) = quantize_blocks((x,), (Direction(_ROW, True),), fmt)
+        (((data, factor),),) = quantize_blocks(
+            (x,), (Direction(_ROW, not transposed),), fmt
+        )
         return data.T, factor.T
-    return quantize_blocks((x,), (Direction(tile, False),), fmt)[0][0]
+    return quantize_blocks((x,), (Direction(tile, transposed),), fmt)[0][0]
 
 
 def quantize_both(
@@ -60,7 +65,7 @@ def quantize_both(
     dtype: jax.typing.DTypeLike,
     scale: ScaleKind,
     eps: float,
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+) -> tuple[Quantized, Quantized]:
     """`quantize` of `x [m, k]` and of `x.T`, bit for bit, in one read of x.
 
     Args:

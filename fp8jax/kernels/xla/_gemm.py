@@ -35,6 +35,18 @@ def gemm(
                 f"xla gemm takes tiles of {PROMOTION_INTERVAL} along the contraction, "
                 f"got {name}_tile={tile}."
             )
+    if lhs_tile[0] > rhs_tile[0]:
+        # One order of operands, one set of bits: XLA may sum the other one otherwise.
+        return gemm(
+            rhs,
+            rhs_scale,
+            lhs,
+            lhs_scale,
+            None if accumulate is None else accumulate.T,
+            lhs_tile=rhs_tile,
+            rhs_tile=lhs_tile,
+            out_dtype=out_dtype,
+        ).T
     (m, k), n = lhs.shape, rhs.shape[0]
     chunks = -(-k // PROMOTION_INTERVAL)
     edge = -k % PROMOTION_INTERVAL

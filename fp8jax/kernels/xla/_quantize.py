@@ -6,6 +6,7 @@ import jax
 from jax import lax
 
 from fp8jax import numerics
+from fp8jax.kernels._contract import Quantized
 
 
 def quantize(
@@ -15,12 +16,14 @@ def quantize(
     dtype: jax.typing.DTypeLike,
     scale: numerics.ScaleKind,
     eps: float,
-) -> tuple[jax.Array, jax.Array]:
+    transposed: bool = False,
+) -> Quantized:
     """`x [m, k]` to FP8 codes `[m, k]` and float32 scales `[m_tiles, k_tiles]`.
 
-    See `fp8jax.kernels.Quantize`. Source: DeepSeek-V3 Technical Report,
-    arXiv:2412.19437, section 3.3.2.
+    With `transposed`, what is quantized is x.T. See `fp8jax.kernels.Quantize`.
+    Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.2.
     """
+    x = x.T if transposed else x
     tiles = numerics.split_tiles(x, tile)  # [mt, tm, kt, tk]
     amax = numerics.integer_amax(tiles, axes=(1, 3))  # [mt, 1, kt, 1]
     factor = numerics.scale_from_amax(amax, dtype, scale, eps)
@@ -38,11 +41,11 @@ def quantize_both(
     dtype: jax.typing.DTypeLike,
     scale: numerics.ScaleKind,
     eps: float,
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+) -> tuple[Quantized, Quantized]:
     """`quantize` of `x [m, k]` in tiles of `tile` and of `x.T` in those of `tile_t`.
 
     See `fp8jax.kernels.QuantizeBoth`. Source: DeepSeek-V3 Technical Report,
     arXiv:2412.19437, section 3.3.2.
     """
     run = functools.partial(quantize, dtype=dtype, scale=scale, eps=eps)
-    return run(x, tile=tile), run(x.T, tile=tile_t)
+    return run(x, tile=tile), run(x, tile=tile_t, transposed=True)

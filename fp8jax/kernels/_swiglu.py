@@ -1,0 +1,28 @@
+"""The arithmetic of SwiGLU and its gradient, elementwise in float32.
+
+One spelling for every lowering: which product is rounded first is part of what the
+numbers mean.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array]:
+    r"""$h = (g \, \sigma(g)) \, u$, with $\sigma(g) = 1 / (1 + e^{-g})$."""
+    return (gate * _sigmoid(gate) * up,)
+
+
+def swiglu_gradient(
+    gate: jax.Array, up: jax.Array, dh: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    r"""$dg = dh \, u \, \sigma (1 + g (1 - \sigma))$ and $du = dh \, g \, \sigma$."""
+    one = jnp.float32(1)
+    sigmoid = _sigmoid(gate)
+    dgate = dh * up * (sigmoid * (one + gate * (one - sigmoid)))
+    return dgate, dh * (gate * sigmoid)
+
+
+def _sigmoid(x: jax.Array) -> jax.Array:
+    one = jnp.float32(1)
+    return one / (one + jnp.exp(-x))

@@ -1,0 +1,276 @@
+"""RMS normalization, normalized and quantized in one read of the rows.
+
+A row of x [m, k] is k / 128 tiles, which lie behind one another: seen as [m k / 128,
+128], a tile is a row of registers, and its maximum needs no shared memory. A CTA takes
+as many rows of x at a time as fill 64 tiles. They stay in shared memory while the sum
+of squares of each row of x is found from those of its tiles, so that x is read once.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from fp8jax import _compat
+from fp8jax.kernels._contract import Quantized, ScaleKind, Tile
+from fp8jax.kernels.mosaic_gpu._common import (
+    ceil_div,
+    in_32_bits,
+    mapped_under_vmap,
+    num_sms,
+    swizzled,
+    zero_pad,
+)
+from fp8jax.kernels.mosaic_gpu._encode import (
+    BLOCK,
+    amax_bits,
+    check_arguments,
+    encode,
+    scales,
+)
+from fp8jax.kernels.mosaic_gpu._rms_norm_config import (
+    PART,
+    RmsNormConfig,
+    rms_norm_config,
+)
+
+
+def quantize_rms_norm(
+    x: jax.Array,
+    weight: jax.Array,
+    *,
+    epsilon: float,
+    tile: Tile,
+    dtype: jax.typing.DTypeLike,
+    scale: ScaleKind,
+    eps: float,
+) -> tuple[Quantized, jax.Array]:
+    r"""FP8 of `x / rms(x) * weight`, a row at a time.
+
+    $$r_i = (\textstyle\frac{1}{k} \sum_j x_{ij}^2 + \epsilon)^{-1/2}, \quad
+    h_{ij} = rne_{dtype(x)}((x_{ij} r_i) w_j)$$
+
+    in float32, and then `quantize` of h. A k that is no multiple of 128 (1024 where
+    its tiles are many and odd) or a few rows too few cost a zero-padded copy of x.
+
+    Args:
+        x: bfloat16, float16 or float32 [m, k], k at most 16384.
+        weight: [k] of any float dtype.
+        epsilon: added to the mean of squares.
+        tile: (1, 128).
+        dtype, scale, eps: as in `quantize`.
+
+    Returns:
+        Codes [m, k] and scales [m, ceil(k / 128)], and float32 r [m].
+
+    Raises:
+        NotImplementedError: For other tiles, dtypes or longer rows.
+    """
+    name = "quantize_rms_norm"
+    check_arguments(name, (x,), {"tile": tile}, ((1, BLOCK),), dtype)
+    if rms_norm_config(x.shape[1]) is None:
+        raise NotImplementedError(
+            f"mosaic_gpu {name} takes rows of up to {2 * PART * BLOCK}, got {x.shape=}."
+        )
+    run = functools.partial(
+        normalize_padded, epsilon=epsilon, dtype=jnp.dtype(dtype), kind=scale, eps=eps
+    )
+    return mapped_under_vmap(run)(x, weight)
+
+
+@in_32_bits
+def normalize_padded(
+    x: jax.Array,
+    weight: jax.Array,
+    *,
+    epsilon: float,
+    dtype: np.dtype,
+    kind: ScaleKind,
+    eps: float,
+    config: RmsNormConfig | None = None,
+) -> tuple[Quantized, jax.Array]:
+    """`quantize_rms_norm` with a configuration of one's own choice."""
+    m, k = x.shape
+    config = config or rms_norm_config(k)
+    assert config is not None  # The caller has checked it.
+    chunks = config.chunks
+    padded = zero_pad(x, (config.rows, chunks * BLOCK))
+    weights = zero_pad(weight.astype(jnp.float32), (chunks * BLOCK,))
+    weights = jnp.tile(weights.reshape(chunks, BLOCK), (config.rows, 1))
+    data, factors, inverse_rms = _launch(
+        padded.reshape(-1, BLOCK),
+        zero_pad(weights, (config.parts * PART, 1)),
+        k=k,
+        epsilon=epsilon,
+        dtype=dtype,
+        kind=kind,
+        eps=eps,
+        config=config,
+    )
+    data = data.reshape(-1, chunks * BLOCK)[:m, :k]
+    factors = factors.reshape(-1, chunks)[:m, : ceil_div(k, BLOCK)]
+    return (data, factors), inverse_rms[:m]
+
+
+def _launch(
+    x: jax.Array,
+    weights: jax.Array,
+    *,
+    dtype: np.dtype,
+    config: RmsNormConfig,
+    **static,
+) -> list[jax.Array]:
+    tiles = x.shape[0]  # Of 128, of all rows.
+    steps = tiles // config.tiles
+    held = config.parts * PART  # Tiles that shared memory holds.
+    in_columns = BLOCK // x.dtype.itemsize
+    return plgpu.kernel(
+        functools.partial(_body, steps=steps, config=config, **static),
+        out_type=[
+            jax.ShapeDtypeStruct((tiles, BLOCK), dtype),
+            jax.ShapeDtypeStruct((tiles,), jnp.float32),
+            jax.ShapeDtypeStruct((steps * config.rows,), jnp.float32),
+        ],
+        scratch_types={
+            "x_smem": plgpu.SMEM(
+                (config.stages, held, BLOCK),
+                x.dtype,
+                transforms=swizzled(in_columns, BLOCK),
+            ),
+            "weights_smem": plgpu.SMEM(
+                (held, BLOCK), jnp.float32, transforms=swizzled(BLOCK // 4, BLOCK)
+            ),
+            "codes_smem": plgpu.SMEM(
+                (held, BLOCK), dtype, transforms=swizzled(BLOCK, BLOCK)
+            ),
+            "squares_smem": plgpu.SMEM((held,), jnp.float32),
+            "inverse_smem": plgpu.SMEM((held,), jnp.float32),
+            "scale_smem": plgpu.SMEM((held,), jnp.float32),
+            "full": plgpu.Barrier(num_barriers=config.stages),
+            "weights_full": plgpu.Barrier(),
+        },
+        grid=(min(num_sms() * config.ctas_per_sm, steps),),
+        grid_names=("grid",),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+    )(x, weights)
+
+
+def _body(
+    x,
+    weights,
+    data,
+    scale_out,
+    inverse_rms,
+    *,
+    steps: int,
+    k: int,
+    epsilon: float,
+    kind: ScaleKind,
+    eps: float,
+    config: RmsNormConfig,
+    x_smem,
+    weights_smem,
+    codes_smem,
+    squares_smem,
+    inverse_smem,
+    scale_smem,
+    full,
+    weights_full,
+) -> None:
+    """One CTA: every grid-th step of `config.rows` rows of x."""
+    first, ctas = lax.axis_index("grid"), lax.axis_size("grid")
+    tiles = config.tiles
+    parts = [pl.ds(part * PART, PART) for part in range(config.parts)]
+
+    def fetch(number, stage) -> None:
+        step = first + number * ctas
+
+        @pl.when(step < steps)
+        def _copy():
+            plgpu.copy_gmem_to_smem(
+                x.at[pl.ds(step * tiles, tiles)],
+                x_smem.at[stage, pl.ds(0, tiles)],
+                full.at[stage],
+            )
+
+    plgpu.copy_gmem_to_smem(weights, weights_smem, weights_full)
+    for stage in range(config.stages):
+        fetch(jnp.int32(stage), jnp.int32(stage))
+    plgpu.barrier_wait(weights_full)
+
+    def normalize(info) -> None:
+        (step,) = info.index
+        stage = lax.rem(info.local_index, jnp.int32(config.stages))
+        plgpu.barrier_wait(full.at[stage])
+        source = x_smem.at[stage]
+
+        # Sums of squares, of the tiles.
+        for part in parts:
+            values = _load(source.at[part])
+            squares_smem[part] = jnp.sum(values * values, axis=1)
+        plgpu.commit_smem()
+        # The copies that still read what is written below.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        for number, part in enumerate(parts):
+            inverse = _inverse_rms(squares_smem, number, k, epsilon, config)
+            inverse_smem[part] = inverse
+            values = _load(source.at[part])
+            over_columns = lax.broadcast_in_dim(inverse, values.shape, (0,))
+            values = values * over_columns * _load(weights_smem.at[part])
+            values = values.astype(x.dtype).astype(jnp.float32)
+            bits = plgpu.layout_cast(amax_bits(values), plgpu.Layout.WGMMA.reduce(1))
+            factor, reciprocal = scales(bits, kind, eps, data.dtype)
+            codes_smem[part] = encode(values, factor, reciprocal, kind, data.dtype)
+            scale_smem[part] = factor
+        # Also the point where every warp has read its part of the stage.
+        plgpu.commit_smem()
+        held, whole = pl.ds(0, tiles), pl.ds(step * tiles, tiles)
+        plgpu.copy_smem_to_gmem(
+            scale_smem.at[held], scale_out.at[whole], commit_group=False
+        )
+        plgpu.copy_smem_to_gmem(codes_smem.at[held], data.at[whole])
+        for row in range(config.rows):
+            inverse_rms[step * config.rows + row] = inverse_smem[row * config.chunks]
+        fetch(info.local_index + config.stages, stage)
+
+    plgpu.nd_loop((steps,), collective_axes="grid")(normalize)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _inverse_rms(
+    squares_smem, number: int, k: int, epsilon: float, config: RmsNormConfig
+) -> jax.Array:
+    """For each tile of a part, 1 / rms of the row of x that it belongs to.
+
+    The sum over the tiles of a row is one over the columns of a table of tiles by
+    tiles, in which others' count nothing: as many rows of x as there are take one
+    pass, and what lies behind the last tile stays out.
+    """
+    held = config.parts * PART
+    shape = (PART, held)
+    layout = plgpu.Layout.WGMMA
+    squares = _compat.mosaic_load(squares_smem, layout.reduce(0))
+    table = lax.broadcast_in_dim(squares, shape, (1,))
+    mine, other = (
+        lax.div(
+            plgpu.broadcasted_iota(jnp.int32, shape, side, layout=layout) + start,
+            jnp.int32(config.chunks),
+        )
+        for side, start in ((0, jnp.int32(number * PART)), (1, jnp.int32(0)))
+    )
+    total = jnp.sum(jnp.where(mine == other, table, jnp.float32(0)), axis=1)
+    inverse = lax.rsqrt(total * np.float32(1 / k) + np.float32(epsilon))
+    # The inverse of an overflow would be a silent zero.
+    return jnp.where(total < jnp.float32(math.inf), inverse, jnp.float32(math.nan))
+
+
+def _load(ref) -> jax.Array:
+    return _compat.mosaic_load(ref, plgpu.Layout.WGMMA).astype(jnp.float32)
