@@ -1,6 +1,7 @@
 """The benchmarks' own logic, on a CPU: tables, options, CSVs and HLO lists."""
 
 import csv
+import functools
 import sys
 import time
 
@@ -8,8 +9,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import _contenders, _harness, _hlo, decode, gemm, layer, plot_m
-from fp8jax.kernels import xla
+from benchmarks import (
+    _contenders,
+    _harness,
+    _hlo,
+    decode,
+    gemm,
+    layer,
+    plot_m,
+    quantize,
+)
+from fp8jax.kernels import mosaic_gpu, xla
 
 
 @pytest.fixture
@@ -181,3 +191,15 @@ def test_contenders_take_turns():
     medians = _harness.alternate_clocks({n: clock(n) for n in names}, rounds=3)
     assert turns == ["a", "b"] * 3
     assert medians == {"a": 3.0, "b": 4.0}
+
+
+@pytest.mark.parametrize("op", quantize.OPS, ids=lambda op: op.what)
+@pytest.mark.parametrize("kernels", [mosaic_gpu, xla], ids=["mosaic_gpu", "xla"])
+def test_every_quantization_measured_writes_what_is_counted(kernels, op):
+    x = jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)
+    inputs = [x] * op.inputs
+    if op.kernel == "quantize_rms_norm":
+        inputs = [x, jax.ShapeDtypeStruct((512,), jnp.bfloat16)]
+    out = jax.eval_shape(functools.partial(quantize._run, op, kernels), *inputs)
+    codes = [a.size for a in jax.tree.leaves(out) if a.dtype.itemsize == 1]
+    assert codes == [x.size] * op.outputs
