@@ -8,7 +8,6 @@ what the compiled FP8 program launches to layer_kernels.txt.
 """
 
 import argparse
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -25,12 +24,12 @@ SHAPES = [(16384, 7168, 7168), (8192, 4096, 14336), (4096, 2048, 7168)]
 RECIPES = {
     "deepseek_v3": recipes.deepseek_v3(),
     "deepseek_v3_fp32": recipes.deepseek_v3("fp32"),
-    "deepseek_v3_x_blocks": dataclasses.replace(
-        recipes.deepseek_v3(),
-        wgrad=recipes.GemmSpec(lhs=fp8jax.BLOCK_128X128, rhs=fp8jax.TILE_1X128),
-    ),
+    "blocked_wgrad": recipes.blocked_wgrad(),
     "deepseek_v3_fp8_residual": recipes.deepseek_v3(residual="fp8"),
     "deepseek_v3_transposed_residual": recipes.deepseek_v3(residual="fp8_transposed"),
+    "blocked_wgrad_transposed_residual": recipes.blocked_wgrad(
+        residual="fp8_transposed"
+    ),
     "bf16_wgrad": recipes.bf16_wgrad(),
 }
 BASE = "jax bf16"

@@ -154,7 +154,7 @@ def decode_summary() -> list[list[str]]:
 def quantize_summary() -> list[list[str]]:
     return [
         [
-            f"Quantize {r['tile']}, BF16 [{', '.join(QUANTIZE_SHAPE)}], GB/s",
+            f"Quantize {r['what']}; BF16 [{', '.join(QUANTIZE_SHAPE)}], GB/s",
             r["fp8jax"],
             f"{r['xla']} XLA's fusion",
             f"{float(r['fp8jax']) / float(r['xla']):.2f}",
@@ -239,9 +239,9 @@ def quantize_table(rows: Rows) -> list[str]:
         f"Quantization of bfloat16 [{', '.join(QUANTIZE_SHAPE)}], GB/s of reads and "
         f"writes (the memory's {MEMORY_GBPS}):",
         table(
-            ["tile", "fp8jax", "XLA's fusion", "x + 1 in BF16, by XLA"],
+            ["what", "fp8jax", "XLA's fusion", "x + 1 in BF16, by XLA"],
             [
-                [r["tile"], r["fp8jax"], r["xla"], r["copy"]]
+                [r["what"], r["fp8jax"], r["xla"], r["copy"]]
                 for r in quantize_rows(rows)
             ],
         ),

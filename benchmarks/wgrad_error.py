@@ -2,9 +2,9 @@
 
     python -m benchmarks.wgrad_error
 
-The relative error of `xᵀ dy` against float64 for `deepseek_v3`, x in tiles of 128 tokens
-times one channel, and `blocked_wgrad`, x in 128x128 blocks, on tokens of several kinds.
-The same on every device. Writes benchmarks/results/wgrad_error.csv.
+The relative error of `xᵀ dy` against float64 for `deepseek_v3`, x in tiles of 128
+tokens times one channel, and `blocked_wgrad`, x in 128x128 blocks, on tokens of several
+kinds. The same on every device. Writes benchmarks/results/wgrad_error.csv.
 """
 
 import jax
@@ -57,11 +57,11 @@ def _error(x: np.ndarray, recipe: recipes.Recipe) -> float:
     dims = (((1,), (0,)), ((), ()))
 
     def dot(w: jax.Array) -> jax.Array:
-        return fp8jax.dot_general(x, w, dims, recipe=recipe)
+        return fp8jax.dot_general(jnp.asarray(x), w, dims, recipe=recipe)
 
     (dw,) = jax.vjp(dot, w)[1](jnp.asarray(dy))
-    exact = np.float64(x).T @ np.float64(dy)
-    error = np.linalg.norm(np.float64(dw) - exact, axis=1)
+    exact = x.T.astype(np.float64) @ dy.astype(np.float64)
+    error = np.linalg.norm(np.asarray(dw, np.float64) - exact, axis=1)
     return float(np.mean(error / np.linalg.norm(exact, axis=1)))
 
 

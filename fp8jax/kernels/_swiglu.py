@@ -6,6 +6,7 @@ numbers mean.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array]:
@@ -24,5 +25,7 @@ def swiglu_gradient(
 
 
 def _sigmoid(x: jax.Array) -> jax.Array:
-    one = jnp.float32(1)
-    return one / (one + jnp.exp(-x))
+    # The square of an inverse root: one instruction, within some ulps, where a division
+    # takes ten and a branch.
+    root = lax.rsqrt(jnp.float32(1) + jnp.exp(-x))
+    return root * root

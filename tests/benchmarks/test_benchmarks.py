@@ -1,6 +1,7 @@
 """The benchmarks' own logic, on a CPU: tables, options, CSVs and HLO lists."""
 
 import csv
+import functools
 import sys
 import time
 
@@ -16,9 +17,10 @@ from benchmarks import (
     gemm,
     layer,
     plot_m,
+    quantize,
     sanitize,
 )
-from fp8jax.kernels import xla
+from fp8jax.kernels import mosaic_gpu, xla
 
 
 @pytest.fixture
@@ -246,3 +248,15 @@ def test_sanitized_program_compares_every_kernel(monkeypatch, capsys):
     monkeypatch.setattr(sanitize.mosaic_gpu, "multiply", wrong)
     with pytest.raises(AssertionError, match="1d2d with None to bfloat16 of 1x64x128"):
         sanitize.run_kernels()
+
+
+@pytest.mark.parametrize("op", quantize.OPS, ids=lambda op: op.what)
+@pytest.mark.parametrize("kernels", [mosaic_gpu, xla], ids=["mosaic_gpu", "xla"])
+def test_every_quantization_measured_writes_what_is_counted(kernels, op):
+    x = jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)
+    inputs = [x] * op.inputs
+    if op.kernel == "quantize_rms_norm":
+        inputs = [x, jax.ShapeDtypeStruct((512,), jnp.bfloat16)]
+    out = jax.eval_shape(functools.partial(quantize._run, op, kernels), *inputs)
+    codes = [a.size for a in jax.tree.leaves(out) if a.dtype.itemsize == 1]
+    assert codes == [x.size] * op.outputs

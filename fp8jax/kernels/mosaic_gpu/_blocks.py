@@ -188,6 +188,9 @@ def _launch(
         outputs.append(jax.ShapeDtypeStruct(scale_shape, jnp.float32))
     in_columns = BLOCK // in_dtype.itemsize  # 128 bytes, the widest swizzle.
     slots = sum(config.slots)
+    threads: dict[str, Any] = {}
+    if config.warpgroups > 1:
+        threads = {"num_threads": config.warpgroups, "thread_name": "wg"}
     return plgpu.kernel(
         functools.partial(
             _body,
@@ -209,9 +212,11 @@ def _launch(
             ),
             "scale_smem": plgpu.SMEM((config.buffers, BLOCK), jnp.float32),
             "full": plgpu.Barrier(num_barriers=slots),
+            "met": plgpu.Barrier(num_arrivals=config.warpgroups),
         },
         grid=(min(num_sms() * config.ctas_per_sm, m_blocks * k_blocks),),
         grid_names=("grid",),
+        **threads,
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
@@ -229,14 +234,29 @@ def _body(
     codes_smem,
     scale_smem,
     full,
+    met,
 ) -> None:
-    """One CTA: every grid-th block, row after row of blocks."""
+    """One CTA: every grid-th block, row after row of blocks.
+
+    Of two warpgroups each takes half of the rows, and of the columns where codes leave
+    transposed; the first one fetches.
+    """
     num_inputs = len(config.slots)
     inputs, outputs = refs[:num_inputs], refs[num_inputs:]
     m, k = inputs[0].shape
     k_blocks = ceil_div(k, BLOCK)
     num_blocks = ceil_div(m, BLOCK) * k_blocks
     first, ctas = lax.axis_index("grid"), lax.axis_size("grid")
+    warpgroup = lax.axis_index("wg") if config.warpgroups > 1 else 0
+    share = BLOCK // config.warpgroups  # Rows of a block that are this warpgroup's.
+    start = warpgroup * share
+
+    def meet() -> None:
+        """Every warpgroup has read, and what it wrote is seen by all."""
+        plgpu.commit_smem()
+        if config.warpgroups > 1:
+            plgpu.barrier_arrive(met)
+            plgpu.barrier_wait(met)
 
     def slot(number: int, step):
         """Where block `step` of this CTA, of an input, is in shared memory."""
@@ -247,7 +267,7 @@ def _body(
     def fetch(number: int, step) -> None:
         block = first + step * ctas
 
-        @pl.when(block < num_blocks)
+        @pl.when((block < num_blocks) & (start == 0))
         def _copy():
             row, column = lax.div(block, k_blocks), lax.rem(block, k_blocks)
             plgpu.copy_gmem_to_smem(
@@ -274,8 +294,8 @@ def _body(
             fetch(number, info.local_index + config.slots[number])
 
         if compute is not None:
-            _compute_in_place(compute, sources)
-            plgpu.commit_smem()  # Every warp has read, and what it wrote is seen.
+            _compute_in_place(compute, sources, start, share)
+            meet()
             for number in range(values, num_inputs):
                 refill(number)
 
@@ -284,40 +304,52 @@ def _body(
             box = None  # Scales of the whole block, the same in both directions.
             for direction in directions:
                 is_box = direction.tile == _BOX
-                at = (column, row) if direction.transposed else (row, column)
+                at, source = (row, column), sources[value]
+                if direction.transposed:
+                    at, source = at[::-1], source.at[:, pl.ds(start, share)].T
+                else:
+                    source = source.at[pl.ds(start, share)]
+                buffer = output % config.buffers, pl.ds(start, share)
                 factors = _store(
-                    sources[value],
+                    source,
                     (outputs[2 * output], outputs[2 * output + 1]),
-                    at,
+                    (at[0] * BLOCK + start, at[1]),
                     direction,
                     fmt,
                     box if is_box else None,
-                    codes_smem.at[output % config.buffers],
-                    scale_smem.at[output % config.buffers],
+                    codes_smem.at[buffer],
+                    scale_smem.at[buffer],
                     in_flight=config.buffers - 1,
                 )
                 box = factors if is_box else box
                 output += 1
+            if config.warpgroups > 1:
+                meet()  # Of one, the warps met before its codes left.
             refill(value)
 
     plgpu.nd_loop((num_blocks,), collective_axes="grid")(quantize_block)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _compute_in_place(compute: Compute, sources: list[Any]) -> None:
-    """The values take the first inputs' place, piece by piece to save registers."""
+def _compute_in_place(
+    compute: Compute, sources: list[Any], start: Any, share: int
+) -> None:
+    """The values take the first inputs' place, piece by piece to save registers.
+
+    Of the blocks' `share` rows from `start` on.
+    """
     across = BLOCK // _PIECE
 
     def compute_piece(number, carry):
         row, column = lax.div(number, across), lax.rem(number, across)
-        at = pl.ds(row * _PIECE, _PIECE), pl.ds(column * _PIECE, _PIECE)
+        at = pl.ds(start + row * _PIECE, _PIECE), pl.ds(column * _PIECE, _PIECE)
         pieces = [source.at[at] for source in sources]
         found = compute(*map(_load, pieces))
         for piece, value in zip(pieces, found, strict=False):
             piece[...] = value.astype(piece.dtype)
         return carry
 
-    lax.fori_loop(0, across * across, compute_piece, None)
+    lax.fori_loop(0, share // _PIECE * across, compute_piece, None)
 
 
 def _store(
@@ -335,9 +367,9 @@ def _store(
     """Quantizes a block of shared memory in one direction and sends it on its way.
 
     Args:
-        source: the block.
+        source: the rows of the block, of those that are written.
         out: codes and scales in global memory.
-        at: indices of the block among the output's.
+        at: the first of the rows, and the index of the block along the columns.
         shared: scales and reciprocals of the same block's, None to find them.
         codes_smem, scale_smem: where copies to global memory start.
         in_flight: copies that may still be reading other buffers.
@@ -346,7 +378,7 @@ def _store(
         Scales and reciprocals.
     """
     data, scale_out = out
-    values = _load(source.T if direction.transposed else source)
+    values = _load(source)
     if shared is None:
         bits = amax_bits(values)
         if direction.tile == _BOX:
@@ -363,13 +395,14 @@ def _store(
     # Also the point where every warp has read its part of the source.
     plgpu.commit_smem()
     row, column = at
-    rows, columns = pl.ds(row * BLOCK, BLOCK), pl.ds(column * BLOCK, BLOCK)
+    rows = pl.ds(row, values.shape[0])
     if direction.tile == _ROW:
         plgpu.copy_smem_to_gmem(
             scale_smem, scale_out.at[column, rows], commit_group=False
         )
     else:
-        scale_out[row, column] = scale_smem[0]
+        scale_out[lax.div(row, BLOCK), column] = scale_smem[0]
+    columns = pl.ds(column * BLOCK, BLOCK)
     plgpu.copy_smem_to_gmem(codes_smem, data.at[rows, columns])
     return shared
 

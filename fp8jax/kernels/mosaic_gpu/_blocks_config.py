@@ -11,11 +11,13 @@ class BlocksConfig:
         slots: for each input, how many of its blocks are in shared memory at a time.
         buffers: blocks of codes on their way to global memory.
         ctas_per_sm: CTAs that share a multiprocessor.
+        warpgroups: that share a block, 1 or 2; 128x128 tiles take 1.
     """
 
     slots: tuple[int, ...]
     buffers: int
     ctas_per_sm: int
+    warpgroups: int = 1
 
 
 def blocks_config(inputs: int, itemsize: int, outputs: int) -> BlocksConfig:
