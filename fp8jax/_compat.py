@@ -1,10 +1,13 @@
 """The only place for private JAX imports and for branches on the JAX version."""
 
+import contextlib
 import dataclasses
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax._src import config, core
 
 JAX_VERSION: tuple[int, ...] = jax.__version_info__
 
@@ -41,6 +44,52 @@ def with_eqns(jaxpr: Any, eqns: list[Any]) -> Any:
     if inner is jaxpr:
         return jaxpr.replace(eqns=eqns)
     return jaxpr.replace(jaxpr=inner.replace(eqns=eqns))
+
+
+def varying_axes(aval: Any) -> frozenset[str]:
+    """Mesh axes along which a value may differ between devices, in a shard_map."""
+    known = getattr(aval, "mat", None)
+    return frozenset(aval.vma if known is None else known.varying)
+
+
+def is_explicit(aval: Any) -> bool:
+    """Whether the sharding is a part of the type."""
+    # Under automatic sharding, too, a dot may carry an `out_sharding`: of no meaning.
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    return jax.sharding.AxisType.Explicit in getattr(mesh, "axis_types", ())
+
+
+@dataclasses.dataclass(frozen=True)
+class TracingContext:
+    """Where to trace a stand-in for an equation: on its mesh, if types depend on that.
+
+    Attributes:
+        mesh: the equation's abstract mesh; None if no type tells of it.
+        varies: whether an operand varies over manual axes.
+    """
+
+    mesh: Any
+    varies: bool
+
+    @classmethod
+    def of(cls, eqn: Any) -> "TracingContext":
+        mesh = eqn.ctx.cur_abstract_mesh
+        manual = getattr(mesh, "manual_axes", ())
+        if not manual and not is_explicit(eqn.outvars[0].aval):
+            return cls(None, False)
+        return cls(mesh, any(varying_axes(v.aval) for v in eqn.invars))
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        if self.mesh is None:
+            yield
+            return
+        manual = [(a, self.mesh.shape[a]) for a in self.mesh.manual_axes]
+        axes = core.extend_axis_env_nd(manual)
+        # Without operands that vary, results do not, whether shard_map checks or not.
+        check = config._check_vma(self.varies)
+        with jax.sharding.use_abstract_mesh(self.mesh), axes, check:
+            yield
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:

@@ -11,12 +11,14 @@ from fp8jax.ops._gemm import (
     quantized_dot,
 )
 from fp8jax.ops._layout import Layout, Operand, plan
+from fp8jax.ops._spread import Spread, spread, spread_of_mesh, spread_of_sharding
 
 __all__ = [
     "INPUT_DTYPES",
     "MARK",
     "Layout",
     "Operand",
+    "Spread",
     "dot_general",
     "gemm_implementation",
     "in_contraction_order",
@@ -25,4 +27,7 @@ __all__ = [
     "plan",
     "quantize_operand",
     "quantized_dot",
+    "spread",
+    "spread_of_mesh",
+    "spread_of_sharding",
 ]

@@ -10,8 +10,15 @@ from jax import lax
 
 from fp8jax.matmul import scaled_matmul
 from fp8jax.ops._derivatives import refuse_derivatives
-from fp8jax.ops._gemm import check_inputs, output_dtype, quantize_along
+from fp8jax.ops._gemm import (
+    check_inputs,
+    in_contraction_order,
+    output_dtype,
+    quantize_along,
+    quantized_dot,
+)
 from fp8jax.ops._layout import Operand, plan
+from fp8jax.ops._spread import Spread, spread
 from fp8jax.quant import QTensor, QuantSpec, requantize
 from fp8jax.recipes import GemmSpec, Recipe, check_recipe, deepseek_v3
 
@@ -84,6 +91,7 @@ def dot_general(
         precision=lax.Precision(precision) if isinstance(precision, str) else precision,
         recipe=recipe,
         implementation=implementation,
+        split=spread(lhs, rhs) != Spread.ONE,
     )
     run = functools.partial(_matmul, product)
     for _ in range(layout.batch_rank):
@@ -104,6 +112,7 @@ class _Product:
     precision: Any
     recipe: Recipe
     implementation: str | None
+    split: bool
 
     def plain(self, x: jax.Array, w: jax.Array) -> jax.Array:
         """The product as `lax.dot_general` computes it."""
@@ -117,6 +126,27 @@ class _Product:
         if q.tile == spec.tile and q.dtype == spec.dtype:
             return q
         return requantize(q, spec, implementation=self.implementation)
+
+    def gemm(
+        self,
+        lhs: jax.Array,
+        rhs: jax.Array,
+        contractions: tuple[int, int],
+        spec: GemmSpec,
+        dtype: np.dtype,
+    ) -> jax.Array:
+        """Two matrices quantized and multiplied, contracting one dimension of each."""
+        left, right = contractions
+        return quantized_dot(
+            lhs,
+            rhs,
+            (((left,), (right,)), ((), ())),
+            spec.lhs,
+            spec.rhs,
+            preferred_element_type=dtype,
+            implementation=self.implementation,
+            split=self.split,
+        )
 
     def multiply(self, lhs: QTensor, rhs: QTensor, dtype: np.dtype) -> jax.Array:
         return scaled_matmul(
@@ -140,10 +170,17 @@ def _fprop(product: _Product, x: jax.Array, w: jax.Array) -> tuple[jax.Array, An
     recipe = product.recipe
     if recipe.fprop is None:
         return product.plain(x, w), (x, w)
-    q_x = product.quantize(x, product.x.contraction, recipe.fprop.lhs)
-    q_w = product.quantize(w, product.w.contraction, recipe.fprop.rhs)
-    out = product.multiply(q_x, q_w, product.out_dtype)
-    return out, (q_x, q_w) if recipe.residual == "fp8" else (x, w)
+    contractions = product.x.contraction, product.w.contraction
+    if recipe.residual == "bf16":
+        gemm = recipe.fprop
+        return product.gemm(x, w, contractions, gemm, product.out_dtype), (x, w)
+    q_x = product.quantize(x, contractions[0], recipe.fprop.lhs)
+    q_w = product.quantize(w, contractions[1], recipe.fprop.rhs)
+    if product.split:  # A product of codes alone would gather them.
+        out = product.gemm(x, w, contractions, recipe.fprop, product.out_dtype)
+    else:
+        out = product.multiply(q_x, q_w, product.out_dtype)
+    return out, (q_x, q_w)
 
 
 def _backward(product: _Product, residuals: Any, dout: jax.Array) -> Any:
@@ -174,22 +211,34 @@ _matmul.defvjp(_fprop_once, _backward_once)
 
 def _dgrad(product: _Product, spec: GemmSpec, w: Any, dout: jax.Array) -> jax.Array:
     """`dx = dout wᵀ`, contracting n, stored as `x` is."""
-    q_dout = product.quantize(dout, 1, spec.lhs)  # [m, n]
-    if isinstance(w, QTensor):  # [n, k], of the forward pass
+    if isinstance(w, QTensor) and not product.split:  # [n, k], of the forward pass
+        q_dout = product.quantize(dout, 1, spec.lhs)  # [m, n]
         q_w = product.requantize(w.T, spec.rhs)  # [k, n]
+        dx = product.multiply(q_dout, q_w, product.x_dtype)  # [m, k]
     else:
-        q_w = product.quantize(w, 1 - product.w.contraction, spec.rhs)
-    dx = product.multiply(q_dout, q_w, product.x_dtype)  # [m, k]
+        w = _as_stored(w, product.w)
+        contractions = 1, 1 - product.w.contraction
+        dx = product.gemm(dout, w, contractions, spec, product.x_dtype)  # [m, k]
     return dx if product.x.contraction == 1 else dx.T
 
 
 def _wgrad(product: _Product, spec: GemmSpec, x: Any, dout: jax.Array) -> jax.Array:
     """`dw = xᵀ dout`, contracting the m tokens, stored as `w` is."""
-    q_dout = product.quantize(dout, 0, spec.rhs)  # [n, m]
-    if isinstance(x, QTensor):  # [m, k], of the forward pass
-        q_x = product.requantize(x.T, spec.lhs)  # [k, m]
-    else:
-        q_x = product.quantize(x, 1 - product.x.contraction, spec.lhs)
+    if isinstance(x, QTensor) and not product.split:
+        q_x = product.requantize(x.T, spec.lhs)  # [k, m]; x is of the forward pass
+        q_dout = product.quantize(dout, 0, spec.rhs)  # [n, m]
+        if product.w.contraction == 0:
+            return product.multiply(q_x, q_dout, product.w_dtype)  # [k, n]
+        return product.multiply(q_dout, q_x, product.w_dtype)  # [n, k]
+    x, tokens = _as_stored(x, product.x), 1 - product.x.contraction
     if product.w.contraction == 0:
-        return product.multiply(q_x, q_dout, product.w_dtype)  # [k, n]
-    return product.multiply(q_dout, q_x, product.w_dtype)  # [n, k]
+        return product.gemm(x, dout, (tokens, 0), spec, product.w_dtype)  # [k, n]
+    swapped = GemmSpec(spec.rhs, spec.lhs)
+    return product.gemm(dout, x, (0, tokens), swapped, product.w_dtype)  # [n, k]
+
+
+def _as_stored(x: Any, operand: Operand) -> jax.Array:
+    """A residual as an array; one in FP8 is decoded, as `requantize` would."""
+    if not isinstance(x, QTensor):
+        return x
+    return in_contraction_order(x, operand).dequantize()

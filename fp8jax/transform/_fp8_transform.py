@@ -16,6 +16,7 @@ from fp8jax.transform._arguments import (
     has_static_outputs,
     without_marks,
 )
+from fp8jax.transform._devices import spread_of_program
 from fp8jax.transform._interpreter import Flow, rewrite
 from fp8jax.transform._leaves import (
     Leaf,
@@ -85,7 +86,8 @@ def fp8_transform(
             `jax.jit`.
         min_dim: a weight with fewer input or output features is skipped, unless a rule
             is about it.
-        implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here.
+        implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here; that is
+            `"xla"` for arrays that are sharded over devices.
 
     Returns:
         A callable with `fn`'s signature. It is a jitted function: traced once for each
@@ -177,6 +179,10 @@ class Fp8Function:
         """As `jax.jit(fn).lower`, for a look at the compiled program."""
         return self._jit.lower(*self._options.split(args, kwargs))
 
+    def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
+        """As `jax.jit(fn).trace`, for a look at the rewritten program."""
+        return self._jit.trace(*self._options.split(args, kwargs))
+
     def _run(self, key: CallKey, donated: list[Any], kept: list[Any]) -> Any:
         # Runs under jit's trace, so jit's own cache is the transform's.
         jaxpr, out_tree, plan = self._plan(key, donated, kept)
@@ -204,7 +210,9 @@ class Fp8Function:
         dots = [flow.dots[position] for position in sorted(flow.dots)]
         mask = weight_mask(self._weights, leaves, dots)
         assignments = assign(dots, mask, [leaf.size for leaf in leaves])
-        plan = make_plan(assignments, leaves, self._policy, is_whole_step(dots))
+        spread = max(key.spread, spread_of_program(jaxpr))
+        whole_step = is_whole_step(dots)
+        plan = make_plan(assignments, leaves, self._policy, whole_step, spread)
         return jaxpr, jax.tree.structure(out), plan
 
     def _ordered_leaves(

@@ -3,12 +3,11 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fp8jax import ops
+from fp8jax import _compat, ops
 from fp8jax.quant import QuantSpec
 from fp8jax.recipes import (
     DEFAULT_SKIPS,
@@ -25,6 +24,9 @@ from fp8jax.transform._leaves import Leaf
 from fp8jax.transform._report import Report, Row, describe_tiles
 from fp8jax.transform._roles import UNCLEAR, Assignment, Role
 from fp8jax.transform._values import MARKED, Dot, Position, Side, other_side
+
+SPLIT = "sharded over devices, and a GPU kernel cannot be split"
+CHECKED = "in a shard_map that checks types, which GPU kernels lack: check_vma=False"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +80,7 @@ class QuantizedDot:
     lhs_spec: QuantSpec
     rhs_spec: QuantSpec
     implementation: str | None
+    split: bool = False  # Whether XLA may split it over devices.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +119,7 @@ def make_plan(
     leaves: Sequence[Leaf],
     policy: Policy,
     whole_step: bool,
+    spread: ops.Spread,
 ) -> Plan:
     """Decides on every product.
 
@@ -124,12 +128,14 @@ def make_plan(
         leaves: of the arguments, for their paths.
         policy: what the user asked for.
         whole_step: whether the function holds a backward pass.
+        spread: over how many devices XLA may split the function's arrays.
     """
     obstacles = _layer_obstacles(assignments)
     replacements, rows = {}, []
     kernel_of = functools.cache(ops.gemm_implementation)  # It traces a GEMM each time.
     for a in assignments:
         verdict = _decide(a, leaves, policy, obstacles, whole_step)
+        verdict = _on_devices(verdict, a.dot, spread, kernel_of)
         if verdict.replacement is not None:
             replacements[a.dot.position] = verdict.replacement
         rows.append(_row(a, leaves, verdict, kernel_of))
@@ -143,6 +149,27 @@ def make_plan(
     return Plan(
         replacements, Report(tuple(rows), unmatched, _notes(policy, whole_step))
     )
+
+
+def _on_devices(
+    verdict: _Verdict, dot: Dot, spread: ops.Spread, kernel_of: Callable[..., str]
+) -> _Verdict:
+    """The verdict for arrays so spread: in XLA's kernels, if XLA may split them."""
+    what, reason = verdict.replacement, verdict.reason
+    if what is None:
+        return verdict
+    avals = dot.lhs_aval, dot.rhs_aval
+    why_xla = CHECKED if any(map(_compat.varying_axes, avals)) else ""
+    if not dot.scope.in_shard_map:
+        why_xla = SPLIT if spread == ops.Spread.MANY else why_xla
+        is_explicit = _compat.is_explicit(dot.out_aval)
+        if isinstance(what, QuantizedDot) and (spread or is_explicit):
+            what = dataclasses.replace(what, split=True)
+    if why_xla and what.implementation is None:
+        if _kernel(what, _specs(what), kernel_of) not in ("", "xla"):
+            reason = "; ".join(filter(None, (reason, why_xla)))
+        what = dataclasses.replace(what, implementation="xla")
+    return _Verdict(what, reason)
 
 
 def _notes(policy: Policy, whole_step: bool) -> tuple[str, ...]:
@@ -206,15 +233,13 @@ def _unsupported(dot: Dot) -> str:
             return "no elements"
     if dot.has_batch:
         return "batch dimensions"
-    if _is_explicit(dot.out_aval):
-        return "explicit sharding: not handled yet"
+    if _compat.is_explicit(dot.out_aval):
+        sharding = dot.out_aval.sharding
+        if set(sharding.mesh.axis_types) != {jax.sharding.AxisType.Explicit}:
+            return "explicit sharding on a mesh of several axis types"
+        if sharding.spec.unreduced:
+            return "explicit sharding with unreduced axes"
     return ""
-
-
-def _is_explicit(aval: Any) -> bool:
-    # Under automatic sharding, too, a dot may carry an `out_sharding`: of no meaning.
-    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
-    return jax.sharding.AxisType.Explicit in getattr(mesh, "axis_types", ())
 
 
 def _decide(

@@ -35,7 +35,7 @@ class Replacer:
     def __init__(self):
         # Equal calls share one jaxpr, and so one function of the compiled program. Not
         # beyond one program: tracing depends on the mesh and on JAX's configuration.
-        self._trace = functools.cache(_trace)
+        self._trace = functools.cache(_traced)
 
     def __call__(self, jaxpr: Any) -> Callable[[Any, Replacement], list[Any]]:
         return _InJaxpr(jaxpr, self._trace).replace
@@ -60,6 +60,9 @@ class _InJaxpr:
             options = eqn.params["precision"], eqn.params["preferred_element_type"]
             layer = _Layer(what, dimension_numbers, *options)
             eqns, _ = self._calls(layer, eqn, lhs, rhs)
+        elif what.split:
+            whole = _Product(what, dimension_numbers, np.dtype(out.dtype))
+            eqns, _ = self._calls(whole, eqn, lhs, rhs)
         else:
             shapes = lhs.aval.shape, rhs.aval.shape
             layout = ops.plan(*shapes, dimension_numbers, "fp8_transform")
@@ -76,6 +79,8 @@ class _InJaxpr:
             eqns = [*of_lhs[0], *of_rhs[0], *product]
         (result,) = eqns[-1].outvars
         same = (result.aval.shape, result.aval.dtype) == (out.shape, out.dtype)
+        same &= _compat.varying_axes(result.aval) == _compat.varying_axes(out)
+        same &= not _compat.is_explicit(out) or result.aval.sharding == out.sharding
         assert same, f"{result.aval} cannot stand in for {out}"
         return [*eqns[:-1], eqns[-1].replace(outvars=eqn.outvars)]
 
@@ -117,7 +122,11 @@ class _InJaxpr:
         self, function: Callable[..., Any], place: Any, *inputs: Any
     ) -> tuple[list[Any], list[Any]]:
         """The equations of `function(*inputs)` in the place of another, and results."""
-        traced = self._trace(function, *(x.aval for x in inputs))
+        explicit = _compat.is_explicit(place.outvars[0].aval)
+        out_sharding = place.outvars[0].aval.sharding if explicit else None
+        context = _compat.TracingContext.of(place)
+        avals = [x.aval for x in inputs]
+        traced = self._trace(function, context, out_sharding, *avals)
         env = dict(zip(traced.invars, inputs, strict=True))
         eqns = []
         for eqn in traced.eqns:
@@ -134,8 +143,13 @@ class _InJaxpr:
         return eqns, [env[x] for x in traced.outvars]
 
 
-def _trace(function: Callable[..., Any], *avals: Any) -> Any:
-    jaxpr = _compat.open_jaxpr(jax.make_jaxpr(function)(*avals))
+def _traced(
+    function: Callable[..., Any], context: Any, out_sharding: Any, *avals: Any
+) -> Any:
+    if out_sharding is not None:  # Only the result's type is explicit within.
+        function = jax.sharding.auto_axes(function, out_sharding=out_sharding)
+    with context.entered():
+        jaxpr = _compat.open_jaxpr(jax.make_jaxpr(function)(*avals))
     assert not jaxpr.constvars, "a replacement closes over no array"
     return jaxpr
 
@@ -200,6 +214,30 @@ class _Multiply:
             self.layout,
             self.out_dtype,
             self.implementation,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """A marked call that quantizes and multiplies, for XLA to split over devices."""
+
+    what: QuantizedDot
+    dimension_numbers: Any
+    out_dtype: np.dtype
+
+    def __call__(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return _marked(self.what.role, self._run)(lhs, rhs)
+
+    def _run(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return ops.quantized_dot(
+            lhs,
+            rhs,
+            self.dimension_numbers,
+            self.what.lhs_spec,
+            self.what.rhs_spec,
+            preferred_element_type=self.out_dtype,
+            implementation=self.what.implementation,
+            split=True,
         )
 
 

@@ -19,7 +19,7 @@ class Row:
         role: of the product in a train step.
         m, n, k: rows, columns and contraction; for wgrad, k counts tokens.
         status: `"fp8"` or `"skipped"`.
-        reason: why it was skipped.
+        reason: why it was skipped, or why it is not in the fastest kernel.
         tiles: of both operands, such as `"1x128 128x128"`; `""` if skipped.
         kernel: the implementation that multiplies, `""` if skipped.
         count: how often it runs in one call, as far as scan lengths tell.

@@ -13,6 +13,8 @@ from fp8jax.transform._values import MARKED, SIDES, Dot, Scope, Side, Value
 
 OURS = "inside a function of fp8jax"
 HAND_WRITTEN = "hand-written VJP: left as it is"
+OWN_PARTITIONING = "inside custom_partitioning: left as it is"
+OWN_VMAP = "inside custom_vmap_call: left as it is"
 
 # The same numbers, possibly in another dtype or shape.
 _VIEWS = (
@@ -69,20 +71,15 @@ def elementwise(
 
 
 def opaque(
-    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope, times: int = 1
+    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
-    """A primitive we do not enter: products in its jaxprs are only reported.
-
-    Args:
-        flow, eqn, operands, scope: as for every rule.
-        times: how often its jaxprs run.
-    """
+    """A primitive we do not enter: products in its jaxprs are only reported."""
     number = flow.number("unknown", scope.position)
     unknown = dataclasses.replace(_joined(operands), number=number, root=number)
     reason = f"inside {eqn.primitive.name}: not handled, left as it is"
     for i, jaxpr in enumerate(sub_jaxprs(eqn)):
         inputs = [unknown] * len(_compat.open_jaxpr(jaxpr).invars)
-        flow.walk(jaxpr, inputs, scope.inside(i, times, reason))
+        flow.walk(jaxpr, inputs, scope.inside(i, blocked=reason))
     return elementwise(flow, eqn, operands, scope)
 
 
@@ -92,7 +89,8 @@ def _shard_map(
     sizes = dict(eqn.params["mesh"].shape)
     manual = eqn.params.get("newly_manual_axes", sizes)
     shards = math.prod(sizes[axis] for axis in manual)
-    return opaque(flow, eqn, operands, scope, times=shards)
+    inside = scope.inside(times=shards, in_shard_map=len(manual) == len(sizes))
+    return flow.walk(eqn.params["jaxpr"], operands, inside)
 
 
 def _view(flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope) -> list[Value]:
@@ -374,6 +372,8 @@ RULES: dict[str, FlowRule] = {
     "broadcast_in_dim": _broadcast,
     "cond": _cond,
     "conv_general_dilated": _convolution,
+    "custom_partitioning": functools.partial(_call, blocked=OWN_PARTITIONING),
+    "custom_vmap_call": functools.partial(_call, blocked=OWN_VMAP),
     "dot_general": _dot_general,
     "ragged_dot": _ragged_dot,
     "ragged_dot_general": _ragged_dot,

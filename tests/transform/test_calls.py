@@ -1,7 +1,6 @@
 """The transformed function is called, jitted, vmapped and refused as the plain one."""
 
 import chex
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,6 +114,8 @@ def test_result_that_is_no_array_and_did_not_come_in_is_jax_s_error():
 
 
 def test_equinox_filter_jit_keeps_static_numbers_and_donation():
+    eqx = pytest.importorskip("equinox")
+
     def step(model, x):
         assert model["inference"] is True
         assert model["rate"] == 0.5
