@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 from jax._src import config, core
+from jax._src.named_sharding import UNSPECIFIED
+from jax.sharding import AxisType
 
 JAX_VERSION: tuple[int, ...] = jax.__version_info__
 
@@ -38,12 +40,42 @@ def jaxpr_consts(jaxpr: Any) -> tuple[Any, ...]:
     return tuple(getattr(jaxpr, "consts", ()))
 
 
-def with_eqns(jaxpr: Any, eqns: list[Any]) -> Any:
-    """`jaxpr` with other equations of the same variables; constants stay."""
+def with_parts(jaxpr: Any, **parts: Any) -> Any:
+    """`jaxpr` with other `eqns`, `invars` or `outvars`; constants stay."""
     inner = open_jaxpr(jaxpr)
     if inner is jaxpr:
-        return jaxpr.replace(eqns=eqns)
-    return jaxpr.replace(jaxpr=inner.replace(eqns=eqns))
+        return jaxpr.replace(**parts)
+    return jaxpr.replace(jaxpr=inner.replace(**parts))
+
+
+def stacked_aval(aval: Any, length: int) -> Any:
+    """The type of `length` arrays of one type, stacked."""
+    return core.unmapped_aval(length, 0, aval)
+
+
+def with_results(params: dict[str, Any], count: int) -> dict[str, Any]:
+    """An equation's parameters with room for more results, if it counts them.
+
+    Args:
+        params: of a jit, a scan or a shard_map.
+        count: how many results come after those there are.
+    """
+    more = dict(params)
+    rooms = {
+        "out_shardings": UNSPECIFIED,
+        "out_layouts": None,
+        "out_specs": jax.sharding.PartitionSpec(),
+    }
+    for name, value in rooms.items():
+        if name in params:
+            more[name] = (*params[name], *[value] * count)
+    if "ft_out" in params:  # Of a scan, since 0.12.
+        from jax._src import flattree
+
+        carry, ys = params["ft_out"].unpack()
+        ys = flattree.nones(len(ys) + count)
+        more["ft_out"] = flattree.pack((flattree.nones(len(carry)), ys))
+    return more
 
 
 def varying_axes(aval: Any) -> frozenset[str]:
@@ -57,6 +89,11 @@ def is_explicit(aval: Any) -> bool:
     # Under automatic sharding, too, a dot may carry an `out_sharding`: of no meaning.
     mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
     return jax.sharding.AxisType.Explicit in getattr(mesh, "axis_types", ())
+
+
+def manual_axes(params: dict[str, Any]) -> frozenset[str]:
+    """The mesh axes over which a shard_map's body runs on each device by itself."""
+    return params.get("newly_manual_axes", frozenset(params["mesh"].axis_names))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +115,14 @@ class TracingContext:
         if not manual and not is_explicit(eqn.outvars[0].aval):
             return cls(None, False)
         return cls(mesh, any(varying_axes(v.aval) for v in eqn.invars))
+
+    @classmethod
+    def inside(cls, shard_map: Any, varies: bool) -> "TracingContext":
+        """Of the body of a shard_map equation."""
+        mesh = shard_map.params["mesh"]
+        mesh = getattr(mesh, "abstract_mesh", mesh)
+        types = dict.fromkeys(manual_axes(shard_map.params), AxisType.Manual)
+        return cls(mesh.update_axis_types(types), varies)
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from fp8jax.transform._arguments import (
     without_marks,
 )
 from fp8jax.transform._devices import spread_of_program
+from fp8jax.transform._harvest import harvest
 from fp8jax.transform._interpreter import Flow, rewrite
 from fp8jax.transform._leaves import (
     Leaf,
@@ -31,6 +32,7 @@ from fp8jax.transform._replace import Replacer
 from fp8jax.transform._report import Report
 from fp8jax.transform._roles import assign, is_whole_step
 from fp8jax.transform._rules import RULES, opaque
+from fp8jax.transform._statistics import named_statistics
 from fp8jax.transform._values import Scope
 
 NO_DERIVATIVE = (
@@ -52,6 +54,7 @@ def fp8_transform(
     donate_argnames: str | Collection[str] = (),
     min_dim: int = 128,
     implementation: str | None = None,
+    stats: bool = False,
 ) -> "Fp8Function":
     """`fn`, jitted, with its layers' matrix products in FP8.
 
@@ -88,6 +91,11 @@ def fp8_transform(
             is about it.
         implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here; that is
             `"xla"` for arrays that are sharded over devices.
+        stats: whether a call returns `(outputs, statistics)`: how well the codes of
+            every product in FP8 stand for its operands, `{path: {role: {name: array}}}`
+            with the names `sqnr_db`, `underflow`, `saturated` and `amax`, float32. The
+            last axis is for the two operands in the order of `Recipe`'s table; axes
+            before it are the iterations of the scans around the product.
 
     Returns:
         A callable with `fn`'s signature. It is a jitted function: traced once for each
@@ -108,7 +116,7 @@ def fp8_transform(
     check_weights(weights)
     if not isinstance(min_dim, int) or min_dim < 0:
         raise ValueError(f"fp8_transform takes min_dim >= 0, got {min_dim!r}.")
-    policy = Policy(recipe or deepseek_v3(), rules, min_dim, implementation)
+    policy = Policy(recipe or deepseek_v3(), rules, min_dim, implementation, stats)
     options = ArgumentOptions.of(
         fn, static_argnums, static_argnames, donate_argnums, donate_argnames
     )
@@ -187,11 +195,18 @@ class Fp8Function:
         # Runs under jit's trace, so jit's own cache is the transform's.
         jaxpr, out_tree, plan = self._plan(key, donated, kept)
         _warn(plan.report, self._policy, self._name)
-        jaxpr = rewrite(jaxpr, plan.replacements, Replacer())
+        stats = self._policy.stats
+        jaxpr = rewrite(jaxpr, plan.replacements, Replacer(stats))
         self._has_static_outputs |= has_static_outputs(out_tree)
         inputs = [*donated, *kept]
-        outputs = core.jaxpr_as_fun(jaxpr)(*inputs)
-        return jax.tree.unflatten(out_tree, outputs)
+        if not stats:
+            outputs = core.jaxpr_as_fun(jaxpr)(*inputs)
+            return jax.tree.unflatten(out_tree, outputs)
+        jaxpr, where = harvest(jaxpr)
+        results = core.jaxpr_as_fun(jaxpr)(*inputs)
+        n = out_tree.num_leaves
+        statistics = named_statistics(plan.measured, where, results[n:])
+        return jax.tree.unflatten(out_tree, results[:n]), statistics
 
     def _plan(
         self, key: CallKey, donated: list[Any], kept: list[Any]
@@ -239,9 +254,10 @@ class Fp8Function:
 
     def _call_nnx(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         pure, function, pure_args = self._pure(args, kwargs)
-        output, state = function(*pure_args)
+        result = function(*pure_args)
+        (output, state), *statistics = result if self._policy.stats else (result,)
         pure.update(self._by_name(args, kwargs), state)
-        return output
+        return (output, *statistics) if statistics else output
 
     def _pure(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -28,7 +28,8 @@ def sub_jaxprs(eqn: Any) -> list[Any]:
     return found
 
 
-def _with_sub_jaxprs(eqn: Any, jaxprs: Iterable[Any]) -> Any:
+def with_sub_jaxprs(eqn: Any, jaxprs: Iterable[Any]) -> Any:
+    """An equation with other jaxprs in the places of its own."""
     left = iter(jaxprs)
     params = dict(eqn.params)
     for name, value in sorted(eqn.params.items()):
@@ -74,7 +75,7 @@ def rewrite(
             eqns = []
             for i, eqn in enumerate(_compat.open_jaxpr(jaxpr).eqns):
                 eqns += visit_eqn(eqn, by_eqn[i], replace) if i in by_eqn else [eqn]
-            done[key] = _compat.with_eqns(jaxpr, eqns)
+            done[key] = _compat.with_parts(jaxpr, eqns=eqns)
         return done[key]
 
     def visit_eqn(
@@ -90,9 +91,37 @@ def rewrite(
         for position, what in entries:
             by_sub[position[0]].append((position[1:], what))
         subs = enumerate(sub_jaxprs(eqn))
-        return [_with_sub_jaxprs(eqn, [visit(s, tuple(by_sub[i])) for i, s in subs])]
+        return [with_sub_jaxprs(eqn, [visit(s, tuple(by_sub[i])) for i, s in subs])]
 
     return visit(jaxpr, tuple(sorted(plan.items(), key=lambda item: item[0])))
+
+
+def splice(traced: Any, inputs: Sequence[Any], place: Any) -> tuple[list[Any], list]:
+    """Equations that compute a jaxpr elsewhere, and the variables of its results.
+
+    Args:
+        traced: a jaxpr without constants.
+        inputs: variables or literals for its `invars`.
+        place: an equation whose name stack, source line and context they get.
+    """
+    env = dict(zip(traced.invars, inputs, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom if isinstance(atom, core.Literal) else env[atom]
+
+    eqns = []
+    for eqn in traced.eqns:
+        outvars = [core.Var(v.aval) for v in eqn.outvars]
+        env.update(zip(eqn.outvars, outvars, strict=True))
+        eqns.append(
+            eqn.replace(
+                invars=[read(x) for x in eqn.invars],
+                outvars=outvars,
+                source_info=place.source_info,
+                ctx=place.ctx,
+            )
+        )
+    return eqns, [read(x) for x in traced.outvars]
 
 
 class Flow:

@@ -38,12 +38,14 @@ class Policy:
         rules: the user's, in order; the default ones come after them.
         min_dim: of the last default rule, which skips narrower weights.
         implementation: as in `fp8jax.dot_general`.
+        stats: whether quantization errors are measured, too.
     """
 
     recipe: Recipe
     rules: tuple[Rule, ...]
     min_dim: int
     implementation: str | None
+    stats: bool = False
 
     def rule_for(self, path: str, role: GemmName, k: int, n: int) -> Rule | None:
         rules = (*self.rules, *DEFAULT_SKIPS, skip_narrow(self.min_dim))
@@ -80,6 +82,7 @@ class QuantizedDot:
     lhs_spec: QuantSpec
     rhs_spec: QuantSpec
     implementation: str | None
+    first: Side  # The operand that the recipe counts first.
     split: bool = False  # Whether XLA may split it over devices.
 
 
@@ -90,6 +93,11 @@ class LayerDot:
     recipe: Recipe
     weight: Side
     implementation: str | None
+
+    @property
+    def first(self) -> Side:
+        """The operand that the recipe counts first."""
+        return other_side(self.weight)
 
 
 Replacement = QuantizedDot | LayerDot
@@ -106,6 +114,12 @@ class Plan:
 
     replacements: Mapping[Position, Replacement]
     report: Report
+
+    @property
+    def measured(self) -> list[tuple[str, Role]]:
+        """Paths and roles of the products in FP8, in program order."""
+        rows = self.report.rows
+        return [(row.path, row.role) for row in rows if row.tiles]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +161,8 @@ def make_plan(
     }
     unmatched = tuple(rule.pattern for rule in policy.rules if rule not in matched)
     return Plan(
-        replacements, Report(tuple(rows), unmatched, _notes(policy, whole_step))
+        replacements,
+        Report(tuple(rows), unmatched, _notes(policy, whole_step, assignments)),
     )
 
 
@@ -166,20 +181,25 @@ def _on_devices(
         if isinstance(what, QuantizedDot) and (spread or is_explicit):
             what = dataclasses.replace(what, split=True)
     if why_xla and what.implementation is None:
-        if _kernel(what, _specs(what), kernel_of) not in ("", "xla"):
+        if _kernel(what, specs_of(what), kernel_of) not in ("", "xla"):
             reason = "; ".join(filter(None, (reason, why_xla)))
         what = dataclasses.replace(what, implementation="xla")
     return _Verdict(what, reason)
 
 
-def _notes(policy: Policy, whole_step: bool) -> tuple[str, ...]:
+def _notes(
+    policy: Policy, whole_step: bool, assignments: Sequence[Assignment]
+) -> tuple[str, ...]:
+    notes = []
+    if policy.stats and any(a.dot.scope.in_while for a in assignments):
+        notes.append("Products in loops of unknown length are not measured (stats=).")
     recipes = [policy.recipe, *(rule.recipe for rule in policy.rules)]
     if whole_step and any(r is not None and r.residual == "fp8" for r in recipes):
-        return (
+        notes.append(
             "residual='fp8' has no effect here: this function holds its own backward "
-            "pass, which keeps what it kept. Transform the forward inside grad for it.",
+            "pass, which keeps what it kept. Transform the forward inside grad for it."
         )
-    return ()
+    return tuple(notes)
 
 
 def _layer_obstacles(assignments: Sequence[Assignment]) -> dict[int, str]:
@@ -299,7 +319,7 @@ def _quantized(
     # The named side is the weight, second in its recipe, but wgrad's activation, first.
     named, other = (gemm.lhs, gemm.rhs) if a.role == "wgrad" else (gemm.rhs, gemm.lhs)
     specs = (named, other) if a.side == "lhs" else (other, named)
-    return _Verdict(QuantizedDot(a.role, *specs, policy.implementation))
+    return _Verdict(QuantizedDot(a.role, *specs, policy.implementation, _first(a)))
 
 
 def _row(
@@ -309,11 +329,8 @@ def _row(
     kernel_of: Callable[..., str],
 ) -> Row:
     dot = a.dot
-    # Rows of the first operand as recipes count it: activation, or output gradient.
-    first: Side = "lhs"
-    if a.side is not None:
-        first = a.side if a.role == "wgrad" else other_side(a.side)
-    specs = _specs(verdict.replacement)
+    first = _first(a)
+    specs = specs_of(verdict.replacement)
     known = dot.flops is None
     return Row(
         path=_path(a, leaves),
@@ -330,6 +347,13 @@ def _row(
     )
 
 
+def _first(a: Assignment) -> Side:
+    """The first operand as recipes count it: activation, or output gradient."""
+    if a.side is None:
+        return "lhs"
+    return a.side if a.role == "wgrad" else other_side(a.side)
+
+
 def _path(a: Assignment, leaves: Sequence[Leaf]) -> str:
     if a.weight is None:
         return a.dot.scope.stack
@@ -337,12 +361,14 @@ def _path(a: Assignment, leaves: Sequence[Leaf]) -> str:
     return " | ".join(dict.fromkeys(leaves[layer].path for layer in layers))
 
 
-def _specs(replacement: Replacement | None) -> tuple[QuantSpec, ...]:
+def specs_of(replacement: Replacement | None) -> tuple[QuantSpec, ...]:
+    """Of both operands of the product that is in FP8 here, if one is."""
     if isinstance(replacement, QuantizedDot):
         return replacement.lhs_spec, replacement.rhs_spec
     if isinstance(replacement, LayerDot) and replacement.recipe.fprop is not None:
         gemm = replacement.recipe.fprop
-        return gemm.lhs, gemm.rhs
+        first = replacement.first == "lhs"
+        return (gemm.lhs, gemm.rhs) if first else (gemm.rhs, gemm.lhs)
     return ()
 
 

@@ -87,7 +87,7 @@ def _shard_map(
     flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
     sizes = dict(eqn.params["mesh"].shape)
-    manual = eqn.params.get("newly_manual_axes", sizes)
+    manual = _compat.manual_axes(eqn.params)
     shards = math.prod(sizes[axis] for axis in manual)
     inside = scope.inside(times=shards, in_shard_map=len(manual) == len(sizes))
     return flow.walk(eqn.params["jaxpr"], operands, inside)
@@ -218,8 +218,9 @@ def _while(
     body_jaxpr, cond_jaxpr = jaxprs
 
     def body(carry: list[Value]) -> list[Value]:
-        flow.walk(cond_jaxpr, [*cond_consts, *carry], scope.inside(1))
-        return flow.walk(body_jaxpr, [*consts, *carry], scope.inside(0))
+        flow.walk(cond_jaxpr, [*cond_consts, *carry], scope.inside(1, in_while=True))
+        inside = scope.inside(0, in_while=True)
+        return flow.walk(body_jaxpr, [*consts, *carry], inside)
 
     fixed = _fixed_carries(body_jaxpr, n_body, len(init))
     loop = ("while", frozenset(x.number for x in consts))

@@ -50,6 +50,7 @@ class Scope:
         times: how often the equation runs, as far as scan lengths tell.
         blocked: why nothing here may be rewritten, if so.
         in_shard_map: whether values are those of one device.
+        in_while: whether a loop of unknown length is around it.
     """
 
     position: Position = ()
@@ -57,6 +58,7 @@ class Scope:
     times: int = 1
     blocked: str | None = None
     in_shard_map: bool = False
+    in_while: bool = False
 
     def at(self, index: int, eqn: Any) -> "Scope":
         """The scope of equation `index` of the jaxpr that this scope is about."""
@@ -70,6 +72,7 @@ class Scope:
         times: int = 1,
         blocked: str | None = None,
         in_shard_map: bool = False,
+        in_while: bool = False,
     ) -> "Scope":
         """The scope of one of this equation's jaxprs."""
         return dataclasses.replace(
@@ -78,6 +81,7 @@ class Scope:
             times=self.times * times,
             blocked=self.blocked or blocked,
             in_shard_map=self.in_shard_map or in_shard_map,
+            in_while=self.in_while or in_while,
         )
 
     @property
