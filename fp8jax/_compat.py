@@ -48,9 +48,32 @@ def with_parts(jaxpr: Any, **parts: Any) -> Any:
     return jaxpr.replace(jaxpr=inner.replace(**parts))
 
 
+def is_plain_call(params: dict[str, Any]) -> bool:
+    """Whether a jit equation says no more than which function it calls."""
+    shardings = (*params["in_shardings"], *params["out_shardings"])
+    layouts = (*params["in_layouts"], *params["out_layouts"])
+    return not (
+        any(s is not UNSPECIFIED for s in shardings)
+        or any(layout is not None for layout in layouts)
+        or any(params["donated_invars"])
+        or params["compiler_options_kvs"]
+    )
+
+
 def stacked_aval(aval: Any, length: int) -> Any:
     """The type of `length` arrays of one type, stacked."""
     return core.unmapped_aval(length, 0, aval)
+
+
+def with_scan_consts(params: dict[str, Any], count: int) -> dict[str, Any]:
+    """A scan's parameters with `count` more constants, after those there are."""
+    if "num_consts" in params:
+        return {**params, "num_consts": params["num_consts"] + count}
+    from jax._src import flattree  # Since 0.12.
+
+    consts, carry, xs = params["ft_in"].unpack()
+    sizes = len(consts) + count, len(carry), len(xs)
+    return {**params, "ft_in": flattree.pack(tuple(map(flattree.nones, sizes)))}
 
 
 def with_results(params: dict[str, Any], count: int) -> dict[str, Any]:

@@ -148,3 +148,18 @@ def test_equations_have_room_for_more_results():
         assert (len(carry), len(ys)) == (1, 2)
     aval = scan.outvars[0].aval
     assert _compat.stacked_aval(aval, 3).shape == (3,)
+
+
+def test_scans_have_room_for_more_constants():
+    def accumulate(w, xs):
+        return jax.lax.scan(lambda s, x: (s + w * x, None), xs[0], xs)
+
+    scan = eqn_of("scan", accumulate, 2.0, jnp.ones(3))
+    assert _compat.scan_counts(_compat.with_scan_consts(scan.params, 2)) == (3, 1)
+
+
+def test_plain_calls_are_told_from_those_with_options():
+    plain = eqn_of("jit", jax.jit(lambda x: x * 2), 1.0)
+    assert _compat.is_plain_call(plain.params)
+    donating = eqn_of("jit", jax.jit(lambda x: x * 2, donate_argnums=0), 1.0)
+    assert not _compat.is_plain_call(donating.params)

@@ -8,6 +8,7 @@ from fp8jax.ops._gemm import (
     multiply_operands,
     output_dtype,
     quantize_operand,
+    quantize_operand_both,
     quantized_dot,
 )
 from fp8jax.ops._layout import Layout, Operand, plan
@@ -26,6 +27,7 @@ __all__ = [
     "output_dtype",
     "plan",
     "quantize_operand",
+    "quantize_operand_both",
     "quantized_dot",
     "spread",
     "spread_of_mesh",

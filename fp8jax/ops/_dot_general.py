@@ -19,7 +19,7 @@ from fp8jax.ops._gemm import (
 )
 from fp8jax.ops._layout import Operand, plan
 from fp8jax.ops._spread import Spread, spread
-from fp8jax.quant import QTensor, QuantSpec, requantize
+from fp8jax.quant import QTensor, QuantSpec, quantize_both, requantize
 from fp8jax.recipes import GemmSpec, Recipe, check_recipe, deepseek_v3
 
 
@@ -122,6 +122,14 @@ class _Product:
     def quantize(self, x: jax.Array, contraction: int, spec: QuantSpec) -> QTensor:
         return quantize_along(x, contraction, spec, self.implementation)
 
+    def quantize_both(
+        self, x: jax.Array, contraction: int, spec: QuantSpec, other: QuantSpec
+    ) -> tuple[QTensor, QTensor]:
+        """Codes by `spec` along `contraction`, and by `other` along the other way."""
+        specs = (spec, other.T) if contraction == 1 else (spec.T, other)
+        q, q_other = quantize_both(x, specs, implementation=self.implementation)
+        return (q, q_other.T) if contraction == 1 else (q.T, q_other)
+
     def requantize(self, q: QTensor, spec: QuantSpec) -> QTensor:
         if q.tile == spec.tile and q.dtype == spec.dtype:
             return q
@@ -174,13 +182,16 @@ def _fprop(product: _Product, x: jax.Array, w: jax.Array) -> tuple[jax.Array, An
     if recipe.residual == "bf16":
         gemm = recipe.fprop
         return product.gemm(x, w, contractions, gemm, product.out_dtype), (x, w)
-    q_x = product.quantize(x, contractions[0], recipe.fprop.lhs)
+    assert recipe.wgrad is not None, "a recipe with FP8 residuals has all GEMMs"
+    q_x, x_by_tokens = product.quantize_both(
+        x, contractions[0], recipe.fprop.lhs, recipe.wgrad.lhs
+    )
     q_w = product.quantize(w, contractions[1], recipe.fprop.rhs)
     if product.split:  # A product of codes alone would gather them.
         out = product.gemm(x, w, contractions, recipe.fprop, product.out_dtype)
     else:
         out = product.multiply(q_x, q_w, product.out_dtype)
-    return out, (q_x, q_w)
+    return out, (x_by_tokens, q_w)
 
 
 def _backward(product: _Product, residuals: Any, dout: jax.Array) -> Any:
@@ -225,12 +236,15 @@ def _dgrad(product: _Product, spec: GemmSpec, w: Any, dout: jax.Array) -> jax.Ar
 def _wgrad(product: _Product, spec: GemmSpec, x: Any, dout: jax.Array) -> jax.Array:
     """`dw = xᵀ dout`, contracting the m tokens, stored as `w` is."""
     if isinstance(x, QTensor) and not product.split:
-        q_x = product.requantize(x.T, spec.lhs)  # [k, m]; x is of the forward pass
+        q_x = x  # [k, m], of the forward pass
         q_dout = product.quantize(dout, 0, spec.rhs)  # [n, m]
         if product.w.contraction == 0:
             return product.multiply(q_x, q_dout, product.w_dtype)  # [k, n]
         return product.multiply(q_dout, q_x, product.w_dtype)  # [n, k]
-    x, tokens = _as_stored(x, product.x), 1 - product.x.contraction
+    tokens = 1 - product.x.contraction
+    if isinstance(x, QTensor):
+        x = x.T
+    x = _as_stored(x, product.x)
     if product.w.contraction == 0:
         return product.gemm(x, dout, (tokens, 0), spec, product.w_dtype)  # [k, n]
     swapped = GemmSpec(spec.rhs, spec.lhs)

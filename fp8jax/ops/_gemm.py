@@ -12,7 +12,7 @@ from fp8jax.matmul import scaled_matmul
 from fp8jax.ops._derivatives import refuse_derivatives
 from fp8jax.ops._layout import DimensionNumbers, Layout, Operand, plan
 from fp8jax.ops._partition import Factorization, split_over_devices
-from fp8jax.quant import QTensor, QuantSpec, quantize
+from fp8jax.quant import QTensor, QuantSpec, quantize, quantize_both
 
 INPUT_DTYPES = tuple(np.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
 
@@ -164,13 +164,26 @@ def quantize_operand(
     Raises:
         TypeError: When differentiated.
     """
+    run = functools.partial(quantize, spec=spec, implementation=implementation)
+    return _once(run, operand)(operand.arrange(x))
 
-    def run(x: jax.Array) -> QTensor:
-        return quantize(x, spec, implementation=implementation)
 
+def quantize_operand_both(
+    x: jax.Array,
+    operand: Operand,
+    specs: tuple[QuantSpec, QuantSpec],
+    implementation: str | None,
+) -> tuple[QTensor, QTensor]:
+    """`quantize_operand` by two specs, in one call of `quantize_both`."""
+    run = functools.partial(quantize_both, specs=specs, implementation=implementation)
+    return _once(run, operand)(operand.arrange(x))
+
+
+def _once(run: Callable[..., Any], operand: Operand) -> Callable[..., Any]:
+    """`run`, for each batch entry, without derivatives."""
     for _ in operand.shape[:-2]:
         run = jax.vmap(run)
-    return refuse_derivatives(run, _NO_GRADIENT)(operand.arrange(x))
+    return refuse_derivatives(run, _NO_GRADIENT)
 
 
 def in_contraction_order(q: QTensor, operand: Operand) -> QTensor:

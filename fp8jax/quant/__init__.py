@@ -1,7 +1,7 @@
 """Quantized arrays: `QuantSpec` says how, `quantize` makes a `QTensor`."""
 
 from fp8jax.quant._qtensor import QTensor
-from fp8jax.quant._quantize import quantize, requantize
+from fp8jax.quant._quantize import quantize, quantize_both, requantize
 from fp8jax.quant._spec import BLOCK_128X128, TILE_1X128, TILE_128X1, QuantSpec
 from fp8jax.quant._statistics import MOMENTS, moments, statistics, sum_moments
 
@@ -14,6 +14,7 @@ __all__ = [
     "QuantSpec",
     "moments",
     "quantize",
+    "quantize_both",
     "requantize",
     "statistics",
     "sum_moments",

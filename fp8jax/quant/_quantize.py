@@ -77,6 +77,30 @@ def quantize(
     return run(x)
 
 
+def quantize_both(
+    x: jax.Array,
+    specs: tuple[QuantSpec, QuantSpec],
+    *,
+    implementation: str | None = None,
+) -> tuple[QTensor, QTensor]:
+    """One matrix in tiles of two shapes, each straight from `x`; see `quantize`.
+
+    A layer's input goes into two products that contract different dimensions of it,
+    and so does its output's gradient.
+
+    Args:
+        x: `[..., m, k]` of any float dtype.
+        specs: such as `(TILE_1X128, TILE_128X1)`.
+        implementation: as in `quantize`.
+
+    Returns:
+        What `quantize` gives for each of `specs`, bit for bit.
+    """
+    # NOTE: two reads of `x`; a kernel with both outputs belongs here.
+    first, second = (quantize(x, s, implementation=implementation) for s in specs)
+    return first, second
+
+
 def requantize(
     q: QTensor, spec: QuantSpec, *, implementation: str | None = None
 ) -> QTensor:

@@ -54,9 +54,9 @@ class Recipe:
         dgrad: the gradient of the input; likewise.
         wgrad: the gradient of the weight; likewise.
         residual: what the forward pass keeps of `x` for wgrad: `"bf16"`, the array as
-            it came, quantized again along tokens in the backward pass; or `"fp8"`, the
-            forward pass's codes and scales, half the bytes, requantized along tokens
-            (power-of-two scales only).
+            it came, quantized along tokens in the backward pass; or `"fp8"`, its codes
+            and scales along tokens, made together with fprop's: half the bytes, the
+            same bits. `W` is kept as its codes, too (power-of-two scales only).
 
     Raises:
         ValueError: If gradients have 128x128 tiles, or `"fp8"` residuals have a GEMM

@@ -49,6 +49,22 @@ class Quantize:
 
 
 @dataclasses.dataclass(frozen=True)
+class QuantizeBoth:
+    """A marked call that quantizes one operand in two ways: two codes and scales."""
+
+    ways: tuple[Quantize, Quantize]
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        return marked("quantize_both", self._run)(x)
+
+    def _run(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        one, other = self.ways
+        specs = one.spec, other.spec
+        both = ops.quantize_operand_both(x, one.operand, specs, one.implementation)
+        return tuple(a for q in both for a in (q.data, q.scale))
+
+
+@dataclasses.dataclass(frozen=True)
 class Turn:
     """Codes and scales as stored, brought to `[free, contraction]`: no marked call."""
 

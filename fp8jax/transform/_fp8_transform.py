@@ -18,6 +18,8 @@ from fp8jax.transform._arguments import (
 )
 from fp8jax.transform._devices import spread_of_program
 from fp8jax.transform._harvest import harvest
+from fp8jax.transform._hoist import hoist
+from fp8jax.transform._inline import inline_calls
 from fp8jax.transform._interpreter import Flow, rewrite
 from fp8jax.transform._leaves import (
     Leaf,
@@ -196,7 +198,7 @@ class Fp8Function:
         jaxpr, out_tree, plan = self._plan(key, donated, kept)
         _warn(plan.report, self._policy, self._name)
         stats = self._policy.stats
-        jaxpr = rewrite(jaxpr, plan.replacements, Replacer(stats))
+        jaxpr = hoist(rewrite(jaxpr, plan.replacements, Replacer(stats)))
         self._has_static_outputs |= has_static_outputs(out_tree)
         inputs = [*donated, *kept]
         if not stats:
@@ -218,6 +220,7 @@ class Fp8Function:
             return self._options.mark(self._fn(*args, **kwargs), key)
 
         jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(donated, kept)
+        jaxpr = inline_calls(jaxpr)
         leaves = self._ordered_leaves(key, donated, kept)
         flow = Flow(RULES, opaque, closure=1 << len(leaves))
         inputs = [flow.input(i) for i in range(len(leaves))]

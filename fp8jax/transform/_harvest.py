@@ -15,7 +15,12 @@ from jax.extend import core
 from fp8jax import _compat, ops
 from fp8jax.quant import MOMENTS
 from fp8jax.transform._calls import STATISTICS
-from fp8jax.transform._interpreter import splice, sub_jaxprs, with_sub_jaxprs
+from fp8jax.transform._interpreter import (
+    moved_to,
+    splice,
+    sub_jaxprs,
+    with_sub_jaxprs,
+)
 
 Found = list[Any]  # Variables; None for what cannot be brought out.
 
@@ -110,7 +115,7 @@ def _with_those_of_branches(
                 continue
             for v in those:  # Nothing was counted: all are zero.
                 zeros = _compat.open_jaxpr(jax.make_jaxpr(_zeros_like(v))())
-                made, outs = splice(zeros, (), eqn)
+                made, outs = splice(zeros, (), moved_to(eqn))
                 eqns += made
                 outvars += outs
         branches.append(_compat.with_parts(jaxpr, eqns=eqns, outvars=outvars))
@@ -149,7 +154,7 @@ def _summed(jaxpr: Any, where: Sequence[int | None], eqn: Any) -> Any:
 
         with _compat.TracingContext.inside(eqn, bool(varying)).entered():
             traced = _compat.open_jaxpr(jax.make_jaxpr(sum_over_devices)(v.aval))
-        made, outs = splice(traced, [v], place)
+        made, outs = splice(traced, [v], moved_to(place))
         eqns += made
         outvars += outs
     return _compat.with_parts(jaxpr, eqns=eqns, outvars=outvars)

@@ -45,16 +45,17 @@ def with_sub_jaxprs(eqn: Any, jaxprs: Iterable[Any]) -> Any:
 def rewrite(
     jaxpr: Any,
     plan: Mapping[Position, Hashable],
-    replacer: Callable[[Any], Callable[[Any, Any], list[Any]]],
+    replacer: Callable[[Any, Mapping[int, Any]], Callable[[Any, Any], list[Any]]],
 ) -> Any:
     """`jaxpr` with some equations replaced.
 
     Args:
         jaxpr: with or without constants.
         plan: what is to become of the equation at each position.
-        replacer: for a jaxpr, the function that makes new equations of one of its own
-            and `plan`'s word on that. They may read what was there before, and what
-            the function's earlier equations gave; the last has the old one's results.
+        replacer: for a jaxpr and `plan`'s words on its own equations, by number, the
+            function that makes new equations of one and the word on that. They may
+            read what was there before, and what the function's earlier equations gave;
+            the last has the old one's results.
 
     Returns:
         A jaxpr of the same inputs and outputs; `jaxpr` itself for an empty plan.
@@ -71,7 +72,8 @@ def rewrite(
             by_eqn = collections.defaultdict(list)
             for position, what in plan:
                 by_eqn[position[0]].append((position[1:], what))
-            replace = replacer(jaxpr)
+            own = {i: e[0][1] for i, e in by_eqn.items() if not e[0][0]}
+            replace = replacer(jaxpr, own)
             eqns = []
             for i, eqn in enumerate(_compat.open_jaxpr(jaxpr).eqns):
                 eqns += visit_eqn(eqn, by_eqn[i], replace) if i in by_eqn else [eqn]
@@ -96,13 +98,21 @@ def rewrite(
     return visit(jaxpr, tuple(sorted(plan.items(), key=lambda item: item[0])))
 
 
-def splice(traced: Any, inputs: Sequence[Any], place: Any) -> tuple[list[Any], list]:
+def moved_to(place: Any) -> Callable[[Any], dict[str, Any]]:
+    """For `splice`: equations get another one's name stack, source line and context."""
+    placed = {"source_info": place.source_info, "ctx": place.ctx}
+    return lambda _: placed
+
+
+def splice(
+    traced: Any, inputs: Sequence[Any], place: Callable[[Any], dict[str, Any]]
+) -> tuple[list[Any], list[Any]]:
     """Equations that compute a jaxpr elsewhere, and the variables of its results.
 
     Args:
         traced: a jaxpr without constants.
         inputs: variables or literals for its `invars`.
-        place: an equation whose name stack, source line and context they get.
+        place: what of an equation is another there.
     """
     env = dict(zip(traced.invars, inputs, strict=True))
 
@@ -117,8 +127,7 @@ def splice(traced: Any, inputs: Sequence[Any], place: Any) -> tuple[list[Any], l
             eqn.replace(
                 invars=[read(x) for x in eqn.invars],
                 outvars=outvars,
-                source_info=place.source_info,
-                ctx=place.ctx,
+                **place(eqn),
             )
         )
     return eqns, [read(x) for x in traced.outvars]

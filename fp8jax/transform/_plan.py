@@ -66,12 +66,15 @@ class Policy:
     def layer(self, path: str, k: int, n: int) -> Recipe:
         """All three GEMMs of the weight [k, n], of as many rules."""
         specs = {role: self.gemm(path, role, k, n)[0] for role in GEMM_NAMES}
+        return Recipe(**specs, residual=self.residual(path, k, n))
+
+    def residual(self, path: str, k: int, n: int) -> Residual:
+        """What is kept of the input of the weight [k, n]."""
+        if any(self.gemm(path, role, k, n)[0] is None for role in GEMM_NAMES):
+            return "bf16"
         rule = self.rule_for(path, "fprop", k, n)
         recipe = self.recipe if rule is None else rule.recipe
-        residual: Residual = "bf16"
-        if recipe is not None and None not in specs.values():
-            residual = recipe.residual
-        return Recipe(**specs, residual=residual)
+        return "bf16" if recipe is None else recipe.residual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +87,7 @@ class QuantizedDot:
     implementation: str | None
     first: Side  # The operand that the recipe counts first.
     split: bool = False  # Whether XLA may split it over devices.
+    early: bool = False  # Whether wgrad's codes of x are made in the forward pass.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,9 +293,10 @@ def _decide(
     if len(choices) > 1:
         return _Verdict(None, UNCLEAR)
     gemm, reason = choices.pop()
-    if whole_step:
-        return _quantized(a, gemm, reason, policy)
-    return _layer(a, policy.layer(leaves[a.weight].path, *_features(a)), reason, policy)
+    layer = leaves[a.weight].path, *_features(a)
+    if not whole_step:
+        return _layer(a, policy.layer(*layer), reason, policy)
+    return _quantized(a, gemm, reason, policy, policy.residual(*layer))
 
 
 def _why_other(a: Assignment, leaves: Sequence[Leaf]) -> str:
@@ -312,14 +317,20 @@ def _layer(a: Assignment, recipe: Recipe, reason: str, policy: Policy) -> _Verdi
 
 
 def _quantized(
-    a: Assignment, gemm: GemmSpec | None, reason: str, policy: Policy
+    a: Assignment,
+    gemm: GemmSpec | None,
+    reason: str,
+    policy: Policy,
+    residual: Residual,
 ) -> _Verdict:
     if gemm is None:
         return _Verdict(None, reason)
     # The named side is the weight, second in its recipe, but wgrad's activation, first.
     named, other = (gemm.lhs, gemm.rhs) if a.role == "wgrad" else (gemm.rhs, gemm.lhs)
     specs = (named, other) if a.side == "lhs" else (other, named)
-    return _Verdict(QuantizedDot(a.role, *specs, policy.implementation, _first(a)))
+    early = residual == "fp8" and a.role == "wgrad"
+    dot = QuantizedDot(a.role, *specs, policy.implementation, _first(a), early=early)
+    return _Verdict(dot)
 
 
 def _row(

@@ -5,10 +5,11 @@ product of codes, so that products of the same value share its codes. In a forwa
 function it becomes one call of `ops.dot_general`, which brings its gradients along.
 """
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -23,10 +24,11 @@ from fp8jax.transform._calls import (
     Multiply,
     Product,
     Quantize,
+    QuantizeBoth,
     Statistics,
     Turn,
 )
-from fp8jax.transform._interpreter import splice
+from fp8jax.transform._interpreter import moved_to, splice
 from fp8jax.transform._plan import (
     LayerDot,
     QuantizedDot,
@@ -36,6 +38,9 @@ from fp8jax.transform._plan import (
 
 # Equal ones of one value are known to be equal: each layer may cast its input itself.
 _VIEWS = ("convert_element_type", "reshape", "transpose")
+
+
+_Pass = Literal["forward", "backward"]
 
 
 class Replacer:
@@ -57,22 +62,49 @@ class Replacer:
         # beyond one program: tracing depends on the mesh and on JAX's configuration.
         self._trace = functools.cache(_traced)
 
-    def __call__(self, jaxpr: Any) -> Callable[[Any, Replacement], list[Any]]:
-        return _InJaxpr(jaxpr, self._trace, self._statistics).replace
+    def __call__(
+        self, jaxpr: Any, planned: Mapping[int, Replacement]
+    ) -> Callable[[Any, Replacement], list[Any]]:
+        return _InJaxpr(jaxpr, planned, self._trace, self._statistics).replace
 
 
 class _InJaxpr:
     """Replaces the products of one jaxpr, and remembers the codes made there."""
 
-    def __init__(self, jaxpr: Any, trace: Callable[..., Any], statistics: bool):
+    def __init__(
+        self,
+        jaxpr: Any,
+        planned: Mapping[int, Replacement],
+        trace: Callable[..., Any],
+        statistics: bool,
+    ):
         self._trace = trace
         self._statistics = statistics
+        eqns = _compat.open_jaxpr(jaxpr).eqns
         self._views = {
             eqn.outvars[0]: eqn
-            for eqn in _compat.open_jaxpr(jaxpr).eqns
+            for eqn in eqns
             if eqn.primitive.name in _VIEWS and len(eqn.invars) == 1
         }
         self._codes: dict[Hashable, list[Any]] = {}
+        # How each value is to be quantized, and in which passes.
+        self._wanted: dict[Hashable, dict[Quantize, set[_Pass]]]
+        self._wanted = collections.defaultdict(lambda: collections.defaultdict(set))
+        for index, what in planned.items():
+            if isinstance(what, QuantizedDot) and not what.split:
+                self._note_wanted(eqns[index], what)
+
+    def _note_wanted(self, eqn: Any, what: QuantizedDot) -> None:
+        layout, (lhs, rhs) = _layout(eqn), eqn.invars
+        for side, x, operand, spec in (
+            ("lhs", lhs, layout.lhs, what.lhs_spec),
+            ("rhs", rhs, layout.rhs, what.rhs_spec),
+        ):
+            quantize = _quantization(operand, spec, what.implementation)
+            passes = self._wanted[self._value(x, quantize, eqn)][quantize]
+            passes.add(_pass_of(what))
+            if what.early and side == what.first:
+                passes.add("forward")
 
     def replace(self, eqn: Any, what: Replacement) -> list[Any]:
         if isinstance(what, QuantizedDot) and not what.split:
@@ -143,10 +175,21 @@ class _InJaxpr:
         Codes are kept as stored: a weight's in square tiles serve fprop and dgrad.
         """
         quantize = _quantization(operand, spec, what.implementation)
-        key = (self._name(x), quantize, place.ctx)
+        value = self._value(x, quantize, place)
+        key = (value, quantize)
         eqns = []
         if key not in self._codes:
-            eqns, self._codes[key] = self._calls(quantize, place, x)
+            now = [quantize] + [
+                other
+                for other, passes in self._wanted[value].items()
+                if other.spec == quantize.spec.T != quantize.spec
+                and (value, other) not in self._codes
+                and _pass_of(what) in passes
+            ]
+            call = quantize if len(now) == 1 else QuantizeBoth((quantize, now[1]))
+            eqns, codes = self._calls(call, place, x)
+            for i, made in enumerate(now[:2]):
+                self._codes[value, made] = codes[2 * i : 2 * i + 2]
         turn = Turn(operand, quantize.spec.tile)
         if (key, turn) not in self._codes:
             turned, self._codes[key, turn] = self._calls(turn, place, *self._codes[key])
@@ -163,12 +206,16 @@ class _InJaxpr:
     ) -> tuple[list[Any], list[Any]]:
         """Equations for the moments of an operand that is quantized, and them."""
         quantize = _quantization(operand, spec, what.implementation)
-        codes = (self._name(x), quantize, place.ctx)
+        codes = (self._value(x, quantize, place), quantize)
         eqns = []
         if (codes, Moments) not in self._codes:
             made = self._calls(Moments(quantize), place, x, *self._codes[codes])
             eqns, self._codes[codes, Moments] = made
         return eqns, self._codes[codes, Moments]
+
+    def _value(self, x: Any, quantize: Quantize, place: Any) -> Hashable:
+        """The same for operands that are the same matrix."""
+        return self._name(x), quantize.operand, quantize.implementation, place.ctx
 
     def _name(self, x: Any) -> Hashable:
         """The same for equal views of the same variable."""
@@ -199,7 +246,11 @@ class _InJaxpr:
         context = _compat.TracingContext.of(place)
         avals = [x.aval for x in inputs]
         traced = self._trace(function, context, out_sharding, *avals)
-        return splice(traced, inputs, place)
+        return splice(traced, inputs, moved_to(place))
+
+
+def _pass_of(what: QuantizedDot) -> _Pass:
+    return "forward" if what.role == "fprop" else "backward"
 
 
 def _layout(eqn: Any) -> ops.Layout:
