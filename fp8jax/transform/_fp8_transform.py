@@ -32,6 +32,7 @@ from fp8jax.transform._leaves import (
 from fp8jax.transform._plan import Plan, Policy, make_plan
 from fp8jax.transform._replace import Replacer
 from fp8jax.transform._report import Report
+from fp8jax.transform._residuals import residual_bytes
 from fp8jax.transform._roles import assign, is_whole_step
 from fp8jax.transform._rules import RULES, opaque
 from fp8jax.transform._statistics import named_statistics
@@ -183,7 +184,12 @@ class Fp8Function:
         if self._has_nnx(key, args, kwargs):
             _, function, pure_args = self._pure(args, kwargs)
             return function.report(*pure_args)
-        return self._plan(key, donated, kept)[2].report
+        jaxpr, _, plan = self._plan(key, donated, kept)
+        if not plan.whole_step:
+            return plan.report
+        fp8 = hoist(rewrite(jaxpr, plan.replacements, Replacer()))
+        found = [residual_bytes(program, plan.is_weight) for program in (fp8, jaxpr)]
+        return plan.report.with_residuals(*found)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """As `jax.jit(fn).lower`, for a look at the compiled program."""
@@ -230,7 +236,7 @@ class Fp8Function:
         assignments = assign(dots, mask, [leaf.size for leaf in leaves])
         spread = max(key.spread, spread_of_program(jaxpr))
         whole_step = is_whole_step(dots)
-        plan = make_plan(assignments, leaves, self._policy, whole_step, spread)
+        plan = make_plan(assignments, leaves, self._policy, whole_step, spread, mask)
         return jaxpr, jax.tree.structure(out), plan
 
     def _ordered_leaves(

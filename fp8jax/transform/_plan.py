@@ -114,10 +114,14 @@ class Plan:
     Attributes:
         replacements: by position; what is not here stays as it is.
         report: tells about all of them.
+        whole_step: whether the function holds a backward pass.
+        is_weight: for each leaf of the arguments, whether it is a parameter.
     """
 
     replacements: Mapping[Position, Replacement]
     report: Report
+    whole_step: bool
+    is_weight: tuple[bool, ...]
 
     @property
     def measured(self) -> list[tuple[str, Role]]:
@@ -138,6 +142,7 @@ def make_plan(
     policy: Policy,
     whole_step: bool,
     spread: ops.Spread,
+    weights: int,
 ) -> Plan:
     """Decides on every product.
 
@@ -147,6 +152,7 @@ def make_plan(
         policy: what the user asked for.
         whole_step: whether the function holds a backward pass.
         spread: over how many devices XLA may split the function's arrays.
+        weights: `Value.leaves` of the parameters.
     """
     obstacles = _layer_obstacles(assignments)
     replacements, rows = {}, []
@@ -166,7 +172,9 @@ def make_plan(
     unmatched = tuple(rule.pattern for rule in policy.rules if rule not in matched)
     return Plan(
         replacements,
-        Report(tuple(rows), unmatched, _notes(policy, whole_step, assignments)),
+        Report(tuple(rows), unmatched, _notes(policy, assignments)),
+        whole_step,
+        tuple(bool(weights >> i & 1) for i, _ in enumerate(leaves)),
     )
 
 
@@ -191,19 +199,10 @@ def _on_devices(
     return _Verdict(what, reason)
 
 
-def _notes(
-    policy: Policy, whole_step: bool, assignments: Sequence[Assignment]
-) -> tuple[str, ...]:
-    notes = []
+def _notes(policy: Policy, assignments: Sequence[Assignment]) -> tuple[str, ...]:
     if policy.stats and any(a.dot.scope.in_while for a in assignments):
-        notes.append("Products in loops of unknown length are not measured (stats=).")
-    recipes = [policy.recipe, *(rule.recipe for rule in policy.rules)]
-    if whole_step and any(r is not None and r.residual == "fp8" for r in recipes):
-        notes.append(
-            "residual='fp8' has no effect here: this function holds its own backward "
-            "pass, which keeps what it kept. Transform the forward inside grad for it."
-        )
-    return tuple(notes)
+        return ("Products in loops of unknown length are not measured (stats=).",)
+    return ()
 
 
 def _layer_obstacles(assignments: Sequence[Assignment]) -> dict[int, str]:
