@@ -225,7 +225,15 @@ class Fp8Function:
             args, kwargs = key.arguments(donated, kept)
             return self._options.mark(self._fn(*args, **kwargs), key)
 
-        jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(donated, kept)
+        try:
+            jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(donated, kept)
+        except jax.errors.JAXTypeError as error:
+            error.add_note(
+                f"fp8_transform({self._name}) traces the function, as jax.jit does: "
+                "what it needs as a Python value goes into static_argnums= or "
+                "static_argnames=."
+            )
+            raise
         jaxpr = inline_calls(jaxpr)
         leaves = self._ordered_leaves(key, donated, kept)
         flow = Flow(RULES, opaque, closure=1 << len(leaves))
