@@ -12,7 +12,9 @@ from fp8jax.transform._interpreter import Flow, FlowRule, sub_jaxprs
 from fp8jax.transform._values import MARKED, SIDES, Dot, Scope, Side, Value
 
 OURS = "inside a function of fp8jax"
-HAND_WRITTEN = "hand-written VJP: left as it is"
+HAND_WRITTEN = (
+    "hand-written VJP: left as it is (transform the whole step to rewrite its rules)"
+)
 OWN_PARTITIONING = "inside custom_partitioning: left as it is"
 OWN_VMAP = "inside custom_vmap_call: left as it is"
 

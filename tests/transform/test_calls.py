@@ -192,6 +192,20 @@ def test_wrong_options_are_refused_when_wrapping(arguments, message):
     assert message in str(caught.value)
 
 
+def test_function_that_cannot_be_traced_is_an_error_that_says_what_to_do():
+    def untraceable(params, x, scale):
+        return mlp(params, x) if scale > 1 else x
+
+    for run in (fp8_transform(untraceable), fp8_transform(untraceable).report):
+        with pytest.raises(jax.errors.TracerBoolConversionError) as caught:
+            run(PARAMS, X, 2.0)
+        notes = "\n".join(caught.value.__notes__)
+        assert "fp8_transform(untraceable)" in notes
+        assert "static_argnums=" in notes
+    fn = fp8_transform(untraceable, static_argnums=2)
+    assert fn.report(PARAMS, X, 2.0).fraction == 1.0
+
+
 def test_weights_that_name_no_argument_are_refused():
     with pytest.raises(ValueError, match=r"fp8_transform.*weights='q'.*params, x"):
         fp8_transform(mlp, weights="q")(PARAMS, X)

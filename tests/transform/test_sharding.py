@@ -251,6 +251,27 @@ def test_forward_inside_grad_adds_no_collective(axis_type, residual):
         check(step_of(forward), args, step_of(fp8_forward))
 
 
+def test_shardings_of_a_jitted_step_are_those_of_the_transformed_one():
+    layout = LAYOUTS["fsdp"]
+    mesh = layout.make_mesh(AxisType.Auto)
+    here = lambda spec: NamedSharding(mesh, spec)  # noqa: E731
+    params = {name: here(spec) for name, spec in layout.params.items()}
+    step = jax.jit(
+        train_step(),
+        in_shardings=(params, here(P("data")), here(P("data"))),
+        out_shardings=(here(P()), params, {name: here(P()) for name in params}),
+    )
+    fn = fp8_transform(step)
+    allowed = collectives(step.lower(*start()).compile())
+    assert collectives(fn.lower(*start()).compile()) <= allowed
+    same = jax.tree.map(
+        lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim),
+        step(*start()),
+        fn(*start()),
+    )
+    assert all(jax.tree.leaves(same))
+
+
 def test_outer_jit_of_sharded_arguments_adds_no_collective():
     # Only types can be seen in its trace, and automatic shardings are in none.
     args = place(LAYOUTS["fsdp"], LAYOUTS["fsdp"].make_mesh(AxisType.Auto))
