@@ -69,10 +69,21 @@ def with_scan_consts(params: dict[str, Any], count: int) -> dict[str, Any]:
     """A scan's parameters with `count` more constants, after those there are."""
     if "num_consts" in params:
         return {**params, "num_consts": params["num_consts"] + count}
+    return _with_scan_operands(params, count, 0)
+
+
+def with_scan_slices(params: dict[str, Any], count: int) -> dict[str, Any]:
+    """A scan's parameters with `count` more arrays to read slices of."""
+    if "num_consts" in params:
+        return dict(params)  # It does not count them.
+    return _with_scan_operands(params, 0, count)
+
+
+def _with_scan_operands(params: dict[str, Any], consts: int, xs: int) -> dict[str, Any]:
     from jax._src import flattree  # Since 0.12.
 
-    consts, carry, xs = params["ft_in"].unpack()
-    sizes = len(consts) + count, len(carry), len(xs)
+    sizes = list(map(len, params["ft_in"].unpack()))
+    sizes = sizes[0] + consts, sizes[1], sizes[2] + xs
     return {**params, "ft_in": flattree.pack(tuple(map(flattree.nones, sizes)))}
 
 

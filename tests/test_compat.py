@@ -156,6 +156,7 @@ def test_scans_have_room_for_more_constants():
 
     scan = eqn_of("scan", accumulate, 2.0, jnp.ones(3))
     assert _compat.scan_counts(_compat.with_scan_consts(scan.params, 2)) == (3, 1)
+    assert _compat.scan_counts(_compat.with_scan_slices(scan.params, 2)) == (1, 1)
 
 
 def test_plain_calls_are_told_from_those_with_options():

@@ -19,6 +19,7 @@ from fp8jax.transform._plan import LayerDot, QuantizedDot
 from fp8jax.transform._roles import Role
 from fp8jax.transform._values import Side
 
+EARLY = f"{ops.MARK}quantize_early"  # Of calls that belong into the forward pass.
 STATISTICS = f"{ops.MARK}statistics"  # Name of the calls whose results are collected.
 
 
@@ -39,9 +40,11 @@ class Quantize:
     operand: ops.Operand
     spec: QuantSpec
     implementation: str | None
+    is_early: bool = False  # Whether it is to be an `EARLY` call.
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return marked("quantize", self._run)(x)
+        name = EARLY.removeprefix(ops.MARK) if self.is_early else "quantize"
+        return marked(name, self._run)(x)
 
     def _run(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         q = ops.quantize_operand(x, self.operand, self.spec, self.implementation)

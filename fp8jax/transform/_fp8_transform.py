@@ -16,6 +16,7 @@ from fp8jax.transform._arguments import (
     has_static_outputs,
     without_marks,
 )
+from fp8jax.transform._carry import carry_codes
 from fp8jax.transform._devices import spread_of_program
 from fp8jax.transform._harvest import harvest
 from fp8jax.transform._hoist import hoist
@@ -187,7 +188,7 @@ class Fp8Function:
         jaxpr, _, plan = self._plan(key, donated, kept)
         if not plan.whole_step:
             return plan.report
-        fp8 = hoist(rewrite(jaxpr, plan.replacements, Replacer()))
+        fp8 = self._rewritten(jaxpr, plan, stats=False)
         found = [residual_bytes(program, plan.is_weight) for program in (fp8, jaxpr)]
         return plan.report.with_residuals(*found)
 
@@ -204,7 +205,7 @@ class Fp8Function:
         jaxpr, out_tree, plan = self._plan(key, donated, kept)
         _warn(plan.report, self._policy, self._name)
         stats = self._policy.stats
-        jaxpr = hoist(rewrite(jaxpr, plan.replacements, Replacer(stats)))
+        jaxpr = self._rewritten(jaxpr, plan, stats)
         self._has_static_outputs |= has_static_outputs(out_tree)
         inputs = [*donated, *kept]
         if not stats:
@@ -215,6 +216,10 @@ class Fp8Function:
         n = out_tree.num_leaves
         statistics = named_statistics(plan.measured, where, results[n:])
         return jax.tree.unflatten(out_tree, results[:n]), statistics
+
+    def _rewritten(self, jaxpr: Any, plan: Plan, stats: bool) -> Any:
+        """The program with its products replaced, each code made where it is best."""
+        return hoist(carry_codes(rewrite(jaxpr, plan.replacements, Replacer(stats))))
 
     def _plan(
         self, key: CallKey, donated: list[Any], kept: list[Any]

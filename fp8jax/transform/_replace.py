@@ -186,7 +186,10 @@ class _InJaxpr:
                 and (value, other) not in self._codes
                 and _pass_of(what) in passes
             ]
-            call = quantize if len(now) == 1 else QuantizeBoth((quantize, now[1]))
+            is_early = "forward" in self._wanted[value][quantize] - {_pass_of(what)}
+            call = dataclasses.replace(quantize, is_early=is_early)
+            if len(now) > 1:
+                call = QuantizeBoth((quantize, now[1]))
             eqns, codes = self._calls(call, place, x)
             for i, made in enumerate(now[:2]):
                 self._codes[value, made] = codes[2 * i : 2 * i + 2]

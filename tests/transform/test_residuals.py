@@ -1,5 +1,6 @@
 """What the forward pass keeps is never more than without FP8, and less on demand."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
@@ -112,6 +113,27 @@ def test_fp8_residuals_of_chained_products_save_a_third_of_all_that_is_kept():
 
     # A sine keeps its own input for its derivative: D of 2 D + HIDDEN numbers stay.
     assert live(FP8) < 2 / 3 * live(recipes.deepseek_v3())
+
+
+def test_fp8_residuals_of_scanned_layers_are_stacked_as_codes():
+    kept = fp8_transform(step_of(scanned))
+    codes = fp8_transform(step_of(scanned), FP8)
+    reports = [fn.report(STACKED, X) for fn in (kept, codes)]
+    # Of each of three layers the normalized x and the product, as in one.
+    saved = reports[0].residual_bytes - reports[1].residual_bytes
+    wanted = 3 * TOKENS * (D + HIDDEN) * (2 - CODES)
+    assert saved == pytest.approx(wanted, rel=1e-6)
+    chex.assert_trees_all_equal(codes(STACKED, X), kept(STACKED, X))
+    program = str(codes.trace(STACKED, X).jaxpr)
+    stacked = f"f8_e4m3fn[3,{TOKENS},{HIDDEN}]"
+    assert stacked in program
+    assert stacked not in str(kept.trace(STACKED, X).jaxpr)
+
+
+def test_fp8_residuals_of_scanned_layers_have_the_same_statistics():
+    kept = fp8_transform(step_of(scanned), stats=True)(STACKED, X)
+    codes = fp8_transform(step_of(scanned), FP8, stats=True)(STACKED, X)
+    chex.assert_trees_all_equal(codes, kept)
 
 
 def test_forward_functions_have_no_backward_pass_to_keep_anything_for():
