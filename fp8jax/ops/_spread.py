@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 from jax.core import Tracer
-from jax.sharding import AxisType
+from jax.sharding import AxisType, SingleDeviceSharding
 
 
 class Spread(enum.IntEnum):
@@ -22,11 +22,18 @@ def spread(*arrays: Any) -> Spread:
 
     Inside of a `shard_map` over the whole mesh that is one: each device has its own.
     """
-    axes = set(jax.sharding.get_abstract_mesh().axis_types)
-    if axes == {AxisType.Manual}:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.axis_types and set(mesh.axis_types) == {AxisType.Manual}:
         return Spread.ONE
-    found = spread_of_mesh(jax.sharding.get_abstract_mesh())
-    return max((found, *map(_spread_of_array, arrays)))
+    found = spread_of_mesh(mesh)
+    for x in arrays:  # Asked for each leaf of each call.
+        if not isinstance(x, Tracer):
+            sharding = getattr(x, "sharding", None)
+            if type(sharding) is not SingleDeviceSharding:
+                found = max(found, spread_of_sharding(sharding))
+        elif found == Spread.ONE and not _is_only_device():
+            found = Spread.UNKNOWN
+    return found
 
 
 def spread_of_mesh(mesh: Any) -> Spread:
@@ -42,12 +49,6 @@ def spread_of_sharding(sharding: Any) -> Spread:
     if mesh is not None:
         return spread_of_mesh(mesh)
     return Spread.MANY if getattr(sharding, "num_devices", 1) > 1 else Spread.ONE
-
-
-def _spread_of_array(x: Any) -> Spread:
-    if isinstance(x, Tracer):
-        return Spread.ONE if _is_only_device() else Spread.UNKNOWN
-    return spread_of_sharding(getattr(x, "sharding", None))
 
 
 @functools.cache
