@@ -85,8 +85,8 @@ def test_jaxprs_are_told_from_all_else_opened_and_given_other_equations():
     for name in ("eqns", "invars", "outvars", "constvars"):
         assert hasattr(inner, name), f"jaxprs lost {name}: open_jaxpr"
     assert hasattr(closed, "consts"), "jaxprs lost consts: jaxpr_consts"
-    assert hasattr(inner, "replace"), "jaxprs lost replace: with_eqns"
-    same = _compat.with_eqns(closed, list(inner.eqns))
+    assert hasattr(inner, "replace"), "jaxprs lost replace: with_parts"
+    same = _compat.with_parts(closed, eqns=list(inner.eqns))
     assert list(_compat.open_jaxpr(same).eqns) == list(inner.eqns)
     assert len(_compat.jaxpr_consts(closed)) == len(inner.constvars)
 
@@ -130,3 +130,37 @@ def test_pallas_load_of_mosaic_gpu_is_as_the_version_branch_assumes():
     assert "layout" in parameters, f"plgpu.load lost layout: {list(parameters)}"
     takes_index = len([p for p in parameters if p in ("idx", "indices")]) > 0
     assert takes_index == (_compat.JAX_VERSION < (0, 11)), list(parameters)
+
+
+def test_equations_have_room_for_more_results():
+    def body(x, _):
+        return x + 1, x
+
+    jitted = jax.make_jaxpr(jax.jit(lambda x: jax.lax.scan(body, x, length=2)))(1.0)
+    (call,) = jitted.eqns
+    more = _compat.with_results(call.params, 1)
+    for name in ("out_shardings", "out_layouts"):
+        assert len(more[name]) == 3, f"jit counts its results otherwise: {name}"
+    (scan,) = _compat.open_jaxpr(call.params["jaxpr"]).eqns
+    more = _compat.with_results(scan.params, 1)
+    if "ft_out" in more:
+        carry, ys = more["ft_out"].unpack()
+        assert (len(carry), len(ys)) == (1, 2)
+    aval = scan.outvars[0].aval
+    assert _compat.stacked_aval(aval, 3).shape == (3,)
+
+
+def test_scans_have_room_for_more_constants():
+    def accumulate(w, xs):
+        return jax.lax.scan(lambda s, x: (s + w * x, None), xs[0], xs)
+
+    scan = eqn_of("scan", accumulate, 2.0, jnp.ones(3))
+    assert _compat.scan_counts(_compat.with_scan_consts(scan.params, 2)) == (3, 1)
+    assert _compat.scan_counts(_compat.with_scan_slices(scan.params, 2)) == (1, 1)
+
+
+def test_plain_calls_are_told_from_those_with_options():
+    plain = eqn_of("jit", jax.jit(lambda x: x * 2), 1.0)
+    assert _compat.is_plain_call(plain.params)
+    donating = eqn_of("jit", jax.jit(lambda x: x * 2, donate_argnums=0), 1.0)
+    assert not _compat.is_plain_call(donating.params)

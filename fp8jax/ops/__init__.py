@@ -8,15 +8,18 @@ from fp8jax.ops._gemm import (
     multiply_operands,
     output_dtype,
     quantize_operand,
+    quantize_operand_both,
     quantized_dot,
 )
 from fp8jax.ops._layout import Layout, Operand, plan
+from fp8jax.ops._spread import Spread, spread, spread_of_mesh, spread_of_sharding
 
 __all__ = [
     "INPUT_DTYPES",
     "MARK",
     "Layout",
     "Operand",
+    "Spread",
     "dot_general",
     "gemm_implementation",
     "in_contraction_order",
@@ -24,5 +27,9 @@ __all__ = [
     "output_dtype",
     "plan",
     "quantize_operand",
+    "quantize_operand_both",
     "quantized_dot",
+    "spread",
+    "spread_of_mesh",
+    "spread_of_sharding",
 ]

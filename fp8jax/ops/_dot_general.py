@@ -15,9 +15,11 @@ from fp8jax.ops._gemm import (
     output_dtype,
     quantize_along,
     quantize_both_ways,
+    quantized_dot,
 )
 from fp8jax.ops._layout import Operand, plan
-from fp8jax.quant import QTensor, QuantSpec, requantize
+from fp8jax.ops._spread import Spread, spread
+from fp8jax.quant import QTensor, QuantSpec
 from fp8jax.recipes import GemmSpec, Recipe, check_recipe, deepseek_v3
 
 
@@ -89,6 +91,7 @@ def dot_general(
         precision=lax.Precision(precision) if isinstance(precision, str) else precision,
         recipe=recipe,
         implementation=implementation,
+        split=spread(lhs, rhs) != Spread.ONE,
     )
     run = functools.partial(_matmul, product)
     for _ in range(layout.batch_rank):
@@ -109,6 +112,7 @@ class _Product:
     precision: Any
     recipe: Recipe
     implementation: str | None
+    split: bool
 
     def plain(self, x: jax.Array, w: jax.Array) -> jax.Array:
         """The product as `lax.dot_general` computes it."""
@@ -123,10 +127,26 @@ class _Product:
     ) -> tuple[QTensor, QTensor]:
         return quantize_both_ways(x, contraction, spec, spec_t, self.implementation)
 
-    def requantize(self, q: QTensor, spec: QuantSpec) -> QTensor:
-        if q.tile == spec.tile and q.dtype == spec.dtype:
-            return q
-        return requantize(q, spec, implementation=self.implementation)
+    def gemm(
+        self,
+        lhs: jax.Array,
+        rhs: jax.Array,
+        contractions: tuple[int, int],
+        spec: GemmSpec,
+        dtype: np.dtype,
+    ) -> jax.Array:
+        """Two matrices quantized and multiplied, contracting one dimension of each."""
+        left, right = contractions
+        return quantized_dot(
+            lhs,
+            rhs,
+            (((left,), (right,)), ((), ())),
+            spec.lhs,
+            spec.rhs,
+            preferred_element_type=dtype,
+            implementation=self.implementation,
+            split=self.split,
+        )
 
     def multiply(self, lhs: QTensor, rhs: QTensor, dtype: np.dtype) -> jax.Array:
         return scaled_matmul(
@@ -143,12 +163,11 @@ _ONE_DERIVATIVE = (
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(product: _Product, x: jax.Array, w: jax.Array) -> jax.Array:
-    recipe = product.recipe
-    if recipe.fprop is None:
+    gemm = product.recipe.fprop
+    if gemm is None:
         return product.plain(x, w)
-    q_x = product.quantize(x, product.x.contraction, recipe.fprop.lhs)
-    q_w = product.quantize(w, product.w.contraction, recipe.fprop.rhs)
-    return product.multiply(q_x, q_w, product.out_dtype)
+    contractions = product.x.contraction, product.w.contraction
+    return product.gemm(x, w, contractions, gemm, product.out_dtype)
 
 
 def _fprop(product: _Product, x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
@@ -164,22 +183,21 @@ def _fprop(product: _Product, x: jax.Array, w: jax.Array) -> tuple[jax.Array, An
     assert dgrad is not None
     assert wgrad is not None
     x_side, w_side = product.x.contraction, product.w.contraction
-    if recipe.residual == "fp8":
-        q_x = product.quantize(x, x_side, fprop.lhs)
-        q_x_t = q_x.T
+    q_x, q_x_t = product.quantize_both(x, x_side, fprop.lhs, wgrad.lhs)
+    q_w, q_w_t = product.quantize_both(w, w_side, fprop.rhs, dgrad.rhs)
+    if product.split:  # A product of codes alone would gather them.
+        out = _matmul(product, x, w)
     else:
-        q_x, q_x_t = product.quantize_both(x, x_side, fprop.lhs, wgrad.lhs)
-    if recipe.residual == "fp8" and dgrad.rhs != fprop.rhs.T:
-        q_w = product.quantize(w, w_side, fprop.rhs)
-        q_w_t = q_w.T
-    else:
-        q_w, q_w_t = product.quantize_both(w, w_side, fprop.rhs, dgrad.rhs)
-    return product.multiply(q_x, q_w, product.out_dtype), (q_x_t, q_w_t)
+        out = product.multiply(q_x, q_w, product.out_dtype)
+    return out, (q_x_t, q_w_t)
 
 
 def _backward(product: _Product, residuals: Any, dout: jax.Array) -> Any:
     x, w = residuals
     dgrad, wgrad = product.recipe.dgrad, product.recipe.wgrad
+    if product.split:
+        x, w = _as_stored(x, product.x), _as_stored(w, product.w)
+        return _split_dgrad(product, x, w, dout), _split_wgrad(product, x, w, dout)
     q_dout = q_dout_t = None  # [m, n] for dgrad, [n, m] for wgrad
     if dgrad is not None and wgrad is not None:
         q_dout, q_dout_t = product.quantize_both(dout, 1, dgrad.lhs, wgrad.rhs)
@@ -188,11 +206,11 @@ def _backward(product: _Product, residuals: Any, dout: jax.Array) -> Any:
     elif wgrad is not None:
         q_dout_t = product.quantize(dout, 0, wgrad.rhs)
     if dgrad is None or q_dout is None:
-        dx = jax.vjp(lambda x: product.plain(x, w), x)[1](dout)[0]
+        dx = _plain_dgrad(product, x, w, dout)
     else:
         dx = _dgrad(product, dgrad, w, q_dout)
     if wgrad is None or q_dout_t is None:
-        dw = jax.vjp(lambda w: product.plain(x, w), w)[1](dout)[0]
+        dw = _plain_wgrad(product, x, w, dout)
     else:
         dw = _wgrad(product, wgrad, x, q_dout_t)
     return dx, dw
@@ -212,8 +230,8 @@ _matmul.defvjp(_fprop_once, _backward_once)
 
 def _dgrad(product: _Product, spec: GemmSpec, w: Any, q_dout: QTensor) -> jax.Array:
     """`dx = dout wᵀ`, contracting n, stored as `x` is."""
-    if isinstance(w, QTensor):  # [k, n], of the forward pass
-        q_w = product.requantize(w, spec.rhs)
+    if isinstance(w, QTensor):
+        q_w = w  # [k, n], of the forward pass
     else:
         q_w = product.quantize(w, 1 - product.w.contraction, spec.rhs)  # [k, n]
     dx = product.multiply(q_dout, q_w, product.x_dtype)  # [m, k]
@@ -222,10 +240,55 @@ def _dgrad(product: _Product, spec: GemmSpec, w: Any, q_dout: QTensor) -> jax.Ar
 
 def _wgrad(product: _Product, spec: GemmSpec, x: Any, q_dout: QTensor) -> jax.Array:
     """`dw = xᵀ dout`, contracting the m tokens, stored as `w` is."""
-    if isinstance(x, QTensor):  # [k, m], of the forward pass
-        q_x = product.requantize(x, spec.lhs)
+    if isinstance(x, QTensor):
+        q_x = x  # [k, m], of the forward pass
     else:
         q_x = product.quantize(x, 1 - product.x.contraction, spec.lhs)  # [k, m]
     if product.w.contraction == 0:
         return product.multiply(q_x, q_dout, product.w_dtype)  # [k, n]
     return product.multiply(q_dout, q_x, product.w_dtype)  # [n, k]
+
+
+def _split_dgrad(
+    product: _Product, x: jax.Array, w: jax.Array, dout: jax.Array
+) -> jax.Array:
+    """`_dgrad` as one call that XLA's partitioner can split."""
+    spec = product.recipe.dgrad
+    if spec is None:
+        return _plain_dgrad(product, x, w, dout)
+    contractions = 1, 1 - product.w.contraction
+    dx = product.gemm(dout, w, contractions, spec, product.x_dtype)  # [m, k]
+    return dx if product.x.contraction == 1 else dx.T
+
+
+def _split_wgrad(
+    product: _Product, x: jax.Array, w: jax.Array, dout: jax.Array
+) -> jax.Array:
+    """`_wgrad` as one call that XLA's partitioner can split."""
+    spec = product.recipe.wgrad
+    if spec is None:
+        return _plain_wgrad(product, x, w, dout)
+    tokens = 1 - product.x.contraction
+    if product.w.contraction == 0:
+        return product.gemm(x, dout, (tokens, 0), spec, product.w_dtype)  # [k, n]
+    swapped = GemmSpec(spec.rhs, spec.lhs)
+    return product.gemm(dout, x, (0, tokens), swapped, product.w_dtype)  # [n, k]
+
+
+def _plain_dgrad(
+    product: _Product, x: jax.Array, w: jax.Array, dout: jax.Array
+) -> jax.Array:
+    return jax.vjp(lambda x: product.plain(x, w), x)[1](dout)[0]
+
+
+def _plain_wgrad(
+    product: _Product, x: jax.Array, w: jax.Array, dout: jax.Array
+) -> jax.Array:
+    return jax.vjp(lambda w: product.plain(x, w), w)[1](dout)[0]
+
+
+def _as_stored(x: Any, operand: Operand) -> jax.Array:
+    """A residual as an array: quantized again in the same tiles, it has its codes."""
+    if not isinstance(x, QTensor):
+        return x
+    return (x if operand.contraction == 0 else x.T).dequantize()
