@@ -6,6 +6,7 @@ last bits of float32: h rounds to another 16-bit number in about 2^-14 of elemen
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fp8jax.kernels import mosaic_gpu, xla
+from fp8jax.kernels.mosaic_gpu import _blocks
 from fp8jax.testing import assert_codes_differ_by_last_bits, assert_same_bits
 
 OPS = ("quantize_swiglu", "quantize_swiglu_gradient")
@@ -76,6 +78,21 @@ def test_interpreted_is_the_oracle(op, dtype, tile, tile_t):
     inputs = _inputs(op, (136, 130), dtype)
     how = {"tile": tile, "tile_t": tile_t}
     assert_same_bits(*_pair(op, inputs, _interpreting, **how))
+
+
+@interpreted
+@each_op
+@pytest.mark.parametrize("buffers", [1, 2])
+def test_interpreted_two_warpgroups_share_a_block(op, buffers, monkeypatch):
+    plain = _blocks.blocks_config
+    monkeypatch.setattr(
+        _blocks,
+        "blocks_config",
+        lambda *problem: dataclasses.replace(
+            plain(*problem), buffers=buffers, warpgroups=2
+        ),
+    )
+    assert_same_bits(*_pair(op, _inputs(op, (136, 130), jnp.bfloat16), _interpreting))
 
 
 @interpreted

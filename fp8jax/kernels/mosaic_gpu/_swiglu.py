@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from fp8jax.kernels import _swiglu
 from fp8jax.kernels._contract import Directions, ScaleKind, Tile
-from fp8jax.kernels.mosaic_gpu._blocks import Direction, Format, quantize_blocks
+from fp8jax.kernels.mosaic_gpu._blocks import quantize_blocks
+from fp8jax.kernels.mosaic_gpu._blocks_kernel import Direction, Format
 from fp8jax.kernels.mosaic_gpu._encode import BLOCK, check_arguments
 
 _TILES = ((1, BLOCK), (BLOCK, BLOCK))
