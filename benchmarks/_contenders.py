@@ -10,6 +10,13 @@ import jax.numpy as jnp
 from benchmarks import _harness
 from fp8jax.kernels import mosaic_gpu
 
+# What a GEMM's name says of the tiles of its operands.
+TILES = {
+    "1d2d": ((1, 128), (128, 128)),  # fprop, dgrad
+    "1d1d": ((1, 128), (1, 128)),  # wgrad
+    "2d1d": ((128, 128), (1, 128)),  # wgrad with x in blocks
+}
+
 
 class Operands(NamedTuple):
     """Random operands of one GEMM, and its codes and scales as the kernels take them.
@@ -17,8 +24,8 @@ class Operands(NamedTuple):
     Attributes:
         lhs, rhs: bfloat16 [m, k] and [n, k].
         lhs8, rhs8: their codes.
-        lhs_scale: float32 [k / 128, m].
-        rhs_scale: [n / 128, k / 128] for 1d2d, [k / 128, n] for 1d1d.
+        lhs_scale: float32 [k / 128, m], or [m / 128, k / 128] of blocks.
+        rhs_scale: [k / 128, n], or [n / 128, k / 128] of blocks.
     """
 
     lhs: jax.Array
@@ -34,38 +41,42 @@ class Operands(NamedTuple):
         return self.lhs8, self.lhs_scale, self.rhs8, self.rhs_scale
 
 
-def operands(kind: str, m: int, n: int, k: int, *, seed: int = 0) -> Operands:
+@functools.partial(jax.jit, static_argnums=range(4))  # One compilation a shape.
+def operands(kind: str, m: int, n: int, k: int, seed: int = 0) -> Operands:
+    """Random operands; other numbers for another `seed`."""
     keys = jax.random.split(jax.random.key(m + n + k + seed), 4)
     uniform = functools.partial(jax.random.uniform, minval=0.5, maxval=1.5)
     lhs, rhs = (
         jax.random.normal(key, shape, jnp.bfloat16)
         for key, shape in ((keys[0], (m, k)), (keys[1], (n, k)))
     )
-    rhs_shape = (k // 128, n) if kind == "1d1d" else (n // 128, k // 128)
+    scales = [
+        uniform(key, (k // 128, rows) if tile[0] == 1 else (rows // 128, k // 128))
+        for key, rows, tile in zip(keys[2:], (m, n), TILES[kind], strict=True)
+    ]
     return Operands(
         lhs,
         rhs,
         lhs.astype(jnp.float8_e4m3fn),
         rhs.astype(jnp.float8_e4m3fn),
-        uniform(keys[2], (k // 128, m)),
-        uniform(keys[3], rhs_shape),
+        *scales,
     )
 
 
 def fp8_gemm(kind: str) -> Callable[..., jax.Array]:
     """Our jitted GEMM of `Operands.quantized`, bfloat16 out."""
-    rows = kind == "1d1d"
+    lhs_tile, rhs_tile = TILES[kind]
 
     @jax.jit
     def run(lhs8, lhs_scale, rhs8, rhs_scale):
         # Scales lie as the kernels want them: these transposes cancel.
         return mosaic_gpu.gemm(
             lhs8,
-            lhs_scale.T,
+            lhs_scale.T if lhs_tile[0] == 1 else lhs_scale,
             rhs8,
-            rhs_scale.T if rows else rhs_scale,
-            lhs_tile=(1, 128),
-            rhs_tile=(1 if rows else 128, 128),
+            rhs_scale.T if rhs_tile[0] == 1 else rhs_scale,
+            lhs_tile=lhs_tile,
+            rhs_tile=rhs_tile,
             out_dtype=jnp.bfloat16,
         )
 
@@ -78,7 +89,7 @@ def torch_gemms(
     """Those of `names` that torch has and that take these shapes, ready to launch.
 
     Args:
-        kind: "1d2d" or "1d1d".
+        kind: of `TILES`. cuBLASLt takes no blocks on the left: it gets them as rows.
         x: the operands.
         names: of "cublaslt_blockwise", "cublaslt_per_tensor_fast", "torch_bf16".
     """
@@ -86,6 +97,9 @@ def torch_gemms(
         return {}
     import torch  # pyright: ignore
 
+    lhs_tile, rhs_tile = TILES[kind]
+    if lhs_tile[0] > 1:
+        x = x._replace(lhs_scale=jnp.repeat(x.lhs_scale.T, lhs_tile[0], axis=1))
     lhs, rhs, lhs8, rhs8, lhs_scale, rhs_scale = map(_harness.to_torch, x)
     one = torch.ones((), device="cuda")
     product = functools.partial(
@@ -95,7 +109,7 @@ def torch_gemms(
         "cublaslt_blockwise": functools.partial(
             product,
             scale_a=lhs_scale.t(),
-            scale_b=rhs_scale if kind == "1d1d" else rhs_scale.t(),
+            scale_b=rhs_scale if rhs_tile[0] == 1 else rhs_scale.t(),
         ),
         "cublaslt_per_tensor_fast": functools.partial(
             product, scale_a=one, scale_b=one, use_fast_accum=True

@@ -87,14 +87,7 @@ def graph_clock(
     """Times of a torch function in a CUDA graph: its kernels and the gaps between."""
     import torch  # pyright: ignore
 
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(launches):
-            run()
-
-    def replay() -> float:
+    def replay(graph: Any) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
@@ -102,7 +95,19 @@ def graph_clock(
         torch.cuda.synchronize()
         return start.elapsed_time(stop) / launches * 1e3
 
-    return lambda: [replay() for _ in range(3)]
+    def clock() -> list[float]:
+        # Captured anew each time: CUPTI, which came and went since, may have had a
+        # hand in an older graph.
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(launches):
+                run()
+        replay(graph)
+        return [replay(graph) for _ in range(3)]
+
+    return clock
 
 
 def to_torch(x: jax.Array) -> Any:
@@ -164,9 +169,10 @@ def _commit() -> str:
 
 
 def _wait(out: Any) -> None:
-    if hasattr(out, "is_cuda"):
+    leaves = jax.tree.leaves(out)
+    if any(hasattr(leaf, "is_cuda") for leaf in leaves):
         import torch  # pyright: ignore
 
         torch.cuda.synchronize()
     else:
-        jax.block_until_ready(out)
+        jax.block_until_ready(leaves)

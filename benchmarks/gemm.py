@@ -12,7 +12,15 @@ from fp8jax.testing import GEMM_SHAPES
 
 CEILING = 1979  # TFLOPS of dense FP8, by the data sheet.
 
-# (m, n, k); 1d2d is fprop and dgrad, 1d1d wgrad, whose k counts tokens.
+# (m, n, k) of wgrad, whose k counts tokens.
+_WGRAD = [
+    (7168, 2048, 4096),
+    (7168, 4096, 4096),
+    (4096, 7168, 8192),
+    (2048, 7168, 16384),
+    (7168, 7168, 32768),
+]
+# By the kinds of `_contenders.TILES`.
 SHAPES = {
     "1d2d": [
         *((shape.m, shape.n, shape.k) for shape in GEMM_SHAPES),
@@ -22,13 +30,8 @@ SHAPES = {
         (128, 7168, 16384),
         (128, 24576, 1536),
     ],
-    "1d1d": [
-        (7168, 2048, 4096),
-        (7168, 4096, 4096),
-        (4096, 7168, 8192),
-        (2048, 7168, 16384),
-        (7168, 7168, 32768),
-    ],
+    "1d1d": _WGRAD,
+    "2d1d": _WGRAD,
 }
 OTHERS = ("cublaslt_blockwise", "cublaslt_per_tensor_fast", "torch_bf16")
 COLUMNS = ("fp8jax", *OTHERS)

@@ -24,8 +24,12 @@ SHAPES = [(16384, 7168, 7168), (8192, 4096, 14336), (4096, 2048, 7168)]
 RECIPES = {
     "deepseek_v3": recipes.deepseek_v3(),
     "deepseek_v3_fp32": recipes.deepseek_v3("fp32"),
+    "blocked_wgrad": recipes.blocked_wgrad(),
     "deepseek_v3_fp8_residual": recipes.deepseek_v3(residual="fp8"),
     "deepseek_v3_transposed_residual": recipes.deepseek_v3(residual="fp8_transposed"),
+    "blocked_wgrad_transposed_residual": recipes.blocked_wgrad(
+        residual="fp8_transposed"
+    ),
     "bf16_wgrad": recipes.bf16_wgrad(),
 }
 BASE = "jax bf16"

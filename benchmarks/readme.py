@@ -97,15 +97,16 @@ def every_row() -> list[str]:
 
 
 def gemm_summary(gemm: Rows) -> list[list[str]]:
-    """Geometric means of the two GEMMs, and the layer's rows."""
+    """Geometric means of the GEMMs, and the layer's rows."""
     names = {
         "1d2d": "GEMM 1x128 by 128x128, {} shapes with m >= 4096, TFLOPS",
         "1d1d": "GEMM 1x128 by 1x128 (wgrad), {} shapes, TFLOPS",
+        "2d1d": "GEMM 128x128 by 1x128 (wgrad, x in blocks), {} shapes, TFLOPS",
     }
     rows = []
     for kind, name in names.items():
         of_kind = [r for r in gemm if r["gemm"] == kind and r["ratio"]]
-        of_kind = [r for r in of_kind if int(r["m"]) >= 4096 or kind == "1d1d"]
+        of_kind = [r for r in of_kind if int(r["m"]) >= 4096 or kind != "1d2d"]
         if not of_kind:
             continue
         ratios = [float(r["ratio"]) for r in of_kind]

@@ -93,6 +93,7 @@ PRESETS = {
 RECIPES = {
     "deepseek_v3": fp8jax.recipes.deepseek_v3,
     "deepseek_v3_fp32": functools.partial(fp8jax.recipes.deepseek_v3, scale="fp32"),
+    "blocked_wgrad": fp8jax.recipes.blocked_wgrad,
     "bf16_wgrad": fp8jax.recipes.bf16_wgrad,
 }
 

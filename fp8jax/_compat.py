@@ -8,6 +8,9 @@ import jax
 
 JAX_VERSION: tuple[int, ...] = jax.__version_info__
 
+# Whether a Mosaic GPU kernel may change a `jax.Ref` that it is called with.
+KERNELS_TAKE_REFS = JAX_VERSION >= (0, 11)
+
 
 def mosaic_load(ref: Any, layout: Any) -> jax.Array:
     """`plgpu.load` of a whole reference into registers in `layout`."""

@@ -128,7 +128,8 @@ class Gemm(Protocol):
 
     `lhs_scale` and `rhs_scale` have one entry a tile: `ceil(shape / tile)`, where both
     tiles span 128 columns. `acc = fma(partial * lhs_scale * rhs_scale, acc)` for every
-    chunk of 128, in order of k; the result is rounded once to `out_dtype`.
+    chunk of 128, in order of k; the result is rounded once to `out_dtype`. With
+    `accumulate`, float32 [m, n], that is float32 and added to it.
     """
 
     def __call__(
@@ -137,6 +138,7 @@ class Gemm(Protocol):
         lhs_scale: jax.Array,
         rhs: jax.Array,
         rhs_scale: jax.Array,
+        accumulate: jax.Array | None = None,
         *,
         lhs_tile: Tile,
         rhs_tile: Tile,

@@ -16,6 +16,7 @@ def scaled_matmul(
     rhs: QTensor,
     *,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    accumulate: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     r"""`lhs [m, k]` times `rhs [n, k]` transposed, promoted into FP32 every 128 of k.
@@ -26,9 +27,14 @@ def scaled_matmul(
     them; `q.T` turns a QTensor around.
 
     Args:
-        lhs: `[m, k]` in tiles of `(1, 128)`, or of any number of rows.
+        lhs: `[m, k]` in tiles of `(1, 128)`, or of any number of rows. A GPU kernel
+            takes 128 rows where the rhs has tiles of `(1, 128)`.
         rhs: `[n, k]` in tiles of `(128, 128)` or `(1, 128)`, or of any number of rows.
         out_dtype: bfloat16, float16 or float32; rounded to once, at the end.
+        accumulate: float32 `[m, n]` to which a float32 product is added, as in gradient
+            accumulation. On a GPU the kernel adds in place where XLA need not keep it
+            (donate it, or carry it through a loop), without another pass; a sum below
+            2^-126 may become 0 there.
         implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here.
 
     Returns:
@@ -65,16 +71,24 @@ def scaled_matmul(
             "scaled_matmul takes out_dtype bfloat16, float16 or float32, got "
             f"{out_dtype}."
         )
-    if _swapped(lhs.tile, rhs.tile):
-        return scaled_matmul(
-            rhs, lhs, out_dtype=out_dtype, implementation=implementation
-        ).T
+    out_shape = (lhs.shape[0], rhs.shape[0])
+    if accumulate is not None and (
+        np.dtype(out_dtype) != np.float32
+        or accumulate.dtype != np.float32
+        or accumulate.shape != out_shape
+    ):
+        raise ValueError(
+            "scaled_matmul takes accumulate as the product's shape in float32, and "
+            f"out_dtype float32 with it, got {accumulate.dtype}{accumulate.shape} for "
+            f"{np.dtype(out_dtype)}{out_shape}."
+        )
     return _dispatch.call(
         "gemm",
         lhs.data,
         lhs.scale,
         rhs.data,
         rhs.scale,
+        *(() if accumulate is None else (accumulate,)),
         implementation=implementation,
         lhs_tile=lhs.tile,
         rhs_tile=rhs.tile,
@@ -95,8 +109,6 @@ def gemm_implementation(
     Raises:
         NotImplementedError: If the implementation asked for cannot run here.
     """
-    if _swapped(lhs_spec.tile, rhs_spec.tile):
-        lhs_spec, rhs_spec = rhs_spec, lhs_spec
     shape = (_CONTRACTION_TILE, _CONTRACTION_TILE)
     arrays = []
     for spec in (lhs_spec, rhs_spec):
@@ -111,8 +123,3 @@ def gemm_implementation(
         rhs_tile=rhs_spec.tile,
         out_dtype=np.dtype(jnp.bfloat16),
     )
-
-
-def _swapped(lhs_tile: numerics.Tile, rhs_tile: numerics.Tile) -> bool:
-    # Kernels block the right operand; the transposed product has the same sums.
-    return lhs_tile[0] > rhs_tile[0]

@@ -1,6 +1,13 @@
 """Recipes: which GEMM is computed in which numbers."""
 
-from fp8jax.recipes._presets import PRESETS, bf16, bf16_wgrad, check_recipe, deepseek_v3
+from fp8jax.recipes._presets import (
+    PRESETS,
+    bf16,
+    bf16_wgrad,
+    blocked_wgrad,
+    check_recipe,
+    deepseek_v3,
+)
 from fp8jax.recipes._recipe import GemmSpec, Recipe, Residual
 from fp8jax.recipes._rules import (
     DEFAULT_SKIPS,
@@ -22,6 +29,7 @@ __all__ = [
     "Rule",
     "bf16",
     "bf16_wgrad",
+    "blocked_wgrad",
     "check_recipe",
     "deepseek_v3",
     "first_match",

@@ -5,6 +5,7 @@ from fp8jax.testing._assertions import (
     assert_product_within_float32,
     assert_same_bits,
 )
+from fp8jax.testing._configs import every_gemm_config
 from fp8jax.testing._data import (
     ALL_BF16,
     ALL_FP16,
@@ -30,6 +31,7 @@ __all__ = [
     "assert_same_bits",
     "bad_positions",
     "distinct_scales",
+    "every_gemm_config",
     "gemm_float64",
     "lognormal_tokens",
     "positive_uniform",

@@ -10,14 +10,13 @@ table that is there already is added to.
 """
 
 import argparse
-import dataclasses
 import os
 from collections.abc import Sequence
 
 from fp8jax.kernels import check_available, mosaic_gpu
-from fp8jax.kernels.mosaic_gpu import Entry, GemmProblem, Table
+from fp8jax.kernels.mosaic_gpu import GemmProblem, Table
 from fp8jax.tune._explain import explain
-from fp8jax.tune._measure import Timing, best, measure
+from fp8jax.tune._measure import best, measure
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,6 +82,11 @@ def _tune(
         check_available("mosaic_gpu")
     except NotImplementedError as reason:
         parser.error(f"measuring {reason} --explain works without one.")
+    try:
+        from fp8jax.tune import _view
+    except ModuleNotFoundError as error:
+        missing = (error.name or "rich").partition(".")[0]
+        parser.error(f"measuring needs {missing}: pip install 'fp8jax[tune]'.")
     keys = [problem.key for problem in problems]
     for problem in problems:
         if keys.count(problem.key) > 1:
@@ -102,59 +106,13 @@ def _tune(
         )
         timings = measure(problem, candidates, rounds=options.rounds)
         entry = best(problem, timings)
-        _print(problem, timings, entry)
+        _view.show(problem, timings, entry)
         if entry and options.out:
             # After each shape: what was measured stays if a later one fails.
             table = table.updated([entry])
             mosaic_gpu.write_table(options.out, table)
     if options.out:
         print(f"{len(table.entries)} entries in {options.out}")
-
-
-def _print(problem: GemmProblem, timings: list[Timing], entry: Entry | None) -> None:
-    # Not above: rich is needed for nothing but this table.
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    p = problem
-    title = f"{p.kind} m={p.m} n={p.n} k={p.k} {p.out_dtype}"
-    view = RichTable("config", "us", "TFLOPS", "compile s", "", title=title)
-    for i, timing in enumerate(timings):
-        chosen = entry is not None and timing.config == entry.config
-        note = ", ".join(
-            word
-            for word, holds in (
-                ("computed", i == 0),
-                ("[bold]fastest[/bold]", chosen),
-                (timing.note.replace("[", r"\["), timing.note),
-            )
-            if holds
-        )
-        work = 2 * p.m * p.n * p.k
-        view.add_row(
-            _brief(timing.config),
-            f"{timing.us:.2f}" if timing.us else "",
-            f"{work / timing.us * 1e-6:.0f}" if timing.us else "",
-            f"{timing.compile_s:.1f}",
-            note,
-        )
-    console = Console()
-    console.print(view)
-    total = sum(timing.compile_s for timing in timings)
-    if entry is None:
-        console.print("The computed config did not run: no entry.")
-        return
-    console.print(
-        f"{entry.us:.2f} us, {entry.computed_us / entry.us:.3f} times the computed "
-        f"config's speed. One shape compiles in {timings[0].compile_s:.1f} s, these "
-        f"{len(timings)} candidates took {total:.0f} s."
-    )
-
-
-def _brief(config: mosaic_gpu.GemmConfig) -> str:
-    fields = dataclasses.asdict(config)
-    shape = f"{fields.pop('block_m')}x{fields.pop('block_n')}"
-    return " ".join((shape, *(f"{name}={value}" for name, value in fields.items())))
 
 
 if __name__ == "__main__":

@@ -173,8 +173,12 @@ def _reasons(
         )
     if config.chunks > 1:
         reasons.append(
-            f"{config.chunks} chunks of {CHUNK} of k a stage, an accumulator each: one "
-            "is promoted while tensor cores fill the next."
+            f"A stage holds {config.chunks} chunks of {CHUNK} of k: one wait for all."
+        )
+    if config.accumulators > 1:
+        reasons.append(
+            f"{config.accumulators} products a warpgroup in flight: one is promoted "
+            "while tensor cores fill the next."
         )
     if problem.kind == "1d1d":
         reasons.append(

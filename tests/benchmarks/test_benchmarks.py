@@ -18,6 +18,7 @@ from benchmarks import (
     layer,
     plot_m,
     quantize,
+    sanitize,
 )
 from fp8jax.kernels import mosaic_gpu, xla
 
@@ -54,10 +55,11 @@ def rows(path):
 
 def test_gemm(on_cpu, monkeypatch):
     shapes = {"1d2d": [(8, 128, 128)], "1d1d": [(8, 128, 256)]}
+    shapes["2d1d"] = [(128, 8, 384)]
     monkeypatch.setattr(gemm, "SHAPES", shapes)
     run(monkeypatch, gemm, "--rounds 1 --commit abc")
-    one, two = rows(on_cpu / "gemm.csv")
-    assert (one["gemm"], two["k"], two["commit"]) == ("1d2d", "256", "abc")
+    one, two, three = rows(on_cpu / "gemm.csv")
+    assert (one["gemm"], two["k"], three["commit"]) == ("1d2d", "256", "abc")
     assert one["ratio"] == one["cublaslt_blockwise"] == ""
 
 
@@ -191,6 +193,61 @@ def test_contenders_take_turns():
     medians = _harness.alternate_clocks({n: clock(n) for n in names}, rounds=3)
     assert turns == ["a", "b"] * 3
     assert medians == {"a": 3.0, "b": 4.0}
+
+
+@pytest.fixture
+def fake_sanitizer(monkeypatch, tmp_path):
+    """A compute-sanitizer that finds something with racecheck, and says how it ran."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(
+        "#!/bin/sh\n"
+        'echo "$@" $XLA_PYTHON_CLIENT_PREALLOCATE\n'
+        'if [ "$2" = racecheck ]; then echo RACE; exit 9; fi\n'
+        "printf '%s\\n' a b c 'ERROR SUMMARY: 0 errors'\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+
+@pytest.mark.usefixtures("fake_sanitizer")
+def test_sanitizer_prints_last_lines_and_fails_where_one_found_something(
+    monkeypatch, capsys
+):
+    with pytest.raises(SystemExit, match="not clean: racecheck"):
+        run(monkeypatch, sanitize, "--tools memcheck racecheck")
+    printed = capsys.readouterr().out
+    assert "== memcheck\na\nb\nc\nERROR SUMMARY: 0 errors\n== racecheck" in printed
+    assert "--tool racecheck" in printed
+    assert "benchmarks.sanitize --inside false\nRACE" in printed
+    run(monkeypatch, sanitize, "--tools synccheck")
+
+
+def test_sanitizer_that_is_not_there_is_asked_for(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(SystemExit):
+        run(monkeypatch, sanitize)
+    assert "finds no compute-sanitizer" in capsys.readouterr().err
+
+
+def test_sanitized_program_compares_every_kernel(monkeypatch, capsys):
+    def multiply(*args, config, **static):
+        del config
+        return xla.gemm(*args, **static)
+
+    monkeypatch.setattr(sanitize, "every_gemm_config", lambda *_: [None])
+    for name in ("gemm", *(n for n in dir(xla) if n.startswith("quantize"))):
+        monkeypatch.setattr(sanitize.mosaic_gpu, name, getattr(xla, name))
+    monkeypatch.setattr(sanitize.mosaic_gpu, "multiply", multiply)
+    sanitize.run_kernels()
+    assert "results of Mosaic kernels are right" in capsys.readouterr().out
+
+    def wrong(*args, **static):
+        return multiply(*args, **static) + 1
+
+    monkeypatch.setattr(sanitize.mosaic_gpu, "multiply", wrong)
+    with pytest.raises(AssertionError, match="1d2d with None to bfloat16 of 1x64x128"):
+        sanitize.run_kernels()
 
 
 @pytest.mark.parametrize("op", quantize.OPS, ids=lambda op: op.what)

@@ -133,7 +133,7 @@ def edited_entry(path, config=(), **changes):
         (lambda p: edited_entry(p, speed=1), r"unknown fields \['speed'\]"),
         (lambda p: edited_entry(p, {"block_q": 1}), r"unknown fields \['block_q'\]"),
         (lambda p: edited_entry(p, {"block_m": "128"}), "config of block_m='128'"),
-        (lambda p: edited_entry(p, {"lowering": "Warp"}), "lowering='Warp'"),
+        (lambda p: edited_entry(p, {"split": "k"}), "split='k'"),
         (lambda p: edited_entry(p, {"stages": 40}), "bytes of shared memory"),
         (lambda p: edited_entry(p, {"stages": 0}), "a size below 1"),
     ],

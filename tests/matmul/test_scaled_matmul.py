@@ -109,11 +109,32 @@ def test_a_nan_weight_block_stays_in_its_columns():
     assert not bad[:, 256:].any()
 
 
-def test_a_blocked_left_operand_is_the_transposed_product():
+def test_a_blocked_left_operand():
     lhs, rhs = operand(0, 200, 300, BLOCK), operand(1, 70, 300, ONE)
     out = SCALED_MATMUL(lhs, rhs, out_dtype=jnp.float32)
-    np.testing.assert_array_equal(out, SCALED_MATMUL(rhs, lhs, out_dtype=jnp.float32).T)
     assert_product_within_float32(out, lhs, rhs)
+    np.testing.assert_array_equal(out, SCALED_MATMUL(rhs, lhs, out_dtype=jnp.float32).T)
+
+
+def test_accumulate_is_added_to():
+    lhs, rhs = operand(0, 40, 300, ONE), operand(1, 70, 300, ONE)
+    run = functools.partial(SCALED_MATMUL, lhs, rhs, out_dtype=jnp.float32)
+    start = jnp.arange(40 * 70, dtype=jnp.float32).reshape(40, 70)
+    np.testing.assert_array_equal(run(accumulate=start), start + run())
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "out_dtype", "got"),
+    [
+        (jnp.zeros((40, 71)), jnp.float32, r"float32\(40, 71\) for float32\(40, 70\)"),
+        (jnp.zeros((40, 70), jnp.bfloat16), jnp.float32, "bfloat16.* for float32"),
+        (jnp.zeros((40, 70)), jnp.bfloat16, "float32.* for bfloat16"),
+    ],
+)
+def test_accumulate_of_another_shape_or_dtype_is_refused(accumulate, out_dtype, got):
+    lhs, rhs = operand(0, 40, 300, ONE), operand(1, 70, 300, ONE)
+    with pytest.raises(ValueError, match=f"takes accumulate as .* got {got}"):
+        fp8jax.scaled_matmul(lhs, rhs, out_dtype=out_dtype, accumulate=accumulate)
 
 
 def test_jit_vmap_and_scan_agree():

@@ -18,6 +18,8 @@ PRESETS = {
     "deepseek_v3": recipes.deepseek_v3(),
     "deepseek_v3 fp32": recipes.deepseek_v3("fp32"),
     "fp8 residual": recipes.deepseek_v3(residual="fp8"),
+    "blocked_wgrad": recipes.blocked_wgrad(),
+    "blocked_wgrad fp8 residual": recipes.blocked_wgrad(residual="fp8"),
     "transposed residual": recipes.deepseek_v3(residual="fp8_transposed"),
     "bf16_wgrad": recipes.bf16_wgrad(),
 }

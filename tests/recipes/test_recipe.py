@@ -23,6 +23,15 @@ def test_deepseek_v3_is_the_report_s_table():
     assert recipes.deepseek_v3("fp32").wgrad.rhs.scale == "fp32"
 
 
+def test_blocked_wgrad_differs_from_deepseek_in_one_tile():
+    blocked = recipes.blocked_wgrad("fp32", residual="bf16")
+    assert blocked.wgrad.lhs.tile == (128, 128)
+    lhs = dataclasses.replace(blocked.wgrad.lhs, tile=(1, 128))
+    wgrad = dataclasses.replace(blocked.wgrad, lhs=lhs)
+    same = dataclasses.replace(blocked, wgrad=wgrad)
+    assert same == recipes.deepseek_v3("fp32", residual="bf16")
+
+
 def test_presets_say_what_is_off():
     assert recipes.bf16().is_off
     assert not recipes.bf16_wgrad().is_off

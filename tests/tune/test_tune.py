@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,7 @@ class FakeProgram:
 @pytest.fixture
 def fake_gpu(monkeypatch):
     """A GPU on which candidates take the less time the later they are listed."""
+    pytest.importorskip("rich")
     places = itertools.count()
     monkeypatch.setattr(_measure, "_operands", lambda problem: ())
     monkeypatch.setattr(_measure, "_jitted", lambda *_: FakeProgram(next(places)))
@@ -145,6 +147,16 @@ def test_two_shapes_of_one_bucket_are_refused(capsys):
     with pytest.raises(SystemExit):
         cli.main(["3900", "256", "256", "4000", "256", "256"])
     assert "m of 3585 to 4096 share one entry" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_without_rich_it_says_so_before_measuring(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.delitem(sys.modules, "fp8jax.tune._view", raising=False)
+    monkeypatch.delattr(tune, "_view", raising=False)
+    with pytest.raises(SystemExit):
+        cli.main(["128", "7168", "2048"])
+    assert "needs rich: pip install 'fp8jax[tune]'" in capsys.readouterr().err
 
 
 def test_a_gain_within_the_noise_keeps_the_computed_config():

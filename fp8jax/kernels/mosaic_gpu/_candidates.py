@@ -25,8 +25,9 @@ def gemm_candidates(
     """
     first = computed_config(kind, m, n, k, out_dtype, num_sms)
     found = [first]
-    for block_m, block_n, chunks in itertools.product(
-        _BLOCKS_M, _BLOCKS_N, (1, 2) if k > CHUNK else (1,)
+    chunk_pairs = ((1, 1), (2, 1), (2, 2)) if k > CHUNK else ((1, 1),)
+    for block_m, block_n, (chunks, accumulators) in itertools.product(
+        _BLOCKS_M, _BLOCKS_N, chunk_pairs
     ):
         if block_m >= 2 * max(m, _BLOCKS_M[0]) or block_n >= 2 * max(n, _BLOCKS_N[0]):
             continue
@@ -39,6 +40,7 @@ def gemm_candidates(
             # A warpgroup multiplies 64 rows at least: 64 can only be split along n.
             split="n" if block_m == _BLOCKS_M[0] else "m",
             chunks=chunks,
+            accumulators=accumulators,
         )
         deep = (dataclasses.replace(shape, stages=depth) for depth in _DEPTHS)
         fitting = next((c for c in deep if refusal(kind, c) is None), None)

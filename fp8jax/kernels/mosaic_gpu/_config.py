@@ -72,18 +72,14 @@ def gemm_1d2d_config(m: int, n: int, k: int, num_sms: int) -> GemmConfig:
     """
     chunks = 2 if k > CHUNK else 1
     narrow = functools.partial(
-        GemmConfig,
-        chunks=chunks,
-        accumulators=chunks,
-        stages=4,
-        cluster=1,
-        scales_ahead=True,
+        GemmConfig, accumulators=chunks, cluster=1, scales_ahead=True
     )
     if m <= 64:
-        # 64 columns keep too few bytes in flight once the rhs is long.
-        return narrow(64, 128 if k >= 8192 else 64, "n")
+        # Decoding waits for memory: long stages take fewer copies for the same bytes.
+        long = k > 2 * CHUNK
+        return narrow(64, 64, "n", chunks=4 if long else chunks, stages=3)
     if m <= 128 and -(-n // 128) < num_sms:
-        return narrow(128, 64, "m")
+        return narrow(128, 64, "m", chunks=chunks, stages=4)
     # A cluster pays where there is more than one wave of blocks.
     fills = -(-m // 128) * -(-n // 128) > num_sms
     return GemmConfig(

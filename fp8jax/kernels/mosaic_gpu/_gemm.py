@@ -1,7 +1,8 @@
 """The FP8 GEMM: checks, padding and the block shape.
 
 Two products go by the tiles of the right operand: 1d2d, 128x128 (fprop and dgrad), and
-1d1d, 1x128 (wgrad, whose contraction runs over tokens).
+1d1d, 1x128 (wgrad, whose contraction runs over tokens). With the left operand in
+128x128 tiles, 1d2d makes the transposed product and stores it turned around.
 """
 
 import functools
@@ -9,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from fp8jax import _compat
 from fp8jax.kernels._contract import Tile
 from fp8jax.kernels.mosaic_gpu._choose import choose_config
 from fp8jax.kernels.mosaic_gpu._common import (
@@ -28,9 +30,11 @@ from fp8jax.kernels.mosaic_gpu._problem import GemmKind
 
 _OUT_DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float32, jnp.float16)))
 _FP8_DTYPES = tuple(map(jnp.dtype, (jnp.float8_e4m3fn, jnp.float8_e5m2)))
-_LHS_TILE = (1, CHUNK)
-# By the tile of the rhs.
-_KINDS: dict[Tile, GemmKind] = {(CHUNK, CHUNK): "1d2d", (1, CHUNK): "1d1d"}
+_ROW: Tile = (1, CHUNK)
+_BLOCK: Tile = (CHUNK, CHUNK)
+_TILES = ((_ROW, _BLOCK), (_ROW, _ROW), (_BLOCK, _ROW))  # Of (lhs, rhs).
+# By the tile of the rhs. With a blocked lhs 1d2d makes the transposed product.
+_KINDS: dict[Tile, GemmKind] = {_BLOCK: "1d2d", _ROW: "1d1d"}
 
 
 def gemm(
@@ -38,6 +42,7 @@ def gemm(
     lhs_scale: jax.Array,
     rhs: jax.Array,
     rhs_scale: jax.Array,
+    accumulate: jax.Array | None = None,
     *,
     lhs_tile: Tile,
     rhs_tile: Tile,
@@ -53,11 +58,15 @@ def gemm(
     cost a zero-padded copy.
 
     Args:
-        lhs: FP8 [m, k], in tiles of `lhs_tile` = (1, 128).
-        lhs_scale: float32 [m, ceil(k / 128)].
+        lhs: FP8 [m, k], in tiles of `lhs_tile`: (1, 128), or (128, 128) with a rhs in
+            (1, 128) (wgrad with x in blocks: 1d2d that stores its product transposed).
+        lhs_scale: float32 [ceil(m / lhs_tile[0]), ceil(k / 128)].
         rhs: FP8 [n, k] of the same dtype, in tiles of `rhs_tile` = (128, 128) (1d2d:
             fprop, dgrad) or (1, 128) (1d1d: wgrad).
         rhs_scale: float32 [ceil(n / rhs_tile[0]), ceil(k / 128)].
+        accumulate: float32 [m, n] to add the product to, in place where XLA need not
+            keep it, and without a read of it where m and n need no padding. Before JAX
+            0.11 it costs one more pass.
         lhs_tile: the tile of `lhs_scale`.
         rhs_tile: the tile of `rhs_scale`.
         out_dtype: bfloat16, float32 or float16.
@@ -74,10 +83,10 @@ def gemm(
     Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.2.
     """
     lhs_tile, rhs_tile = (lhs_tile[0], lhs_tile[1]), (rhs_tile[0], rhs_tile[1])
-    if lhs_tile != _LHS_TILE or rhs_tile not in _KINDS:
+    if (lhs_tile, rhs_tile) not in _TILES:
         raise NotImplementedError(
-            "mosaic_gpu gemm takes (lhs_tile, rhs_tile) of ((1, 128), (128, 128)) or "
-            f"((1, 128), (1, 128)), got ({lhs_tile}, {rhs_tile})."
+            f"mosaic_gpu gemm takes (lhs_tile, rhs_tile) of {_TILES}, got "
+            f"({lhs_tile}, {rhs_tile})."
         )
     if lhs.dtype not in _FP8_DTYPES or lhs.dtype != rhs.dtype:
         raise NotImplementedError(
@@ -89,12 +98,20 @@ def gemm(
             "mosaic_gpu gemm returns bfloat16, float32 or float16, got "
             f"out_dtype={jnp.dtype(out_dtype)}."
         )
+    if accumulate is not None and not _compat.KERNELS_TAKE_REFS:
+        product = functools.partial(
+            gemm, lhs_tile=lhs_tile, rhs_tile=rhs_tile, out_dtype=out_dtype
+        )
+        return accumulate + product(lhs, lhs_scale, rhs, rhs_scale)
     # The kernel stores no float16.
     stored = jnp.float32 if jnp.dtype(out_dtype) == jnp.float16 else out_dtype
     run = mapped_under_vmap(
-        functools.partial(multiply, rhs_tile=rhs_tile, out_dtype=stored)
+        functools.partial(
+            multiply, lhs_tile=lhs_tile, rhs_tile=rhs_tile, out_dtype=stored
+        )
     )
-    return run(lhs, lhs_scale, rhs, rhs_scale).astype(out_dtype)
+    added = () if accumulate is None else (accumulate,)
+    return run(lhs, lhs_scale, rhs, rhs_scale, *added).astype(out_dtype)
 
 
 @in_32_bits
@@ -103,34 +120,67 @@ def multiply(
     lhs_scale: jax.Array,
     rhs: jax.Array,
     rhs_scale: jax.Array,
+    accumulate: jax.Array | None = None,
     *,
     rhs_tile: Tile,
     out_dtype: jax.typing.DTypeLike,
+    lhs_tile: Tile = _ROW,
     config: GemmConfig | None = None,
 ) -> jax.Array:
     """`gemm` of what the kernel takes, with a block shape of one's own choice.
 
     Args:
-        lhs, lhs_scale, rhs, rhs_scale, rhs_tile: as in `gemm`.
+        lhs, lhs_scale, rhs, rhs_scale, accumulate, lhs_tile, rhs_tile: as in `gemm`.
         out_dtype: bfloat16 or float32.
         config: the block shape; None takes `choose_config`'s.
     """
+    run = functools.partial(
+        _multiply, accumulate=accumulate, out_dtype=out_dtype, config=config
+    )
+    if lhs_tile[0] > 1:
+        return run(rhs, rhs_scale, lhs, lhs_scale, lhs_tile, transposed=True)
+    return run(lhs, lhs_scale, rhs, rhs_scale, rhs_tile)
+
+
+def _multiply(
+    lhs: jax.Array,
+    lhs_scale: jax.Array,
+    rhs: jax.Array,
+    rhs_scale: jax.Array,
+    rhs_tile: Tile,
+    *,
+    accumulate: jax.Array | None,
+    out_dtype: jax.typing.DTypeLike,
+    config: GemmConfig | None,
+    transposed: bool = False,
+) -> jax.Array:
+    """Pads and launches: [m, n], or [n, m] where `transposed`."""
     (m, k), n = lhs.shape, rhs.shape[0]
-    rows, sms = rhs_tile[0] == 1, num_sms()
+    scale_rows, sms = rhs_tile[0] == 1, num_sms()
     if config is None:
         stored = jnp.dtype(out_dtype).name
         config = choose_config(_KINDS[rhs_tile], m, n, k, stored, sms)
-    # The quantization kernel writes [k / 128, m]: XLA cancels the transposes.
-    lhs_scale = zero_pad(lhs_scale.T, (1, ROW_MULTIPLE))
-    columns = COLUMN_MULTIPLE if n > FEWEST_COLUMNS else FEWEST_COLUMNS
+    # The contiguous side of the output has slices to fill.
+    rows, columns = ROW_MULTIPLE, ROW_MULTIPLE
+    if transposed:
+        rows = COLUMN_MULTIPLE if m > FEWEST_COLUMNS else FEWEST_COLUMNS
+    else:
+        columns = COLUMN_MULTIPLE if n > FEWEST_COLUMNS else FEWEST_COLUMNS
+    if accumulate is not None:
+        accumulate = zero_pad(
+            accumulate, (columns, rows) if transposed else (rows, columns)
+        )
     out = gemm_padded(
-        zero_pad(lhs, (ROW_MULTIPLE, CHUNK)),
-        lhs_scale,
+        zero_pad(lhs, (rows, CHUNK)),
+        # The quantization kernel writes [k / 128, m]: XLA cancels the transposes.
+        zero_pad(lhs_scale.T, (1, rows)),
         zero_pad(rhs, (columns, CHUNK)),
-        zero_pad(rhs_scale.T, (1, columns)) if rows else rhs_scale,
+        zero_pad(rhs_scale.T, (1, columns)) if scale_rows else rhs_scale,
         out_dtype=out_dtype,
         config=config,
         num_sms=sms,
-        rhs_scale_rows=rows,
+        rhs_scale_rows=scale_rows,
+        transposed=transposed,
+        accumulate=accumulate,
     )
-    return out[:m, :n]
+    return out[:n, :m] if transposed else out[:m, :n]

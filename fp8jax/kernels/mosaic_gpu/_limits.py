@@ -15,15 +15,17 @@ def smem_bytes(kind: GemmKind, config: GemmConfig) -> int:
 
 
 def accumulator_registers(config: GemmConfig) -> int:
-    """Registers of a thread that hold sums: one set a chunk, and the promoted one."""
-    return config.wg_m * config.wg_n // _THREADS * (config.chunks + 1)
+    """Registers of a thread that hold sums: the products in flight, and the total."""
+    return config.wg_m * config.wg_n // _THREADS * (config.accumulators + 1)
 
 
 def refusal(kind: GemmKind, config: GemmConfig) -> str | None:
     """Why the kernel cannot run `config`, or None."""
-    counts = (config.chunks, config.stages, config.cluster, config.wg_m, config.wg_n)
-    if min(counts) < 1:
+    counts = (config.chunks, config.accumulators, config.stages, config.cluster)
+    if min(*counts, config.wg_m, config.wg_n) < 1:
         return f"has a size below 1: {config}"
+    if config.chunks % config.accumulators:
+        return f"has {config.chunks=}, no multiple of {config.accumulators=}"
     if (needed := smem_bytes(kind, config)) > SMEM_BYTES:
         return f"needs {needed} bytes of shared memory, a CTA has {SMEM_BYTES}"
     if config.wg_m % _WGMMA_ROWS or config.wg_n % _STORED_COLUMNS:

@@ -67,9 +67,9 @@ class Table:
 
 @functools.cache
 def kernel_revision() -> str:
-    """A hash of the GEMM kernels' code: any change to it makes every table stale."""
+    """A hash of this package's code: any change to it makes every table stale."""
     digest = hashlib.sha256()
-    for path in sorted(pathlib.Path(__file__).parent.glob("_gemm*.py")):
+    for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

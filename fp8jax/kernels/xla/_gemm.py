@@ -16,6 +16,7 @@ def gemm(
     lhs_scale: jax.Array,
     rhs: jax.Array,
     rhs_scale: jax.Array,
+    accumulate: jax.Array | None = None,
     *,
     lhs_tile: numerics.Tile,
     rhs_tile: numerics.Tile,
@@ -34,6 +35,18 @@ def gemm(
                 f"xla gemm takes tiles of {PROMOTION_INTERVAL} along the contraction, "
                 f"got {name}_tile={tile}."
             )
+    if lhs_tile[0] > rhs_tile[0]:
+        # One order of operands, one set of bits: XLA may sum the other one otherwise.
+        return gemm(
+            rhs,
+            rhs_scale,
+            lhs,
+            lhs_scale,
+            None if accumulate is None else accumulate.T,
+            lhs_tile=rhs_tile,
+            rhs_tile=lhs_tile,
+            out_dtype=out_dtype,
+        ).T
     (m, k), n = lhs.shape, rhs.shape[0]
     chunks = -(-k // PROMOTION_INTERVAL)
     edge = -k % PROMOTION_INTERVAL
@@ -50,7 +63,8 @@ def gemm(
         return acc + partial * (l_scale[:, None] * r_scale[None, :])
 
     acc = jnp.zeros((m, n), jnp.float32)
-    return lax.fori_loop(0, chunks, promote, acc).astype(out_dtype)
+    out = lax.fori_loop(0, chunks, promote, acc).astype(out_dtype)
+    return out if accumulate is None else accumulate + out
 
 
 def _columns(x: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
