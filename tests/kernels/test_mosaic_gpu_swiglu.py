@@ -1,8 +1,9 @@
 """SwiGLU and its gradient, fused with quantization: the oracle's numbers.
 
 In interpret mode both compute in the same spelling with the same exponential, and the
-bits are the same. On a GPU XLA's exponential and division differ from Mosaic's in the
-last bits of float32: h rounds to another 16-bit number in about 2^-14 of elements.
+bits are the same. On a GPU, exponential and root are one instruction each there: h is
+off by up to (13 + 1.5 |gate|) 2^-24 (`mosaic_gpu._swiglu`), so one in 2^9 elements at
+|gate| = 16 may round to another bfloat16, and one in 16 of those to another code.
 """
 
 import contextlib
@@ -82,16 +83,16 @@ def test_interpreted_is_the_oracle(op, dtype, tile, tile_t):
 
 @interpreted
 @each_op
+@pytest.mark.parametrize("warpgroups", [1, 2])
 @pytest.mark.parametrize("buffers", [1, 2])
-def test_interpreted_two_warpgroups_share_a_block(op, buffers, monkeypatch):
+def test_interpreted_warpgroups_share_a_block(op, buffers, warpgroups, monkeypatch):
     plain = _blocks.blocks_config
-    monkeypatch.setattr(
-        _blocks,
-        "blocks_config",
-        lambda *problem: dataclasses.replace(
-            plain(*problem), buffers=buffers, warpgroups=2
-        ),
-    )
+
+    def config(**problem):
+        found = plain(**problem)
+        return dataclasses.replace(found, buffers=buffers, warpgroups=warpgroups)
+
+    monkeypatch.setattr(_blocks, "blocks_config", config)
     assert_same_bits(*_pair(op, _inputs(op, (136, 130), jnp.bfloat16), _interpreting))
 
 

@@ -97,8 +97,12 @@ def quantize_padded(
     multiple = BLOCK if any(d.transposed for d in directions) else 8
     inputs = tuple(zero_pad(x, (multiple, BLOCK)) for x in inputs)
     if config is None:
-        itemsize = inputs[0].dtype.itemsize
-        config = blocks_config(len(inputs), itemsize, values * len(directions))
+        config = blocks_config(
+            inputs=len(inputs),
+            itemsize=inputs[0].dtype.itemsize,
+            outputs=values * len(directions),
+            boxes=any(d.tile != ROW for d in directions),
+        )
     outputs = launch(
         inputs, directions, fmt, compute=compute, values=values, config=config
     )

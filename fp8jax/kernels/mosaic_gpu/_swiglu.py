@@ -32,6 +32,12 @@ def quantize_swiglu(gate: jax.Array, up: jax.Array, **how: Any) -> tuple[Directi
 
     Raises:
         NotImplementedError: For other tiles or dtypes.
+
+    Error: h, before it is rounded, is off by at most (13 + 1.5 |g|) 2^-24, relatively:
+    2^-22 of `ex2.approx` and 1.5 |g| 2^-24 of its argument, twice 2^-22.9 of
+    `rsqrt.approx`, and four roundings. That is below a bfloat16's half ulp, 2^-9, for
+    every g whose sigmoid is no subnormal. Beyond, h is -0 or as small; a large g gives
+    g u, an infinite one of either sign or a NaN gives NaN or an infinity, and so NaN.
     """
     (h,) = _quantize("quantize_swiglu", _swiglu.swiglu, 1, (gate, up), **how)
     return (h,)
@@ -55,6 +61,9 @@ def quantize_swiglu_gradient(
 
     Raises:
         NotImplementedError: For other tiles or dtypes.
+
+    Error: dup as h in `quantize_swiglu`; dgate is within as much of |dh u| sigma
+    (1 + |g|), whose last factor may cancel.
     """
     name, compute = "quantize_swiglu_gradient", _swiglu.swiglu_gradient
     dgate, dup = _quantize(name, compute, 2, (gate, up, dh), **how)
