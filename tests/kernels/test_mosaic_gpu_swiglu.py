@@ -111,7 +111,7 @@ def _with_special_values(op: str) -> list[jax.Array]:
     inputs[-1][130, 200] = -np.inf
     inputs[-2][10, 130] = -np.inf
     inputs[-1][:, 40:50] = 0
-    inputs[-1][64:128, :128] = 1e-40
+    inputs[-1][64:128, :128] = 1e-30
     inputs[-2][:, 250] = 1e4
     inputs[-2][:, 251] = -1e4
     return [jnp.asarray(x) for x in inputs]
