@@ -123,7 +123,6 @@ def _check_vmap(shape, context) -> None:
 
 @each_shape
 @pytest.mark.parametrize(("dtype", "x64"), [("bfloat16", False), ("float32", True)])
-@interpreted
 def test_lowers_for_cuda(shape, dtype, x64):
     with jax.enable_x64(x64):
         traced = jax.jit(_op(mosaic_gpu)).trace(*_inputs(shape, dtype))
