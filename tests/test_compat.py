@@ -164,3 +164,48 @@ def test_plain_calls_are_told_from_those_with_options():
     assert _compat.is_plain_call(plain.params)
     donating = eqn_of("jit", jax.jit(lambda x: x * 2, donate_argnums=0), 1.0)
     assert not _compat.is_plain_call(donating.params)
+
+
+def test_private_names_of_sharded_tracing_are_there():
+    from jax._src import config, core, named_sharding
+
+    for module, name in (
+        (config, "_check_vma"),
+        (core, "extend_axis_env_nd"),
+        (core, "unmapped_aval"),
+        (named_sharding, "UNSPECIFIED"),
+    ):
+        assert hasattr(module, name), f"{module.__name__} lost {name}"
+
+
+def test_types_in_a_shard_map_tell_what_varies_and_its_context_is_rebuilt():
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("a")
+
+    def double(x):
+        assert _compat.varying_axes(jax.typeof(x)) == {"a"}
+        return x * 2
+
+    mapped = jax.shard_map(double, mesh=mesh, in_specs=spec, out_specs=spec)
+    eqn = eqn_of("shard_map", mapped, jnp.ones(8))
+    assert _compat.manual_axes(eqn.params) == {"a"}
+    inner = _compat.open_jaxpr(eqn.params["jaxpr"]).eqns[-1]
+    aval = inner.outvars[0].aval
+    for context in (
+        _compat.TracingContext.of(inner),
+        _compat.TracingContext.inside(eqn, varies=True),
+    ):
+        with context.entered():
+            traced = jax.make_jaxpr(lambda x: jax.lax.psum(x, "a"))(aval)
+        assert not _compat.varying_axes(traced.out_avals[0])
+
+
+def test_explicit_shardings_are_told_from_automatic_ones():
+    kinds = jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto
+    seen = []
+    for kind in kinds:
+        mesh = jax.make_mesh((8,), ("a",), axis_types=(kind,))
+        with jax.set_mesh(mesh):
+            x = jax.device_put(jnp.ones(8), jax.sharding.PartitionSpec("a"))
+            jax.eval_shape(lambda x: seen.append(_compat.is_explicit(jax.typeof(x))), x)
+    assert seen == [True, False]
