@@ -56,8 +56,9 @@ class Recipe:
         residual: what the forward pass keeps of `x` and `W`: `"bf16"`, the arrays as
             they came, quantized the other way in the backward pass; or `"fp8"`, the
             codes that wgrad and dgrad will read, made by the read of `x` and `W` that
-            makes the forward pass's: half the bytes and the same bits, at the cost of
-            an array of codes more where `x` is kept for something else anyway.
+            makes the forward pass's: half the bytes and the same bits (of products
+            split over devices, with power-of-two scales only), at the cost of an array
+            of codes more where `x` is kept for something else anyway.
 
     Raises:
         ValueError: If gradients have 128x128 tiles, or `"fp8"` residuals have a GEMM

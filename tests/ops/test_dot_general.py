@@ -11,6 +11,7 @@ import pytest
 
 import fp8jax
 from fp8jax import numerics, ops, recipes
+from fp8jax.ops import _spread
 from fp8jax.testing import lognormal_tokens
 
 DIMS = (((1,), (0,)), ((), ()))  # x [m, k] times w [k, n]
@@ -106,6 +107,13 @@ def test_each_gemm_is_the_product_of_its_own_tiles_bit_for_bit(scale):
     assert not np.array_equal(dw, product(quantize(x.T, tile), wrong_dout))
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """As where no array can be split: the tests' process has eight devices."""
+    monkeypatch.setattr(_spread, "_is_only_device", lambda: True)
+
+
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("scale", ["pow2", "fp32"])
 @pytest.mark.parametrize("dims", [DIMS, (((1,), (1,)), ((), ()))])
 def test_fp8_residuals_change_no_bit(dims, scale):
@@ -120,6 +128,20 @@ def test_fp8_residuals_change_no_bit(dims, scale):
     chex.assert_trees_all_equal(codes, kept)
 
 
+@pytest.mark.parametrize("dims", [DIMS, (((1,), (1,)), ((), ()))])
+def test_fp8_residuals_change_no_bit_of_products_that_may_be_split(dims):
+    x, w, dout = layer()
+    w = w if dims == DIMS else w.T
+    kept, codes = (
+        with_gradients(
+            fp8_dot(recipes.deepseek_v3(residual=residual), dims), x, w, dout
+        )
+        for residual in ("bf16", "fp8")
+    )
+    chex.assert_trees_all_equal(codes, kept)
+
+
+@pytest.mark.usefixtures("one_device")
 def test_codes_for_two_products_come_from_one_read():
     x, w, dout = layer()
 
