@@ -147,12 +147,20 @@ def _whole(
     out_dtype: np.dtype,
     implementation: str | None,
 ) -> jax.Array:
-    operands = (lhs, layout.lhs, specs[0]), (rhs, layout.rhs, specs[1])
     q_lhs, q_rhs = (
-        in_contraction_order(
-            quantize_operand(x, operand, operand.stored(spec), implementation), operand
+        _once(
+            functools.partial(
+                quantize_along,
+                contraction=operand.contraction,
+                spec=spec,
+                implementation=implementation,
+            ),
+            operand,
+        )(operand.arrange(x))
+        for x, operand, spec in (
+            (lhs, layout.lhs, specs[0]),
+            (rhs, layout.rhs, specs[1]),
         )
-        for x, operand, spec in operands
     )
     return multiply_operands(q_lhs, q_rhs, layout, out_dtype, implementation)
 
@@ -181,7 +189,7 @@ def _split(
 def quantize_operand(
     x: jax.Array, operand: Operand, spec: QuantSpec, implementation: str | None
 ) -> QTensor:
-    """The first half of `quantized_dot`: codes of one operand, where they are stored.
+    """The first half of a product: codes of one operand, where they are stored.
 
     Args:
         x: as `dot_general` takes it.
@@ -235,7 +243,7 @@ def multiply_operands(
     out_dtype: np.dtype,
     implementation: str | None,
 ) -> jax.Array:
-    """The second half of `quantized_dot`: the product of the codes.
+    """The second half of a product: that of the codes.
 
     Args:
         lhs, rhs: `[*batch, free, contraction]`.
