@@ -1,0 +1,6 @@
+"""Checkpoints in DeepSeek-V3's format: FP8 weights with a scale for each tile."""
+
+from fp8jax.checkpoint._error import CheckpointError
+from fp8jax.checkpoint._reader import Reader, Weight
+
+__all__ = ["CheckpointError", "Reader", "Weight"]
