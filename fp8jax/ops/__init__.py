@@ -1,7 +1,9 @@
 """Operations with gradients, given a recipe."""
 
 from fp8jax.matmul import MARK, gemm_implementation
+from fp8jax.ops._by_recipe import ByRecipe, attention_products, takes_own_product
 from fp8jax.ops._dot_general import dot_general
+from fp8jax.ops._einsum import einsum
 from fp8jax.ops._gemm import (
     INPUT_DTYPES,
     in_contraction_order,
@@ -15,9 +17,12 @@ from fp8jax.ops._layout import Layout, Operand, plan
 __all__ = [
     "INPUT_DTYPES",
     "MARK",
+    "ByRecipe",
     "Layout",
     "Operand",
+    "attention_products",
     "dot_general",
+    "einsum",
     "gemm_implementation",
     "in_contraction_order",
     "multiply_operands",
@@ -25,4 +30,5 @@ __all__ = [
     "plan",
     "quantize_operand",
     "quantized_dot",
+    "takes_own_product",
 ]
