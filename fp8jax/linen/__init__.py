@@ -1,5 +1,13 @@
 """Flax Linen layers whose matrix products run in FP8."""
 
-from fp8jax.linen._dense import Dense
+from fp8jax.linen._attention import MultiHeadAttention, MultiHeadDotProductAttention
+from fp8jax.linen._dense import Dense, DenseGeneral
+from fp8jax.linen._einsum import Einsum
 
-__all__ = ["Dense"]
+__all__ = [
+    "Dense",
+    "DenseGeneral",
+    "Einsum",
+    "MultiHeadAttention",
+    "MultiHeadDotProductAttention",
+]

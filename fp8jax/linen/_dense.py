@@ -1,34 +1,31 @@
-"""`flax.linen.Dense` with an FP8 product: the layer is Flax's, the product is ours.
+"""Flax Linen's dense layers with an FP8 product: the layer is Flax's, the product ours.
 
 Invariant: parameters, their names, shapes, dtypes, initial values and partitioning
-metadata are those of `flax.linen.Dense`, because its code makes them.
+metadata are those of Flax's layer, because its code makes them.
 """
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
-import jax
 
-from fp8jax.ops import dot_general
+from fp8jax import ops
 from fp8jax.recipes import Recipe
 
 
-@dataclasses.dataclass(frozen=True)
-class _DotGeneral:
-    """`fp8jax.dot_general` with its recipe bound, for Flax's `dot_general` slot.
-
-    Equal by value, which `functools.partial` is not: two equal layers must compare
-    equal, since a Module is often a static argument of `jax.jit`.
-    """
-
-    recipe: Recipe | None
-    implementation: str | None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
-        return dot_general(
-            *args, recipe=self.recipe, implementation=self.implementation, **kwargs
-        )
+def _fill_slot(layer: Any) -> None:
+    """Puts the FP8 product into Flax's slot, unless the user's own is there."""
+    # `clone` hands back the product set below: rebuild it, as `recipe` may differ.
+    if isinstance(layer.dot_general, ops.ByRecipe):
+        layer.dot_general = None
+    recipe, implementation = layer.recipe, layer.implementation
+    if not ops.takes_own_product(
+        f"fp8jax.linen.{type(layer).__name__}",
+        recipe,
+        implementation,
+        dot_general=layer.dot_general,
+        dot_general_cls=layer.dot_general_cls,
+    ):
+        layer.dot_general = ops.ByRecipe(ops.dot_general, recipe, implementation)
 
 
 class Dense(nn.Dense):
@@ -57,16 +54,27 @@ class Dense(nn.Dense):
     implementation: str | None = None
 
     def __post_init__(self) -> None:
-        # `clone` hands back the product set below: rebuild it, as `recipe` may differ.
-        if isinstance(self.dot_general, _DotGeneral):
-            self.dot_general = None
-        if self.dot_general is None and self.dot_general_cls is None:
-            self.dot_general = _DotGeneral(self.recipe, self.implementation)
-        elif self.recipe is not None or self.implementation is not None:
-            raise ValueError(
-                "fp8jax.linen.Dense takes recipe= and implementation= for its own FP8 "
-                "product, or a product of yours as dot_general= or dot_general_cls=, "
-                f"got both: {self.recipe=}, {self.implementation=}, "
-                f"{self.dot_general=}, {self.dot_general_cls=}."
-            )
+        _fill_slot(self)
+        super().__post_init__()
+
+
+class DenseGeneral(nn.DenseGeneral):
+    """A linear map over any dimensions, to any number of them, in FP8.
+
+    A drop-in for `flax.linen.DenseGeneral`, as `Dense` is for Flax's: `kernel`
+    [*batch, *in, *features] and `bias` [*batch, *features]. The contracted dimensions
+    are one contraction, in tiles of 128 of all of them together.
+
+    Attributes:
+        recipe, implementation, dot_general, dot_general_cls: As in `Dense`.
+
+    Raises:
+        ValueError: As `Dense` does.
+    """
+
+    recipe: Recipe | None = None
+    implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        _fill_slot(self)
         super().__post_init__()

@@ -1,16 +1,17 @@
-"""`flax.nnx.Linear` with an FP8 product: the layer is Flax's, the product is ours.
+"""Flax NNX's linear layers with an FP8 product: the layer is Flax's, the product ours.
 
 Invariant: parameters, their names, shapes, dtypes, initial values and metadata are
-those of `flax.nnx.Linear`, because its code makes them.
+those of Flax's layer, because its code makes them. Products are methods in the place
+of Flax's attributes, so that a recipe that is reassigned counts from the next call.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 
-from fp8jax.ops import dot_general as fp8_dot_general
+from fp8jax import ops
 from fp8jax.recipes import Recipe
 
 
@@ -51,16 +52,13 @@ class Linear(nnx.Linear):
         implementation: str | None = None,
         **options: Any,
     ):
-        if dot_general is not None:
-            if recipe is not None or implementation is not None:
-                raise ValueError(
-                    "fp8jax.nnx.Linear takes recipe= and implementation= for its own "
-                    "FP8 product, or a product of yours as dot_general=, got both: "
-                    f"{recipe=}, {implementation=}, {dot_general=}."
-                )
+        own = ops.takes_own_product(
+            "fp8jax.nnx.Linear", recipe, implementation, dot_general=dot_general
+        )
+        if own:
             options["dot_general"] = dot_general
         super().__init__(in_features, out_features, rngs=rngs, **options)
-        if dot_general is None:
+        if not own:
             # Flax has just stored its default, which would hide the method below.
             del self.dot_general
         self.recipe = recipe
@@ -68,6 +66,104 @@ class Linear(nnx.Linear):
 
     def dot_general(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Returns `fp8jax.dot_general(...)` under this layer's recipe."""
-        return fp8_dot_general(
+        return ops.dot_general(
+            *args, recipe=self.recipe, implementation=self.implementation, **kwargs
+        )
+
+
+class LinearGeneral(nnx.LinearGeneral):
+    """A linear map over any dimensions, to any number of them, in FP8.
+
+    A drop-in for `flax.nnx.LinearGeneral`, as `Linear` is for Flax's: `kernel`
+    [*batch, *in_features, *out_features], `bias` [*batch, *out_features]. The
+    contracted dimensions are one contraction, in tiles of 128 of all of them together.
+
+    Args:
+        in_features: Sizes of the contracted dimensions.
+        out_features: Sizes of the dimensions that replace them.
+        dot_general: A product of your own in place of the FP8 one, as in Flax. It
+            excludes `recipe` and `implementation`.
+        dot_general_cls: A factory of such a product, likewise.
+        rngs: Keys for the initializers.
+        recipe, implementation: As in `Linear`.
+        **options: Every other argument of `flax.nnx.LinearGeneral`, with its default.
+
+    Raises:
+        ValueError: If `dot_general` or `dot_general_cls` comes together with `recipe`
+            or `implementation`.
+    """
+
+    def __init__(
+        self,
+        in_features: int | Sequence[int],
+        out_features: int | Sequence[int],
+        *,
+        dot_general: Callable[..., jax.Array] | None = None,
+        dot_general_cls: Any = None,
+        rngs: nnx.Rngs,
+        recipe: Recipe | None = None,
+        implementation: str | None = None,
+        **options: Any,
+    ):
+        slots = {"dot_general": dot_general, "dot_general_cls": dot_general_cls}
+        own = ops.takes_own_product(
+            "fp8jax.nnx.LinearGeneral", recipe, implementation, **slots
+        )
+        super().__init__(in_features, out_features, rngs=rngs, **slots, **options)
+        if not own:
+            del self.dot_general  # As in Linear.
+        self.recipe = recipe
+        self.implementation = implementation
+
+    dot_general = Linear.dot_general
+
+
+class Einsum(nnx.Einsum):
+    """An einsum of the input and a kernel, in FP8.
+
+    A drop-in for `flax.nnx.Einsum`, as `Linear` is for Flax's. In `fp8jax.ops.einsum`
+    the kernel is quantized as the weight however the equation orders its result.
+
+    Args:
+        einsum_str: Equation of the input and the kernel, "nta,hab->nthb".
+        kernel_shape: Shape of the kernel.
+        bias_shape: Shape of the bias; None for no bias.
+        einsum_op: A product of your own in place of the FP8 one, as in Flax. It
+            excludes `recipe` and `implementation`. Flax's default, the unquantized
+            `jax.numpy.einsum`, is one too.
+        rngs: Keys for the initializers.
+        recipe, implementation: As in `Linear`.
+        **options: Every other argument of `flax.nnx.Einsum`, with its default there.
+
+    Raises:
+        ValueError: If `einsum_op` comes together with `recipe` or `implementation`.
+    """
+
+    def __init__(
+        self,
+        einsum_str: str,
+        kernel_shape: Sequence[int],
+        bias_shape: Sequence[int] | None = None,
+        *,
+        einsum_op: Callable[..., jax.Array] | None = None,
+        rngs: nnx.Rngs,
+        recipe: Recipe | None = None,
+        implementation: str | None = None,
+        **options: Any,
+    ):
+        own = ops.takes_own_product(
+            "fp8jax.nnx.Einsum", recipe, implementation, einsum_op=einsum_op
+        )
+        if own:
+            options["einsum_op"] = einsum_op
+        super().__init__(einsum_str, kernel_shape, bias_shape, rngs=rngs, **options)
+        if not own:
+            del self.einsum_op  # As in Linear.
+        self.recipe = recipe
+        self.implementation = implementation
+
+    def einsum_op(self, *args: Any, **kwargs: Any) -> jax.Array:
+        """Returns `fp8jax.ops.einsum(...)` under this layer's recipe."""
+        return ops.einsum(
             *args, recipe=self.recipe, implementation=self.implementation, **kwargs
         )

@@ -1,7 +1,9 @@
 """Operations with gradients, given a recipe."""
 
 from fp8jax.matmul import MARK, gemm_implementation
+from fp8jax.ops._by_recipe import ByRecipe, attention_products, takes_own_product
 from fp8jax.ops._dot_general import dot_general
+from fp8jax.ops._einsum import einsum
 from fp8jax.ops._gemm import (
     INPUT_DTYPES,
     in_contraction_order,
@@ -17,10 +19,13 @@ from fp8jax.ops._spread import Spread, spread, spread_of_mesh, spread_of_shardin
 __all__ = [
     "INPUT_DTYPES",
     "MARK",
+    "ByRecipe",
     "Layout",
     "Operand",
     "Spread",
+    "attention_products",
     "dot_general",
+    "einsum",
     "gemm_implementation",
     "in_contraction_order",
     "multiply_operands",
@@ -32,4 +37,5 @@ __all__ = [
     "spread",
     "spread_of_mesh",
     "spread_of_sharding",
+    "takes_own_product",
 ]
