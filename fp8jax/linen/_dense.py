@@ -9,8 +9,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
-from fp8jax.ops import dot_general
+from fp8jax.ops import dot_general, static_weight_dot
+from fp8jax.quant import QTensor
 from fp8jax.recipes import Recipe
 
 
@@ -40,6 +42,10 @@ class Dense(nn.Dense):
     `dtype`, or in the common dtype of `x` and the parameters. Only the three matrix
     products (fprop, dgrad, wgrad) are in FP8; the bias is added in the output's dtype.
 
+    For inference the parameter `kernel` may be a QTensor [in, features], as
+    `fp8jax.checkpoint.load(..., layout="flax")` gives it. The activation is quantized
+    online and the weight never inflated; the layer has no gradient then.
+
     Attributes:
         recipe: How the three products are quantized; None is
             `fp8jax.recipes.deepseek_v3()`.
@@ -50,7 +56,7 @@ class Dense(nn.Dense):
 
     Raises:
         ValueError: If `dot_general` or `dot_general_cls` comes together with `recipe`
-            or `implementation`.
+            or `implementation`, or with a QTensor as the kernel.
     """
 
     recipe: Recipe | None = None
@@ -70,3 +76,32 @@ class Dense(nn.Dense):
                 f"{self.dot_general=}, {self.dot_general_cls=}."
             )
         super().__post_init__()
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Applies the layer to `inputs` [..., in]."""
+        kernel = self.get_variable("params", "kernel")
+        if not isinstance(kernel, QTensor):
+            return super().__call__(inputs)
+        name = "fp8jax.linen.Dense"
+        if not isinstance(self.dot_general, _DotGeneral):
+            raise ValueError(
+                f"{name} with a QTensor kernel takes no product of yours, got "
+                f"{self.dot_general=}, {self.dot_general_cls=}."
+            )
+        if kernel.shape[-1:] != (self.features,):
+            raise ValueError(
+                f"{name} with features={self.features} got a QTensor kernel of shape "
+                f"{kernel.shape}."
+            )
+        bias = self.get_variable("params", "bias") if self.use_bias else None
+        inputs, bias = self.promote_dtype(inputs, bias, dtype=self.dtype)
+        assert inputs is not None
+        y = static_weight_dot(
+            name,
+            inputs,
+            kernel,
+            out_dtype=inputs.dtype,
+            recipe=self.recipe,
+            implementation=self.implementation,
+        )
+        return y if bias is None else y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))

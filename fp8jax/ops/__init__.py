@@ -11,6 +11,7 @@ from fp8jax.ops._gemm import (
     quantized_dot,
 )
 from fp8jax.ops._layout import Layout, Operand, plan
+from fp8jax.ops._static_weight import static_weight_dot
 
 __all__ = [
     "INPUT_DTYPES",
@@ -25,4 +26,5 @@ __all__ = [
     "plan",
     "quantize_operand",
     "quantized_dot",
+    "static_weight_dot",
 ]
