@@ -94,13 +94,13 @@ class Dense(nn.Dense):
                 f"{kernel.shape}."
             )
         bias = self.get_variable("params", "bias") if self.use_bias else None
-        inputs, bias = self.promote_dtype(inputs, bias, dtype=self.dtype)
-        assert inputs is not None
+        x, bias = self.promote_dtype(inputs, bias, dtype=self.dtype)
+        assert x is not None
         y = static_weight_dot(
             name,
-            inputs,
+            x,
             kernel,
-            out_dtype=inputs.dtype,
+            out_dtype=x.dtype,
             recipe=self.recipe,
             implementation=self.implementation,
         )
