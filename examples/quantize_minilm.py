@@ -140,9 +140,10 @@ def find_docstrings(count: int) -> list[str]:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):
             continue
-        kinds = ast.Module | ast.ClassDef | ast.FunctionDef
-        nodes = (node for node in ast.walk(tree) if isinstance(node, kinds))
-        for text in map(ast.get_docstring, nodes):
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                continue
+            text = ast.get_docstring(node)
             if text and len(text) >= MIN_CHARACTERS:
                 found[text] = None
     texts = list(found)
@@ -175,13 +176,14 @@ def compare(exact: np.ndarray, quantized: np.ndarray) -> dict[str, float]:
     """Mean cosine, Spearman's correlation of all pairs, same nearest neighbours."""
     above = np.triu_indices(len(exact), 1)
     pairs = [(e @ e.T)[above] for e in (exact, quantized)]
-    ranks = [np.argsort(np.argsort(p)) for p in pairs]  # No two pairs are tied.
+    # No two pairs are tied.
+    first, second = (np.argsort(np.argsort(p)).astype(np.float64) for p in pairs)
     nearest = [
         np.argmax(e @ e.T - 2 * np.eye(len(e)), axis=1) for e in (exact, quantized)
     ]
     return {
         "mean cosine": float(np.mean(np.sum(exact * quantized, axis=1))),
-        "Spearman of pairs": float(np.corrcoef(*ranks)[0, 1]),
+        "Spearman of pairs": float(np.corrcoef(first, second)[0, 1]),
         "same nearest neighbour": float(np.mean(nearest[0] == nearest[1])),
     }
 
