@@ -15,6 +15,7 @@ from fp8jax.ops._gemm import (
 )
 from fp8jax.ops._layout import Layout, Operand, plan
 from fp8jax.ops._spread import Spread, spread, spread_of_mesh, spread_of_sharding
+from fp8jax.ops._static_weight import static_weight_dot
 
 __all__ = [
     "INPUT_DTYPES",
@@ -37,5 +38,6 @@ __all__ = [
     "spread",
     "spread_of_mesh",
     "spread_of_sharding",
+    "static_weight_dot",
     "takes_own_product",
 ]
