@@ -51,6 +51,18 @@ def with_parts(jaxpr: Any, **parts: Any) -> Any:
     return jaxpr.replace(jaxpr=inner.replace(**parts))
 
 
+def function_name(call: Any) -> str:
+    """The name of the function that a custom_jvp or custom_vjp equation calls."""
+    return str(open_jaxpr(call.params["call_jaxpr"]).debug_info.func_name)
+
+
+def bind(eqn: Any, *operands: Any) -> Any:
+    """What an equation computes of other operands, to be differentiated as it would."""
+    with eqn.ctx.manager:
+        params = eqn.primitive.get_bind_params(eqn.params)
+        return eqn.primitive.bind(*operands, **params)
+
+
 def is_plain_call(params: dict[str, Any]) -> bool:
     """Whether a jit equation says no more than which function it calls."""
     shardings = (*params["in_shardings"], *params["out_shardings"])

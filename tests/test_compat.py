@@ -159,6 +159,25 @@ def test_scans_have_room_for_more_constants():
     assert _compat.scan_counts(_compat.with_scan_slices(scan.params, 2)) == (1, 1)
 
 
+def test_calls_with_a_gradient_rule_tell_their_name_and_are_called_again():
+    @jax.custom_vjp
+    def double(x):
+        return x * 2
+
+    double.defvjp(lambda x: (double(x), None), lambda _, dy: (dy * 3,))
+    identity = jax.custom_jvp(lambda x: x)
+    identity.defjvp(lambda p, t: (p[0], t[0]))
+    for name in ("custom_vjp_call", "custom_jvp_call"):
+        eqn = eqn_of(name, lambda x: identity(double(x)), 1.0)
+        assert {"call_jaxpr", "num_consts", "symbolic_zeros"} <= set(eqn.params), (
+            sorted(eqn.params)
+        )
+        assert hasattr(eqn.primitive, "get_bind_params"), "_compat.bind"
+    eqn = eqn_of("custom_vjp_call", double, 1.0)
+    assert _compat.function_name(eqn) == "double"
+    assert jax.grad(lambda x: _compat.bind(eqn, x)[0])(1.0) == 3.0
+
+
 def test_plain_calls_are_told_from_those_with_options():
     plain = eqn_of("jit", jax.jit(lambda x: x * 2), 1.0)
     assert _compat.is_plain_call(plain.params)

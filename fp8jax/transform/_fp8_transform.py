@@ -17,6 +17,7 @@ from fp8jax.transform._arguments import (
     without_marks,
 )
 from fp8jax.transform._carry import carry_codes
+from fp8jax.transform._custom_rules import check_custom_rules, with_custom_rules
 from fp8jax.transform._devices import spread_of_program
 from fp8jax.transform._harvest import harvest
 from fp8jax.transform._hoist import hoist
@@ -37,7 +38,7 @@ from fp8jax.transform._residuals import residual_bytes
 from fp8jax.transform._roles import assign, is_whole_step
 from fp8jax.transform._rules import RULES, opaque
 from fp8jax.transform._statistics import named_statistics
-from fp8jax.transform._values import Scope
+from fp8jax.transform._values import Dot, Scope
 
 NO_DERIVATIVE = (
     "fp8_transform: products in FP8 have no forward-mode and no second derivative. "
@@ -59,6 +60,7 @@ def fp8_transform(
     min_dim: int = 128,
     implementation: str | None = None,
     stats: bool = False,
+    custom_rules: Sequence[str] = (),
 ) -> "Fp8Function":
     """`fn`, jitted, with its layers' matrix products in FP8.
 
@@ -100,6 +102,9 @@ def fp8_transform(
             with the names `sqnr_db`, `underflow`, `saturated` and `amax`, float32. The
             last axis is for the two operands in the order of `Recipe`'s table; axes
             before it are the iterations of the scans around the product.
+        custom_rules: patterns of names of functions with a `jax.custom_vjp` or
+            `jax.custom_jvp`, for a forward function: those that match as a whole are
+            rewritten with their gradient rules. In a whole step all are, without it.
 
     Returns:
         A callable with `fn`'s signature. It is a jitted function: traced once for each
@@ -120,7 +125,10 @@ def fp8_transform(
     check_weights(weights)
     if not isinstance(min_dim, int) or min_dim < 0:
         raise ValueError(f"fp8_transform takes min_dim >= 0, got {min_dim!r}.")
-    policy = Policy(recipe or deepseek_v3(), rules, min_dim, implementation, stats)
+    custom_rules = check_custom_rules(custom_rules)
+    policy = Policy(
+        recipe or deepseek_v3(), rules, min_dim, implementation, stats, custom_rules
+    )
     options = ArgumentOptions.of(
         fn, static_argnums, static_argnames, donate_argnums, donate_argnames
     )
@@ -246,10 +254,19 @@ class Fp8Function:
         flow.walk(jaxpr, inputs, Scope())
         dots = [flow.dots[position] for position in sorted(flow.dots)]
         mask = weight_mask(self._weights, leaves, dots)
-        assignments = assign(dots, mask, [leaf.size for leaf in leaves])
-        spread = max(key.spread, spread_of_program(jaxpr))
+        sizes = [leaf.size for leaf in leaves]
+
+        def decide(
+            dots: Sequence[Dot], whole_step: bool, programs: Sequence[Any]
+        ) -> Plan:
+            found = assign(dots, mask, sizes)
+            spread = max(key.spread, *map(spread_of_program, (jaxpr, *programs)))
+            return make_plan(found, leaves, self._policy, whole_step, spread, mask)
+
         whole_step = is_whole_step(dots)
-        plan = make_plan(assignments, leaves, self._policy, whole_step, spread, mask)
+        plan = decide(dots, whole_step, ())
+        if self._policy.custom_rules and not whole_step:
+            plan = with_custom_rules(plan, flow, self._policy, decide)
         return jaxpr, jax.tree.structure(out), plan
 
     def _ordered_leaves(
@@ -313,6 +330,12 @@ def _warn(report: Report, policy: Policy, name: str) -> None:
         warnings.warn(
             f"fp8_transform({name}): the rule {pattern!r} matched no layer's weight; "
             "see .report(*args).",
+            stacklevel=2,
+        )
+    for pattern in report.unmatched_custom_rules:
+        warnings.warn(
+            f"fp8_transform({name}): {pattern!r} in custom_rules is the name of no "
+            "function with a custom_vjp or custom_jvp; see .report(*args).",
             stacklevel=2,
         )
     if not any(row.status == "fp8" for row in report.rows) and not policy.recipe.is_off:

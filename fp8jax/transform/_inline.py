@@ -11,6 +11,7 @@ from jax.extend import core
 
 from fp8jax import _compat, ops
 from fp8jax.transform._interpreter import splice, sub_jaxprs, with_sub_jaxprs
+from fp8jax.transform._values import HAND_WRITTEN_CALLS
 
 _PRODUCTS = ("dot_general",)
 # Constructs whose jaxprs may change; all others stay as they came.
@@ -28,12 +29,19 @@ _ENTERED = (
 )
 
 
-def inline_calls(jaxpr: Any) -> Any:
+def inline_calls(jaxpr: Any, hand_written: bool = False) -> Any:
     """The same program, without calls of plain jitted functions with products.
 
     Names of the equations within get those of the call before them. A function with
     shardings, donation or compiler options of its own stays a call, and so do ours.
+
+    Args:
+        jaxpr: the program.
+        hand_written: whether calls with a gradient rule of their own are written out,
+            too: for a program that is never differentiated.
     """
+    written_out = ("jit", "pjit", *(HAND_WRITTEN_CALLS if hand_written else ()))
+    entered = {*_ENTERED, *written_out}
     done: dict[int, Any] = {}
     holds: dict[int, bool] = {}
 
@@ -64,13 +72,13 @@ def inline_calls(jaxpr: Any) -> Any:
         for eqn in inner.eqns:
             eqn = eqn.replace(invars=[read(x) for x in eqn.invars]) if env else eqn
             name = eqn.primitive.name
-            subs = sub_jaxprs(eqn) if name in _ENTERED and not _is_ours(eqn) else []
+            subs = sub_jaxprs(eqn) if name in entered and not _is_ours(eqn) else []
             if not any(map(has_products, subs)):
                 eqns.append(eqn)
                 continue
             subs = [visit(sub) for sub in subs]
             body = _compat.open_jaxpr(subs[0])
-            if name not in ("jit", "pjit") or not _is_plain(eqn, body):
+            if name not in written_out or not _is_plain(eqn, body):
                 eqns.append(with_sub_jaxprs(eqn, subs))
                 continue
             made, results = splice(body, eqn.invars, _named_after(eqn))
@@ -88,6 +96,8 @@ def _is_ours(eqn: Any) -> bool:
 
 def _is_plain(eqn: Any, body: Any) -> bool:
     """Whether the call means no more than its equations."""
+    if eqn.primitive.name in HAND_WRITTEN_CALLS:
+        return not body.constvars
     return not body.constvars and _compat.is_plain_call(eqn.params)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.extend import core
 
 from fp8jax import _compat
-from fp8jax.transform._values import Dot, Position, Scope, Value
+from fp8jax.transform._values import Dot, HandWritten, Position, Scope, Value
 
 # Gives an equation's results from its operands, and tells `Flow` of the dots in it.
 FlowRule = Callable[["Flow", Any, Sequence[Value], Scope], Sequence[Value]]
@@ -139,6 +139,7 @@ class Flow:
     Attributes:
         closure: `Value.leaves` of arrays that are no arguments.
         dots: every product found, by position.
+        hand_written: every call with a gradient rule of its own found, by position.
     """
 
     def __init__(self, rules: Mapping[str, FlowRule], default: FlowRule, closure: int):
@@ -154,6 +155,7 @@ class Flow:
         self._numbers: dict[Hashable, int] = {}
         self._keys: list[Hashable] = []
         self.dots: dict[Position, Dot] = {}
+        self.hand_written: dict[Position, HandWritten] = {}
 
     def number(self, *key: Hashable) -> int:
         """One integer for each distinct key."""

@@ -23,6 +23,7 @@ from fp8jax.recipes import (
 from fp8jax.transform._leaves import Leaf
 from fp8jax.transform._report import Report, Row, describe_tiles
 from fp8jax.transform._roles import UNCLEAR, Assignment, Role
+from fp8jax.transform._rule_call import RuleCall
 from fp8jax.transform._values import MARKED, Dot, Position, Side, other_side
 
 SPLIT = "sharded over devices, and a GPU kernel cannot be split"
@@ -39,6 +40,8 @@ class Policy:
         min_dim: of the last default rule, which skips narrower weights.
         implementation: as in `fp8jax.dot_general`.
         stats: whether quantization errors are measured, too.
+        custom_rules: patterns of names of functions with a gradient rule of their own
+            that are rewritten, rule and all.
     """
 
     recipe: Recipe
@@ -46,6 +49,7 @@ class Policy:
     min_dim: int
     implementation: str | None
     stats: bool = False
+    custom_rules: tuple[str, ...] = ()
 
     def rule_for(self, path: str, role: GemmName, k: int, n: int) -> Rule | None:
         rules = (*self.rules, *DEFAULT_SKIPS, skip_narrow(self.min_dim))
@@ -113,21 +117,18 @@ class Plan:
 
     Attributes:
         replacements: by position; what is not here stays as it is.
+        measured: paths and roles of the products in FP8 that stand in the program
+            itself, in order.
         report: tells about all of them.
         whole_step: whether the function holds a backward pass.
         is_weight: for each leaf of the arguments, whether it is a parameter.
     """
 
-    replacements: Mapping[Position, Replacement]
+    replacements: Mapping[Position, Replacement | RuleCall]
+    measured: tuple[tuple[str, Role], ...]
     report: Report
     whole_step: bool
     is_weight: tuple[bool, ...]
-
-    @property
-    def measured(self) -> list[tuple[str, Role]]:
-        """Paths and roles of the products in FP8, in program order."""
-        rows = self.report.rows
-        return [(row.path, row.role) for row in rows if row.tiles]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +173,7 @@ def make_plan(
     unmatched = tuple(rule.pattern for rule in policy.rules if rule not in matched)
     return Plan(
         replacements,
+        tuple((row.path, row.role) for row in rows if row.tiles),
         Report(tuple(rows), unmatched, _notes(policy, assignments)),
         whole_step,
         tuple(bool(weights >> i & 1) for i, _ in enumerate(leaves)),

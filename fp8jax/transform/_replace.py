@@ -35,6 +35,7 @@ from fp8jax.transform._plan import (
     Replacement,
     specs_of,
 )
+from fp8jax.transform._rule_call import RuleCall
 
 # Equal ones of one value are known to be equal: each layer may cast its input itself.
 _VIEWS = ("convert_element_type", "reshape", "transpose")
@@ -63,8 +64,8 @@ class Replacer:
         self._trace = functools.cache(_traced)
 
     def __call__(
-        self, jaxpr: Any, planned: Mapping[int, Replacement]
-    ) -> Callable[[Any, Replacement], list[Any]]:
+        self, jaxpr: Any, planned: Mapping[int, Replacement | RuleCall]
+    ) -> Callable[[Any, Replacement | RuleCall], list[Any]]:
         return _InJaxpr(jaxpr, planned, self._trace, self._statistics).replace
 
 
@@ -74,7 +75,7 @@ class _InJaxpr:
     def __init__(
         self,
         jaxpr: Any,
-        planned: Mapping[int, Replacement],
+        planned: Mapping[int, Replacement | RuleCall],
         trace: Callable[..., Any],
         statistics: bool,
     ):
@@ -106,7 +107,11 @@ class _InJaxpr:
             if what.early and side == what.first:
                 passes.add("forward")
 
-    def replace(self, eqn: Any, what: Replacement) -> list[Any]:
+    def replace(self, eqn: Any, what: Replacement | RuleCall) -> list[Any]:
+        if isinstance(what, RuleCall):
+            eqns, results = self._calls(what, eqn, *eqn.invars)
+            assert eqns[-1].outvars == results, "one call gives all results"
+            return [*eqns[:-1], eqns[-1].replace(outvars=eqn.outvars)]
         if isinstance(what, QuantizedDot) and not what.split:
             eqns = self._shared(eqn, what)
         else:

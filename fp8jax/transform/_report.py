@@ -46,6 +46,7 @@ class Report:
     Attributes:
         rows: one for each matrix product, in program order.
         unmatched_rules: patterns of the rules that were about no product.
+        unmatched_custom_rules: patterns of `custom_rules` that name no function.
         notes: what else the user would not expect.
         residual_bytes: what the forward pass of a whole step keeps for its backward
             pass, but for weights and their codes; None for a forward function.
@@ -57,6 +58,7 @@ class Report:
     notes: tuple[str, ...] = ()
     residual_bytes: int | None = None
     plain_residual_bytes: int | None = None
+    unmatched_custom_rules: tuple[str, ...] = ()
 
     def with_residuals(self, fp8: int, plain: int) -> "Report":
         """The report with bytes of residuals, transformed and as they came."""
@@ -100,6 +102,7 @@ class Report:
                 "rows": [dataclasses.asdict(row) for row in self.rows],
                 "fraction": self.fraction,
                 "unmatched_rules": list(self.unmatched_rules),
+                "unmatched_custom_rules": list(self.unmatched_custom_rules),
                 "notes": list(self.notes),
                 "residual_bytes": self.residual_bytes,
                 "plain_residual_bytes": self.plain_residual_bytes,
@@ -119,6 +122,10 @@ class Report:
             )
             lines.append(f"Kept for the backward pass: {fp8}; without FP8: {plain}.")
         lines += [f"Rule that matched nothing: {p!r}" for p in self.unmatched_rules]
+        lines += [
+            f"Name in custom_rules that matched nothing: {p!r}"
+            for p in self.unmatched_custom_rules
+        ]
         return [*lines, *self.notes]
 
 

@@ -9,11 +9,21 @@ from typing import Any
 
 from fp8jax import _compat, numerics, ops
 from fp8jax.transform._interpreter import Flow, FlowRule, sub_jaxprs
-from fp8jax.transform._values import MARKED, SIDES, Dot, Scope, Side, Value
+from fp8jax.transform._values import (
+    HAND_WRITTEN_CALLS,
+    MARKED,
+    SIDES,
+    Dot,
+    HandWritten,
+    Scope,
+    Side,
+    Value,
+)
 
 OURS = "inside a function of fp8jax"
 HAND_WRITTEN = (
-    "hand-written VJP: left as it is (transform the whole step to rewrite its rules)"
+    "hand-written VJP: left as it is (transform the whole step to rewrite its rules, "
+    "or name it in custom_rules=)"
 )
 OWN_PARTITIONING = "inside custom_partitioning: left as it is"
 OWN_VMAP = "inside custom_vmap_call: left as it is"
@@ -50,12 +60,6 @@ _CALLS = (
     "pjit",
     "remat",
     "remat2",
-)
-_HAND_WRITTEN = (
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "custom_vjp_call_jaxpr",
-    "custom_lin",
 )
 
 
@@ -161,6 +165,14 @@ def _call(
     if len(invars) != len(operands):
         return opaque(flow, eqn, operands, scope)
     return flow.walk(jaxprs[0], operands, scope.inside(blocked=blocked))
+
+
+def _hand_written(
+    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
+) -> Sequence[Value]:
+    """The function without its rule, which nothing here knows."""
+    flow.hand_written[scope.position] = HandWritten(eqn, tuple(operands), scope)
+    return _call(flow, eqn, operands, scope, blocked=HAND_WRITTEN)
 
 
 def _marked(
@@ -371,10 +383,11 @@ RULES: dict[str, FlowRule] = {
     **dict.fromkeys(_VIEWS, _view),
     **dict.fromkeys(_SLICES, _slice),
     **dict.fromkeys(_CALLS, _call),
-    **dict.fromkeys(_HAND_WRITTEN, functools.partial(_call, blocked=HAND_WRITTEN)),
+    **dict.fromkeys(HAND_WRITTEN_CALLS, _hand_written),
     "broadcast_in_dim": _broadcast,
     "cond": _cond,
     "conv_general_dilated": _convolution,
+    "custom_lin": functools.partial(_call, blocked=HAND_WRITTEN),
     "custom_partitioning": functools.partial(_call, blocked=OWN_PARTITIONING),
     "custom_vmap_call": functools.partial(_call, blocked=OWN_VMAP),
     "dot_general": _dot_general,

@@ -9,6 +9,7 @@ Position = tuple[int, ...]  # equation, sub-jaxpr, equation, ..., equation
 Phase = Literal["outside", "forward", "recompute", "backward"]
 Side = Literal["lhs", "rhs"]
 SIDES: tuple[Side, Side] = ("lhs", "rhs")
+HAND_WRITTEN_CALLS = ("custom_jvp_call", "custom_vjp_call")
 MARKED = "fp8jax"  # The `Dot.primitive` of one of our own products.
 
 
@@ -188,6 +189,21 @@ class Dot:
             sides = self.free("lhs") * self.free("rhs")
             flops = 2 * self.batch * sides * self.contraction
         return flops * self.scope.times
+
+
+@dataclasses.dataclass(frozen=True)
+class HandWritten:
+    """A call of a function with a gradient rule of its own.
+
+    Attributes:
+        eqn: the call.
+        operands: as abstract values.
+        scope: where it stands.
+    """
+
+    eqn: Any
+    operands: tuple[Value, ...]
+    scope: Scope
 
 
 def other_side(side: Side) -> Side:

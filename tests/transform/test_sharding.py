@@ -278,6 +278,34 @@ def test_outer_jit_of_sharded_arguments_adds_no_collective():
     check(train_step(), args, fp8_transform(train_step()))
 
 
+def layer(params, x):
+    return jnp.tanh(x @ params["up"])
+
+
+def layer_step(params, x):
+    def loss(params):
+        return jnp.mean(layer(params, x) ** 2)
+
+    return jax.tree.map(jnp.subtract, params, jax.grad(loss)(params))
+
+
+@pytest.mark.parametrize("fn", [layer, layer_step])
+def test_vmap_of_sharded_products_is_that_of_each_entry(fn):
+    fp8_fn = fp8_transform(fn)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    params, x = {"up": normal(0, 3, D, HIDDEN)}, normal(1, 3, 8 * TOKENS, D)
+    each = [fp8_fn(jax.tree.map(lambda p, i=i: p[i], params), x[i]) for i in range(3)]
+    wanted = jax.tree.map(lambda *entries: jnp.stack(entries), *each)
+    sharded = jax.device_put(x, NamedSharding(mesh, P(None, "data")))
+    mapped = jax.vmap(fp8_fn)
+    crossed = jax.vmap(jax.vmap(fp8_fn, (None, 0)), (0, None))(params, sharded)
+    diagonal = jax.tree.map(lambda a: jnp.stack([a[i, i] for i in range(3)]), crossed)
+    # For wgrad, devices may add tokens up in another order.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    for found in (mapped(params, sharded), jax.jit(mapped)(params, sharded), diagonal):
+        jax.tree.map(close, found, wanted)
+
+
 def test_layer_of_sharded_arguments_without_the_transform_adds_no_collective():
     def forward(dot):
         def run(params, x):
