@@ -95,7 +95,7 @@ def with_scan_slices(params: dict[str, Any], count: int) -> dict[str, Any]:
 
 
 def _with_scan_operands(params: dict[str, Any], consts: int, xs: int) -> dict[str, Any]:
-    from jax._src import flattree  # Since 0.12.
+    from jax._src import flattree  # pyright: ignore (since 0.12)
 
     sizes = list(map(len, params["ft_in"].unpack()))
     sizes = sizes[0] + consts, sizes[1], sizes[2] + xs
@@ -119,7 +119,7 @@ def with_results(params: dict[str, Any], count: int) -> dict[str, Any]:
         if name in params:
             more[name] = (*params[name], *[value] * count)
     if "ft_out" in params:  # Of a scan, since 0.12.
-        from jax._src import flattree
+        from jax._src import flattree  # pyright: ignore (since 0.12)
 
         carry, ys = params["ft_out"].unpack()
         ys = flattree.nones(len(ys) + count)

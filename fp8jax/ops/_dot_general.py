@@ -163,6 +163,10 @@ _ONE_DERIVATIVE = (
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(product: _Product, x: jax.Array, w: jax.Array) -> jax.Array:
+    return _forward(product, x, w)
+
+
+def _forward(product: _Product, x: jax.Array, w: jax.Array) -> jax.Array:
     gemm = product.recipe.fprop
     if gemm is None:
         return product.plain(x, w)
@@ -178,7 +182,7 @@ def _fprop(product: _Product, x: jax.Array, w: jax.Array) -> tuple[jax.Array, An
     recipe = product.recipe
     fprop, dgrad, wgrad = recipe.fprop, recipe.dgrad, recipe.wgrad
     if recipe.residual == "bf16":
-        return _matmul(product, x, w), (x, w)
+        return _forward(product, x, w), (x, w)
     assert fprop is not None  # The recipe checks it of residuals in FP8.
     assert dgrad is not None
     assert wgrad is not None
@@ -186,7 +190,7 @@ def _fprop(product: _Product, x: jax.Array, w: jax.Array) -> tuple[jax.Array, An
     q_x, q_x_t = product.quantize_both(x, x_side, fprop.lhs, wgrad.lhs)
     q_w, q_w_t = product.quantize_both(w, w_side, fprop.rhs, dgrad.rhs)
     if product.split:  # A product of codes alone would gather them.
-        out = _matmul(product, x, w)
+        out = _forward(product, x, w)
     else:
         out = product.multiply(q_x, q_w, product.out_dtype)
     return out, (q_x_t, q_w_t)
