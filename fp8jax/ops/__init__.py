@@ -13,6 +13,7 @@ from fp8jax.ops._gemm import (
     quantized_dot,
 )
 from fp8jax.ops._layout import Layout, Operand, plan
+from fp8jax.ops._swiglu import swiglu_mlp
 
 __all__ = [
     "INPUT_DTYPES",
@@ -30,5 +31,6 @@ __all__ = [
     "plan",
     "quantize_operand",
     "quantized_dot",
+    "swiglu_mlp",
     "takes_own_product",
 ]

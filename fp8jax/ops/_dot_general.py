@@ -1,24 +1,26 @@
 """`jax.lax.dot_general` with its three GEMMs in FP8."""
 
-import dataclasses
 import functools
 from typing import Any
 
 import jax
-import numpy as np
 from jax import lax
 
-from fp8jax.matmul import scaled_matmul
 from fp8jax.ops._derivatives import refuse_derivatives
-from fp8jax.ops._gemm import (
-    check_inputs,
-    output_dtype,
-    quantize_along,
-    quantize_both_ways,
+from fp8jax.ops._gemm import check_inputs, output_dtype
+from fp8jax.ops._layout import plan
+from fp8jax.ops._product import (
+    ONE_DERIVATIVE,
+    Product,
+    dgrad_of,
+    input_codes,
+    weight_codes,
+    wgrad_input,
+    wgrad_of,
 )
-from fp8jax.ops._layout import Operand, plan
-from fp8jax.quant import QTensor, QuantSpec, requantize
-from fp8jax.recipes import GemmSpec, Recipe, check_recipe, deepseek_v3
+from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
+
+_ONE_DERIVATIVE = ONE_DERIVATIVE.format(name="dot_general")
 
 
 def dot_general(
@@ -80,7 +82,7 @@ def dot_general(
         )
     check_inputs(name, lhs, rhs)
     layout = plan(lhs.shape, rhs.shape, dimension_numbers, name)
-    product = _Product(
+    product = Product(
         x=layout.lhs,
         w=layout.rhs,
         out_dtype=output_dtype(name, lhs, rhs, preferred_element_type),
@@ -97,52 +99,8 @@ def dot_general(
     return out.reshape(layout.out_shape)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Product:
-    """What is static in `y [m, n] = x w`, and the product's three GEMMs."""
-
-    x: Operand
-    w: Operand
-    out_dtype: np.dtype
-    x_dtype: np.dtype
-    w_dtype: np.dtype
-    precision: Any
-    recipe: Recipe
-    implementation: str | None
-
-    def plain(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        """The product as `lax.dot_general` computes it."""
-        dims = (((self.x.contraction,), (self.w.contraction,)), ((), ()))
-        return lax.dot_general(x, w, dims, self.precision, self.out_dtype)
-
-    def quantize(self, x: jax.Array, contraction: int, spec: QuantSpec) -> QTensor:
-        return quantize_along(x, contraction, spec, self.implementation)
-
-    def quantize_both(
-        self, x: jax.Array, contraction: int, spec: QuantSpec, spec_t: QuantSpec
-    ) -> tuple[QTensor, QTensor]:
-        return quantize_both_ways(x, contraction, spec, spec_t, self.implementation)
-
-    def requantize(self, q: QTensor, spec: QuantSpec) -> QTensor:
-        if q.tile == spec.tile and q.dtype == spec.dtype:
-            return q
-        return requantize(q, spec, implementation=self.implementation)
-
-    def multiply(self, lhs: QTensor, rhs: QTensor, dtype: np.dtype) -> jax.Array:
-        return scaled_matmul(
-            lhs, rhs, out_dtype=dtype, implementation=self.implementation
-        )
-
-
-_ONE_DERIVATIVE = (
-    "dot_general in FP8 has a gradient, but no forward-mode and no second derivative: "
-    "rounding to FP8 is a step function. For those take recipe=fp8jax.recipes.bf16(), "
-    "or apply fp8jax.fp8_transform outside of all differentiation."
-)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(product: _Product, x: jax.Array, w: jax.Array) -> jax.Array:
+def _matmul(product: Product, x: jax.Array, w: jax.Array) -> jax.Array:
     recipe = product.recipe
     if recipe.fprop is None:
         return product.plain(x, w)
@@ -151,33 +109,16 @@ def _matmul(product: _Product, x: jax.Array, w: jax.Array) -> jax.Array:
     return product.multiply(q_x, q_w, product.out_dtype)
 
 
-def _fprop(product: _Product, x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
-    """The product, and of x and w what wgrad and dgrad will need.
-
-    Codes that are kept, are kept as `[k, m]` and `[k, n]`.
-    """
-    recipe = product.recipe
-    fprop, dgrad, wgrad = recipe.fprop, recipe.dgrad, recipe.wgrad
-    if recipe.residual == "bf16":
+def _fprop(product: Product, x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
+    """The product, and of x and w what wgrad and dgrad will need."""
+    if product.recipe.residual == "bf16":
         return _matmul(product, x, w), (x, w)
-    assert fprop is not None  # The recipe checks it of residuals in FP8.
-    assert dgrad is not None
-    assert wgrad is not None
-    x_side, w_side = product.x.contraction, product.w.contraction
-    if recipe.residual == "fp8":
-        q_x = product.quantize(x, x_side, fprop.lhs)
-        q_x_t = q_x.T
-    else:
-        q_x, q_x_t = product.quantize_both(x, x_side, fprop.lhs, wgrad.lhs)
-    if recipe.residual == "fp8" and dgrad.rhs != fprop.rhs.T:
-        q_w = product.quantize(w, w_side, fprop.rhs)
-        q_w_t = q_w.T
-    else:
-        q_w, q_w_t = product.quantize_both(w, w_side, fprop.rhs, dgrad.rhs)
-    return product.multiply(q_x, q_w, product.out_dtype), (q_x_t, q_w_t)
+    q_x, x_kept = input_codes(product, x)
+    q_w, w_kept = weight_codes(product, w)
+    return product.multiply(q_x, q_w, product.out_dtype), (x_kept, w_kept)
 
 
-def _backward(product: _Product, residuals: Any, dout: jax.Array) -> Any:
+def _backward(product: Product, residuals: Any, dout: jax.Array) -> Any:
     x, w = residuals
     dgrad, wgrad = product.recipe.dgrad, product.recipe.wgrad
     q_dout = q_dout_t = None  # [m, n] for dgrad, [n, m] for wgrad
@@ -190,42 +131,22 @@ def _backward(product: _Product, residuals: Any, dout: jax.Array) -> Any:
     if dgrad is None or q_dout is None:
         dx = jax.vjp(lambda x: product.plain(x, w), x)[1](dout)[0]
     else:
-        dx = _dgrad(product, dgrad, w, q_dout)
+        dx = dgrad_of(product, dgrad, w, q_dout)
     if wgrad is None or q_dout_t is None:
         dw = jax.vjp(lambda w: product.plain(x, w), w)[1](dout)[0]
     else:
-        dw = _wgrad(product, wgrad, x, q_dout_t)
+        dw = wgrad_of(product, wgrad_input(product, wgrad, x), q_dout_t)
     return dx, dw
 
 
-def _fprop_once(product: _Product, x: jax.Array, w: jax.Array) -> Any:
-    return refuse_derivatives(functools.partial(_fprop, product), _ONE_DERIVATIVE)(x, w)
+def _fprop_once(product: Product, x: jax.Array, w: jax.Array) -> Any:
+    run = functools.partial(_fprop, product)
+    return refuse_derivatives(run, _ONE_DERIVATIVE)(x, w)
 
 
-def _backward_once(product: _Product, residuals: Any, dout: jax.Array) -> Any:
+def _backward_once(product: Product, residuals: Any, dout: jax.Array) -> Any:
     run = functools.partial(_backward, product)
     return refuse_derivatives(run, _ONE_DERIVATIVE)(residuals, dout)
 
 
 _matmul.defvjp(_fprop_once, _backward_once)
-
-
-def _dgrad(product: _Product, spec: GemmSpec, w: Any, q_dout: QTensor) -> jax.Array:
-    """`dx = dout wᵀ`, contracting n, stored as `x` is."""
-    if isinstance(w, QTensor):  # [k, n], of the forward pass
-        q_w = product.requantize(w, spec.rhs)
-    else:
-        q_w = product.quantize(w, 1 - product.w.contraction, spec.rhs)  # [k, n]
-    dx = product.multiply(q_dout, q_w, product.x_dtype)  # [m, k]
-    return dx if product.x.contraction == 1 else dx.T
-
-
-def _wgrad(product: _Product, spec: GemmSpec, x: Any, q_dout: QTensor) -> jax.Array:
-    """`dw = xᵀ dout`, contracting the m tokens, stored as `w` is."""
-    if isinstance(x, QTensor):  # [k, m], of the forward pass
-        q_x = product.requantize(x, spec.lhs)
-    else:
-        q_x = product.quantize(x, 1 - product.x.contraction, spec.lhs)  # [k, m]
-    if product.w.contraction == 0:
-        return product.multiply(q_x, q_dout, product.w_dtype)  # [k, n]
-    return product.multiply(q_dout, q_x, product.w_dtype)  # [n, k]
