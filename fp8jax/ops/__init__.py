@@ -13,11 +13,15 @@ from fp8jax.ops._gemm import (
     quantized_dot,
 )
 from fp8jax.ops._layout import Layout, Operand, plan
+from fp8jax.ops._product import INPUT_CODES, PRODUCT, WEIGHT_CODES
 from fp8jax.ops._swiglu import swiglu_mlp
 
 __all__ = [
+    "INPUT_CODES",
     "INPUT_DTYPES",
     "MARK",
+    "PRODUCT",
+    "WEIGHT_CODES",
     "ByRecipe",
     "Layout",
     "Operand",

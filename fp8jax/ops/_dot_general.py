@@ -6,21 +6,18 @@ from typing import Any
 import jax
 from jax import lax
 
-from fp8jax.ops._derivatives import refuse_derivatives
 from fp8jax.ops._gemm import check_inputs, output_dtype
 from fp8jax.ops._layout import plan
 from fp8jax.ops._product import (
-    ONE_DERIVATIVE,
     Product,
     dgrad_of,
     input_codes,
+    multiply,
     weight_codes,
     wgrad_input,
     wgrad_of,
 )
 from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
-
-_ONE_DERIVATIVE = ONE_DERIVATIVE.format(name="dot_general")
 
 
 def dot_general(
@@ -83,6 +80,7 @@ def dot_general(
     check_inputs(name, lhs, rhs)
     layout = plan(lhs.shape, rhs.shape, dimension_numbers, name)
     product = Product(
+        name=name,
         x=layout.lhs,
         w=layout.rhs,
         out_dtype=output_dtype(name, lhs, rhs, preferred_element_type),
@@ -111,11 +109,11 @@ def _matmul(product: Product, x: jax.Array, w: jax.Array) -> jax.Array:
 
 def _fprop(product: Product, x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
     """The product, and of x and w what wgrad and dgrad will need."""
-    if product.recipe.residual == "bf16":
-        return _matmul(product, x, w), (x, w)
+    if product.recipe.fprop is None:
+        return product.plain(x, w), (x, w)
     q_x, x_kept = input_codes(product, x)
     q_w, w_kept = weight_codes(product, w)
-    return product.multiply(q_x, q_w, product.out_dtype), (x_kept, w_kept)
+    return multiply(product, q_x, q_w), (x_kept, w_kept)
 
 
 def _backward(product: Product, residuals: Any, dout: jax.Array) -> Any:
@@ -139,14 +137,8 @@ def _backward(product: Product, residuals: Any, dout: jax.Array) -> Any:
     return dx, dw
 
 
-def _fprop_once(product: Product, x: jax.Array, w: jax.Array) -> Any:
-    run = functools.partial(_fprop, product)
-    return refuse_derivatives(run, _ONE_DERIVATIVE)(x, w)
-
-
 def _backward_once(product: Product, residuals: Any, dout: jax.Array) -> Any:
-    run = functools.partial(_backward, product)
-    return refuse_derivatives(run, _ONE_DERIVATIVE)(residuals, dout)
+    return product.once(functools.partial(_backward, product))(residuals, dout)
 
 
-_matmul.defvjp(_fprop_once, _backward_once)
+_matmul.defvjp(_fprop, _backward_once)

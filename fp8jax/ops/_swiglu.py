@@ -6,15 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fp8jax.ops._derivatives import refuse_derivatives
 from fp8jax.ops._dot_general import dot_general
 from fp8jax.ops._gemm import check_inputs
 from fp8jax.ops._layout import plan
 from fp8jax.ops._product import (
-    ONE_DERIVATIVE,
     Product,
     dgrad_of,
     input_codes,
+    multiply,
     weight_codes,
     wgrad_input,
     wgrad_of,
@@ -23,7 +22,6 @@ from fp8jax.quant import quantize_swiglu, quantize_swiglu_gradient
 from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
 
 _MATRICES = (((1,), (0,)), ((), ()))
-_ONE_DERIVATIVE = ONE_DERIVATIVE.format(name="swiglu_mlp")
 
 
 def swiglu_mlp(
@@ -119,6 +117,7 @@ def _product(
 ) -> Product:
     layout = plan(shape, w.shape, _MATRICES, "swiglu_mlp")
     return Product(
+        name="swiglu_mlp",
         x=layout.lhs,
         w=layout.rhs,
         out_dtype=w.dtype,
@@ -155,13 +154,12 @@ def _forward(
     q_gate, gate_kept = weight_codes(into, w_gate)
     q_up, up_kept = weight_codes(into, w_up)
     q_down, down_kept = weight_codes(out_of, w_down)
-    gate = into.multiply(q_x, q_gate, into.out_dtype)
-    up = into.multiply(q_x, q_up, into.out_dtype)
+    gate, up = multiply(into, q_x, q_gate), multiply(into, q_x, q_up)
     q_h, _ = quantize_swiglu(
         gate, up, fprop.lhs, None, implementation=into.implementation
     )
     assert q_h is not None
-    y = out_of.multiply(q_h, q_down, out_of.out_dtype)
+    y = multiply(out_of, q_h, q_down)
     return y, (x_kept, gate, up, gate_kept, up_kept, down_kept)
 
 
@@ -191,14 +189,9 @@ def _backward(products: _Products, kept: Any, dout: jax.Array) -> Any:
     return dx, dw_gate, dw_up, dw_down
 
 
-def _forward_once(products: _Products, *arrays: jax.Array) -> Any:
-    run = functools.partial(_forward, products)
-    return refuse_derivatives(run, _ONE_DERIVATIVE)(*arrays)
-
-
 def _backward_once(products: _Products, kept: Any, dout: jax.Array) -> Any:
     run = functools.partial(_backward, products)
-    return refuse_derivatives(run, _ONE_DERIVATIVE)(kept, dout)
+    return products.into.once(run)(kept, dout)
 
 
-_fused.defvjp(_forward_once, _backward_once)
+_fused.defvjp(_forward, _backward_once)
