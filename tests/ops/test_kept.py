@@ -98,3 +98,52 @@ def test_gradients_under_a_policy_are_those_without():
     policy = checkpoint_policies.products_and_codes_saveable
     saved = jax.checkpoint(loss, policy=policy)
     assert_same_bits(*(jax.jit(jax.grad(f, (0, 1)))(x, w) for f in (saved, loss)))
+
+
+def reachable(text, root):
+    """The computations of an HLO module that run within `root`."""
+    computations = {}
+    for block in text.split("\n\n"):
+        head = re.match(r"(?:ENTRY )?(%[\w.\-]+) ", block.strip())
+        if head:
+            computations[head[1]] = block
+    found, todo = {}, [root]
+    while todo:
+        name = todo.pop()
+        if name in computations and name not in found:
+            found[name] = computations[name]
+            calls = r"(?:calls|to_apply|body|condition)=(%[\w.\-]+)"
+            todo += re.findall(calls, computations[name])
+    return "\n".join(found.values())
+
+
+def test_scan_over_microbatches_quantizes_the_weight_before_it():
+    k, n = 256, 384
+
+    def loss(x, w):
+        y = jnp.sin(dot(x, w, "fp8_transposed"))
+        return y.astype(jnp.float32).sum()
+
+    @jax.jit
+    def step(w, xs):
+        def body(total, x):
+            dx, dw = jax.grad(loss, (0, 1))(x, w)
+            return total + dw.astype(jnp.float32), dx
+
+        return jax.lax.scan(body, jnp.zeros(w.shape), xs)
+
+    xs = jax.ShapeDtypeStruct((4, 128, k), jnp.bfloat16)
+    text = step.lower(weight(k, n), xs).compile().as_text()
+
+    def made(text):
+        """What is rounded to FP8 there, of the weight (3 and 2 tiles) and of x."""
+        shapes = r"2,128,3,128|3,128,2,128|128,1,2,128"
+        pattern = rf" = f8e4m3fn\[({shapes})\][^=]* convert\("
+        return sorted(re.findall(pattern, text))
+
+    # XLA's form of `quantize_both` makes the codes and their transpose one by one.
+    x, w_codes = "128,1,2,128", ["2,128,3,128", "3,128,2,128"]
+    assert made(text) == [x, *w_codes]
+    # The compiler moves the weight's out of the loop, and leaves the input's in it.
+    bodies = [reachable(text, b) for b in re.findall(r"body=(%[\w.\-]+)", text)]
+    assert [made(body) for body in bodies if made(body)] == [[x]]
