@@ -26,10 +26,7 @@ RECIPES = {
     "deepseek_v3_fp32": recipes.deepseek_v3("fp32"),
     "blocked_wgrad": recipes.blocked_wgrad(),
     "deepseek_v3_fp8_residual": recipes.deepseek_v3(residual="fp8"),
-    "deepseek_v3_transposed_residual": recipes.deepseek_v3(residual="fp8_transposed"),
-    "blocked_wgrad_transposed_residual": recipes.blocked_wgrad(
-        residual="fp8_transposed"
-    ),
+    "blocked_wgrad_fp8_residual": recipes.blocked_wgrad(residual="fp8"),
     "bf16_wgrad": recipes.bf16_wgrad(),
 }
 BASE = "jax bf16"

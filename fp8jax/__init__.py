@@ -1,7 +1,7 @@
 """FP8 quantization, as DeepSeek-V3 does it, as composable JAX transformations.
 
-`fp8jax.linen`, `fp8jax.nnx`, `fp8jax.testing` and `fp8jax.tune` are loaded when they
-are first used: Flax is no requirement of the rest, and Pallas takes long to import.
+`fp8jax.checkpoint`, `linen`, `nnx`, `testing` and `tune` are loaded when they are first
+used: Flax is no requirement of the rest, and Pallas takes long to import.
 """
 
 import importlib
@@ -58,6 +58,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("fp8jax.testing").assert_fp8_lowered
     if name == "load_tuning":
         return importlib.import_module("fp8jax.tune").load_tuning
-    if name in ("linen", "nnx", "testing", "tune"):
+    if name in ("checkpoint", "linen", "nnx", "testing", "tune"):
         return importlib.import_module(f"fp8jax.{name}")
     raise AttributeError(f"module 'fp8jax' has no attribute {name!r}")

@@ -1,10 +1,15 @@
 """The only place for private JAX imports and for branches on the JAX version."""
 
+import contextlib
 import dataclasses
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax._src import config, core
+from jax._src.named_sharding import UNSPECIFIED
+from jax.sharding import AxisType
 
 JAX_VERSION: tuple[int, ...] = jax.__version_info__
 
@@ -38,12 +43,147 @@ def jaxpr_consts(jaxpr: Any) -> tuple[Any, ...]:
     return tuple(getattr(jaxpr, "consts", ()))
 
 
-def with_eqns(jaxpr: Any, eqns: list[Any]) -> Any:
-    """`jaxpr` with other equations of the same variables; constants stay."""
+def with_parts(jaxpr: Any, **parts: Any) -> Any:
+    """`jaxpr` with other `eqns`, `invars` or `outvars`; constants stay."""
     inner = open_jaxpr(jaxpr)
     if inner is jaxpr:
-        return jaxpr.replace(eqns=eqns)
-    return jaxpr.replace(jaxpr=inner.replace(eqns=eqns))
+        return jaxpr.replace(**parts)
+    return jaxpr.replace(jaxpr=inner.replace(**parts))
+
+
+def function_name(call: Any) -> str:
+    """The name of the function that a custom_jvp or custom_vjp equation calls."""
+    return str(open_jaxpr(call.params["call_jaxpr"]).debug_info.func_name)
+
+
+def bind(eqn: Any, *operands: Any) -> Any:
+    """What an equation computes of other operands, to be differentiated as it would."""
+    with eqn.ctx.manager:
+        params = eqn.primitive.get_bind_params(eqn.params)
+        return eqn.primitive.bind(*operands, **params)
+
+
+def is_plain_call(params: dict[str, Any]) -> bool:
+    """Whether a jit equation says no more than which function it calls."""
+    shardings = (*params["in_shardings"], *params["out_shardings"])
+    layouts = (*params["in_layouts"], *params["out_layouts"])
+    return not (
+        any(s is not UNSPECIFIED for s in shardings)
+        or any(layout is not None for layout in layouts)
+        or any(params["donated_invars"])
+        or params["compiler_options_kvs"]
+    )
+
+
+def stacked_aval(aval: Any, length: int) -> Any:
+    """The type of `length` arrays of one type, stacked."""
+    return core.unmapped_aval(length, 0, aval)
+
+
+def with_scan_consts(params: dict[str, Any], count: int) -> dict[str, Any]:
+    """A scan's parameters with `count` more constants, after those there are."""
+    if "num_consts" in params:
+        return {**params, "num_consts": params["num_consts"] + count}
+    return _with_scan_operands(params, count, 0)
+
+
+def with_scan_slices(params: dict[str, Any], count: int) -> dict[str, Any]:
+    """A scan's parameters with `count` more arrays to read slices of."""
+    if "num_consts" in params:
+        return dict(params)  # It does not count them.
+    return _with_scan_operands(params, 0, count)
+
+
+def _with_scan_operands(params: dict[str, Any], consts: int, xs: int) -> dict[str, Any]:
+    from jax._src import flattree  # pyright: ignore (since 0.12)
+
+    sizes = list(map(len, params["ft_in"].unpack()))
+    sizes = sizes[0] + consts, sizes[1], sizes[2] + xs
+    return {**params, "ft_in": flattree.pack(tuple(map(flattree.nones, sizes)))}
+
+
+def with_results(params: dict[str, Any], count: int) -> dict[str, Any]:
+    """An equation's parameters with room for more results, if it counts them.
+
+    Args:
+        params: of a jit, a scan or a shard_map.
+        count: how many results come after those there are.
+    """
+    more = dict(params)
+    rooms = {
+        "out_shardings": UNSPECIFIED,
+        "out_layouts": None,
+        "out_specs": jax.sharding.PartitionSpec(),
+    }
+    for name, value in rooms.items():
+        if name in params:
+            more[name] = (*params[name], *[value] * count)
+    if "ft_out" in params:  # Of a scan, since 0.12.
+        from jax._src import flattree  # pyright: ignore (since 0.12)
+
+        carry, ys = params["ft_out"].unpack()
+        ys = flattree.nones(len(ys) + count)
+        more["ft_out"] = flattree.pack((flattree.nones(len(carry)), ys))
+    return more
+
+
+def varying_axes(aval: Any) -> frozenset[str]:
+    """Mesh axes along which a value may differ between devices, in a shard_map."""
+    known = getattr(aval, "mat", None)
+    return frozenset(aval.vma if known is None else known.varying)
+
+
+def is_explicit(aval: Any) -> bool:
+    """Whether the sharding is a part of the type."""
+    # Under automatic sharding, too, a dot may carry an `out_sharding`: of no meaning.
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    return jax.sharding.AxisType.Explicit in getattr(mesh, "axis_types", ())
+
+
+def manual_axes(params: dict[str, Any]) -> frozenset[str]:
+    """The mesh axes over which a shard_map's body runs on each device by itself."""
+    return params.get("newly_manual_axes", frozenset(params["mesh"].axis_names))
+
+
+@dataclasses.dataclass(frozen=True)
+class TracingContext:
+    """Where to trace a stand-in for an equation: on its mesh, if types depend on that.
+
+    Attributes:
+        mesh: the equation's abstract mesh; None if no type tells of it.
+        varies: whether an operand varies over manual axes.
+    """
+
+    mesh: Any
+    varies: bool
+
+    @classmethod
+    def of(cls, eqn: Any) -> "TracingContext":
+        mesh = eqn.ctx.cur_abstract_mesh
+        manual = getattr(mesh, "manual_axes", ())
+        if not manual and not is_explicit(eqn.outvars[0].aval):
+            return cls(None, False)
+        return cls(mesh, any(varying_axes(v.aval) for v in eqn.invars))
+
+    @classmethod
+    def inside(cls, shard_map: Any, varies: bool) -> "TracingContext":
+        """Of the body of a shard_map equation."""
+        mesh = shard_map.params["mesh"]
+        mesh = getattr(mesh, "abstract_mesh", mesh)
+        types = dict.fromkeys(manual_axes(shard_map.params), AxisType.Manual)
+        return cls(mesh.update_axis_types(types), varies)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        if self.mesh is None:
+            yield
+            return
+        manual = [(a, self.mesh.shape[a]) for a in self.mesh.manual_axes]
+        axes = core.extend_axis_env_nd(manual)
+        # Without operands that vary, results do not, whether shard_map checks or not.
+        check = config._check_vma(self.varies)
+        with jax.sharding.use_abstract_mesh(self.mesh), axes, check:
+            yield
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:

@@ -17,7 +17,7 @@ _save = jax.checkpoint_policies.save_only_these_names
 products_saveable = _save(ops.PRODUCT)
 
 # Each weight is quantized in the forward pass alone: a byte a parameter, or two with
-# residual="fp8_transposed". GEMMs run again.
+# residual="fp8". GEMMs run again.
 weight_codes_saveable = _save(ops.WEIGHT_CODES)
 
 # Neither inputs nor weights are quantized again. GEMMs run again, if asked for.

@@ -85,8 +85,8 @@ def test_jaxprs_are_told_from_all_else_opened_and_given_other_equations():
     for name in ("eqns", "invars", "outvars", "constvars"):
         assert hasattr(inner, name), f"jaxprs lost {name}: open_jaxpr"
     assert hasattr(closed, "consts"), "jaxprs lost consts: jaxpr_consts"
-    assert hasattr(inner, "replace"), "jaxprs lost replace: with_eqns"
-    same = _compat.with_eqns(closed, list(inner.eqns))
+    assert hasattr(inner, "replace"), "jaxprs lost replace: with_parts"
+    same = _compat.with_parts(closed, eqns=list(inner.eqns))
     assert list(_compat.open_jaxpr(same).eqns) == list(inner.eqns)
     assert len(_compat.jaxpr_consts(closed)) == len(inner.constvars)
 
@@ -130,3 +130,101 @@ def test_pallas_load_of_mosaic_gpu_is_as_the_version_branch_assumes():
     assert "layout" in parameters, f"plgpu.load lost layout: {list(parameters)}"
     takes_index = len([p for p in parameters if p in ("idx", "indices")]) > 0
     assert takes_index == (_compat.JAX_VERSION < (0, 11)), list(parameters)
+
+
+def test_equations_have_room_for_more_results():
+    def body(x, _):
+        return x + 1, x
+
+    jitted = jax.make_jaxpr(jax.jit(lambda x: jax.lax.scan(body, x, length=2)))(1.0)
+    (call,) = jitted.eqns
+    more = _compat.with_results(call.params, 1)
+    for name in ("out_shardings", "out_layouts"):
+        assert len(more[name]) == 3, f"jit counts its results otherwise: {name}"
+    (scan,) = _compat.open_jaxpr(call.params["jaxpr"]).eqns
+    more = _compat.with_results(scan.params, 1)
+    if "ft_out" in more:
+        carry, ys = more["ft_out"].unpack()
+        assert (len(carry), len(ys)) == (1, 2)
+    aval = scan.outvars[0].aval
+    assert _compat.stacked_aval(aval, 3).shape == (3,)
+
+
+def test_scans_have_room_for_more_constants():
+    def accumulate(w, xs):
+        return jax.lax.scan(lambda s, x: (s + w * x, None), xs[0], xs)
+
+    scan = eqn_of("scan", accumulate, 2.0, jnp.ones(3))
+    assert _compat.scan_counts(_compat.with_scan_consts(scan.params, 2)) == (3, 1)
+    assert _compat.scan_counts(_compat.with_scan_slices(scan.params, 2)) == (1, 1)
+
+
+def test_calls_with_a_gradient_rule_tell_their_name_and_are_called_again():
+    @jax.custom_vjp
+    def double(x):
+        return x * 2
+
+    double.defvjp(lambda x: (double(x), None), lambda _, dy: (dy * 3,))
+    identity = jax.custom_jvp(lambda x: x)
+    identity.defjvp(lambda p, t: (p[0], t[0]))
+    for name in ("custom_vjp_call", "custom_jvp_call"):
+        eqn = eqn_of(name, lambda x: identity(double(x)), 1.0)
+        assert {"call_jaxpr", "num_consts", "symbolic_zeros"} <= set(eqn.params), (
+            sorted(eqn.params)
+        )
+        assert hasattr(eqn.primitive, "get_bind_params"), "_compat.bind"
+    eqn = eqn_of("custom_vjp_call", double, 1.0)
+    assert _compat.function_name(eqn) == "double"
+    assert jax.grad(lambda x: _compat.bind(eqn, x)[0])(1.0) == 3.0
+
+
+def test_plain_calls_are_told_from_those_with_options():
+    plain = eqn_of("jit", jax.jit(lambda x: x * 2), 1.0)
+    assert _compat.is_plain_call(plain.params)
+    donating = eqn_of("jit", jax.jit(lambda x: x * 2, donate_argnums=0), 1.0)
+    assert not _compat.is_plain_call(donating.params)
+
+
+def test_private_names_of_sharded_tracing_are_there():
+    from jax._src import config, core, named_sharding
+
+    for module, name in (
+        (config, "_check_vma"),
+        (core, "extend_axis_env_nd"),
+        (core, "unmapped_aval"),
+        (named_sharding, "UNSPECIFIED"),
+    ):
+        assert hasattr(module, name), f"{module.__name__} lost {name}"
+
+
+def test_types_in_a_shard_map_tell_what_varies_and_its_context_is_rebuilt():
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("a")
+
+    def double(x):
+        assert _compat.varying_axes(jax.typeof(x)) == {"a"}
+        return x * 2
+
+    mapped = jax.shard_map(double, mesh=mesh, in_specs=spec, out_specs=spec)
+    eqn = eqn_of("shard_map", mapped, jnp.ones(8))
+    assert _compat.manual_axes(eqn.params) == {"a"}
+    inner = _compat.open_jaxpr(eqn.params["jaxpr"]).eqns[-1]
+    aval = inner.outvars[0].aval
+    for context in (
+        _compat.TracingContext.of(inner),
+        _compat.TracingContext.inside(eqn, varies=True),
+    ):
+        with context.entered():
+            traced = jax.make_jaxpr(lambda x: jax.lax.psum(x, "a"))(aval)
+        assert not _compat.varying_axes(traced.out_avals[0])
+
+
+def test_explicit_shardings_are_told_from_automatic_ones():
+    kinds = jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto
+    seen = []
+    for kind in kinds:
+        mesh = jax.make_mesh((8,), ("a",), axis_types=(kind,))
+        with jax.set_mesh(mesh):
+            x = jax.device_put(jnp.ones(8), jax.sharding.PartitionSpec("a"))
+            jax.eval_shape(lambda x: seen.append(_compat.is_explicit(jax.typeof(x))), x)
+    assert seen == [True, False]

@@ -53,5 +53,10 @@ def test_code_in_the_docs_about_tuning_runs(capsys):
     assert capsys.readouterr().out
 
 
+def test_code_in_the_docs_about_checkpoints_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_blocks("docs/checkpoints.md")
+
+
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150

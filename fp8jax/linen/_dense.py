@@ -7,8 +7,11 @@ metadata are those of Flax's layer, because its code makes them.
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
 from fp8jax import ops
+from fp8jax.quant import QTensor
 from fp8jax.recipes import Recipe
 
 
@@ -37,6 +40,10 @@ class Dense(nn.Dense):
     `dtype`, or in the common dtype of `x` and the parameters. Only the three matrix
     products (fprop, dgrad, wgrad) are in FP8; the bias is added in the output's dtype.
 
+    For inference the parameter `kernel` may be a QTensor [in, features], as
+    `fp8jax.checkpoint.load(..., layout="flax")` gives it. The activation is quantized
+    online and the weight never inflated; the layer has no gradient then.
+
     Attributes:
         recipe: How the three products are quantized; None is
             `fp8jax.recipes.deepseek_v3()`.
@@ -47,7 +54,7 @@ class Dense(nn.Dense):
 
     Raises:
         ValueError: If `dot_general` or `dot_general_cls` comes together with `recipe`
-            or `implementation`.
+            or `implementation`, or with a QTensor as the kernel.
     """
 
     recipe: Recipe | None = None
@@ -56,6 +63,35 @@ class Dense(nn.Dense):
     def __post_init__(self) -> None:
         _fill_slot(self)
         super().__post_init__()
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Applies the layer to `inputs` [..., in]."""
+        kernel = self.get_variable("params", "kernel")
+        if not isinstance(kernel, QTensor):
+            return super().__call__(inputs)
+        name = "fp8jax.linen.Dense"
+        if not isinstance(self.dot_general, ops.ByRecipe):
+            raise ValueError(
+                f"{name} with a QTensor kernel takes no product of yours, got "
+                f"{self.dot_general=}, {self.dot_general_cls=}."
+            )
+        if kernel.shape[-1:] != (self.features,):
+            raise ValueError(
+                f"{name} with features={self.features} got a QTensor kernel of shape "
+                f"{kernel.shape}."
+            )
+        bias = self.get_variable("params", "bias") if self.use_bias else None
+        x, bias = self.promote_dtype(inputs, bias, dtype=self.dtype)
+        assert x is not None
+        y = ops.static_weight_dot(
+            name,
+            x,
+            kernel,
+            out_dtype=x.dtype,
+            recipe=self.recipe,
+            implementation=self.implementation,
+        )
+        return y if bias is None else y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
 
 
 class DenseGeneral(nn.DenseGeneral):

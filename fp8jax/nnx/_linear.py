@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from fp8jax import ops
+from fp8jax.quant import QTensor
 from fp8jax.recipes import Recipe
 
 
@@ -24,6 +26,11 @@ class Linear(nnx.Linear):
     [..., out_features] in `dtype`, or in the common dtype of `x` and the parameters.
     Only the three matrix products (fprop, dgrad, wgrad) are in FP8; the bias is added
     in the output's dtype.
+
+    For inference the kernel may be a QTensor [in_features, out_features], as
+    `fp8jax.checkpoint.load(..., layout="flax")` gives it: `nnx.update(layer, {"kernel":
+    q})`. The activation is quantized online and the weight never inflated; the layer
+    has no gradient then.
 
     Args:
         in_features: Size of the contracted dimension.
@@ -38,7 +45,8 @@ class Linear(nnx.Linear):
         **options: Every other argument of `flax.nnx.Linear`, with its default there.
 
     Raises:
-        ValueError: If `dot_general` comes together with `recipe` or `implementation`.
+        ValueError: If `dot_general` comes together with `recipe` or `implementation`,
+            or with a QTensor as the kernel.
     """
 
     def __init__(
@@ -69,6 +77,29 @@ class Linear(nnx.Linear):
         return ops.dot_general(
             *args, recipe=self.recipe, implementation=self.implementation, **kwargs
         )
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Applies the layer to `inputs` [..., in_features]."""
+        kernel = self.kernel.get_value()
+        if not isinstance(kernel, QTensor):
+            return super().__call__(inputs, out_sharding)
+        name = "fp8jax.nnx.Linear"
+        if "dot_general" in vars(self) or out_sharding is not None:
+            raise ValueError(
+                f"{name} with a QTensor kernel takes no dot_general= of yours and no "
+                f"out_sharding, got {vars(self).get('dot_general')} and {out_sharding}."
+            )
+        bias = None if self.bias is None else self.bias[...]
+        inputs, bias = self.promote_dtype((inputs, bias), dtype=self.dtype)
+        y = ops.static_weight_dot(
+            name,
+            inputs,
+            kernel,
+            out_dtype=self.preferred_element_type or inputs.dtype,
+            recipe=self.recipe,
+            implementation=self.implementation,
+        )
+        return y if bias is None else y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
 
 
 class LinearGeneral(nnx.LinearGeneral):

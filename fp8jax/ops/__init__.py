@@ -10,10 +10,13 @@ from fp8jax.ops._gemm import (
     multiply_operands,
     output_dtype,
     quantize_operand,
+    quantize_operand_both,
     quantized_dot,
 )
 from fp8jax.ops._layout import Layout, Operand, plan
 from fp8jax.ops._product import INPUT_CODES, PRODUCT, WEIGHT_CODES
+from fp8jax.ops._spread import Spread, spread, spread_of_mesh, spread_of_sharding
+from fp8jax.ops._static_weight import static_weight_dot
 from fp8jax.ops._swiglu import swiglu_mlp
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "ByRecipe",
     "Layout",
     "Operand",
+    "Spread",
     "attention_products",
     "dot_general",
     "einsum",
@@ -34,7 +38,12 @@ __all__ = [
     "output_dtype",
     "plan",
     "quantize_operand",
+    "quantize_operand_both",
     "quantized_dot",
+    "spread",
+    "spread_of_mesh",
+    "spread_of_sharding",
+    "static_weight_dot",
     "swiglu_mlp",
     "takes_own_product",
 ]

@@ -10,14 +10,17 @@ from fp8jax.ops._gemm import check_inputs, output_dtype
 from fp8jax.ops._layout import plan
 from fp8jax.ops._product import (
     Product,
+    as_stored,
     dgrad_of,
     input_codes,
     multiply,
+    named_product,
     weight_codes,
     wgrad_input,
     wgrad_of,
 )
-from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
+from fp8jax.ops._spread import Spread, spread
+from fp8jax.recipes import GemmSpec, Recipe, check_recipe, deepseek_v3
 
 
 def dot_general(
@@ -89,6 +92,7 @@ def dot_general(
         precision=lax.Precision(precision) if isinstance(precision, str) else precision,
         recipe=recipe,
         implementation=implementation,
+        split=spread(lhs, rhs) != Spread.ONE,
     )
     run = functools.partial(_matmul, product)
     for _ in range(layout.batch_rank):
@@ -99,12 +103,15 @@ def dot_general(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(product: Product, x: jax.Array, w: jax.Array) -> jax.Array:
-    recipe = product.recipe
-    if recipe.fprop is None:
+    return _forward(product, x, w)
+
+
+def _forward(product: Product, x: jax.Array, w: jax.Array) -> jax.Array:
+    gemm = product.recipe.fprop
+    if gemm is None:
         return product.plain(x, w)
-    q_x = product.quantize(x, product.x.contraction, recipe.fprop.lhs)
-    q_w = product.quantize(w, product.w.contraction, recipe.fprop.rhs)
-    return product.multiply(q_x, q_w, product.out_dtype)
+    contractions = product.x.contraction, product.w.contraction
+    return product.gemm(x, w, contractions, gemm, product.out_dtype)
 
 
 def _fprop(product: Product, x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
@@ -113,12 +120,18 @@ def _fprop(product: Product, x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any
         return product.plain(x, w), (x, w)
     q_x, x_kept = input_codes(product, x)
     q_w, w_kept = weight_codes(product, w)
+    if product.split:  # A product of codes alone would gather them.
+        y = product.once(functools.partial(_forward, product))(x, w)
+        return named_product(y), (x_kept, w_kept)
     return multiply(product, q_x, q_w), (x_kept, w_kept)
 
 
 def _backward(product: Product, residuals: Any, dout: jax.Array) -> Any:
     x, w = residuals
     dgrad, wgrad = product.recipe.dgrad, product.recipe.wgrad
+    if product.split:
+        x, w = as_stored(x, product.x), as_stored(w, product.w)
+        return _split_dgrad(product, x, w, dout), _split_wgrad(product, x, w, dout)
     q_dout = q_dout_t = None  # [m, n] for dgrad, [n, m] for wgrad
     if dgrad is not None and wgrad is not None:
         q_dout, q_dout_t = product.quantize_both(dout, 1, dgrad.lhs, wgrad.rhs)
@@ -127,11 +140,11 @@ def _backward(product: Product, residuals: Any, dout: jax.Array) -> Any:
     elif wgrad is not None:
         q_dout_t = product.quantize(dout, 0, wgrad.rhs)
     if dgrad is None or q_dout is None:
-        dx = jax.vjp(lambda x: product.plain(x, w), x)[1](dout)[0]
+        dx = _plain_dgrad(product, x, w, dout)
     else:
         dx = dgrad_of(product, dgrad, w, q_dout)
     if wgrad is None or q_dout_t is None:
-        dw = jax.vjp(lambda w: product.plain(x, w), w)[1](dout)[0]
+        dw = _plain_wgrad(product, x, w, dout)
     else:
         dw = wgrad_of(product, wgrad_input(product, wgrad, x), q_dout_t)
     return dx, dw
@@ -142,3 +155,41 @@ def _backward_once(product: Product, residuals: Any, dout: jax.Array) -> Any:
 
 
 _matmul.defvjp(_fprop, _backward_once)
+
+
+def _split_dgrad(
+    product: Product, x: jax.Array, w: jax.Array, dout: jax.Array
+) -> jax.Array:
+    """`_dgrad` as one call that XLA's partitioner can split."""
+    spec = product.recipe.dgrad
+    if spec is None:
+        return _plain_dgrad(product, x, w, dout)
+    contractions = 1, 1 - product.w.contraction
+    dx = product.gemm(dout, w, contractions, spec, product.x_dtype)  # [m, k]
+    return dx if product.x.contraction == 1 else dx.T
+
+
+def _split_wgrad(
+    product: Product, x: jax.Array, w: jax.Array, dout: jax.Array
+) -> jax.Array:
+    """`_wgrad` as one call that XLA's partitioner can split."""
+    spec = product.recipe.wgrad
+    if spec is None:
+        return _plain_wgrad(product, x, w, dout)
+    tokens = 1 - product.x.contraction
+    if product.w.contraction == 0:
+        return product.gemm(x, dout, (tokens, 0), spec, product.w_dtype)  # [k, n]
+    swapped = GemmSpec(spec.rhs, spec.lhs)
+    return product.gemm(dout, x, (0, tokens), swapped, product.w_dtype)  # [n, k]
+
+
+def _plain_dgrad(
+    product: Product, x: jax.Array, w: jax.Array, dout: jax.Array
+) -> jax.Array:
+    return jax.vjp(lambda x: product.plain(x, w), x)[1](dout)[0]
+
+
+def _plain_wgrad(
+    product: Product, x: jax.Array, w: jax.Array, dout: jax.Array
+) -> jax.Array:
+    return jax.vjp(lambda w: product.plain(x, w), w)[1](dout)[0]

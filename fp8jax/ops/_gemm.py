@@ -1,5 +1,7 @@
 """One product of two arrays in FP8: quantize both along the contraction, multiply."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,7 +10,8 @@ import numpy as np
 
 from fp8jax.matmul import scaled_matmul
 from fp8jax.ops._derivatives import refuse_derivatives
-from fp8jax.ops._layout import Layout, Operand, plan
+from fp8jax.ops._layout import DimensionNumbers, Layout, Operand, plan
+from fp8jax.ops._partition import Factorization, split_over_devices
 from fp8jax.quant import (
     QTensor,
     QuantSpec,
@@ -102,6 +105,7 @@ def quantized_dot(
     *,
     preferred_element_type: jax.typing.DTypeLike | None = None,
     implementation: str | None = None,
+    split: bool = False,
 ) -> jax.Array:
     """One `dot_general` in FP8, without a gradient rule.
 
@@ -112,6 +116,9 @@ def quantized_dot(
             the one in 128x128 tiles.
         preferred_element_type: dtype of the result; the operands' promoted by default.
         implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here.
+        split: whether the arrays may be sharded: then XLA's partitioner is told how
+            to split the product, and runs it as the plain one would be, in XLA's
+            kernels unless `implementation` says otherwise.
 
     Returns:
         An array of the shape and dtype that `jax.lax.dot_general` gives.
@@ -124,22 +131,65 @@ def quantized_dot(
     check_inputs(name, lhs, rhs)
     layout = plan(lhs.shape, rhs.shape, dimension_numbers, name)
     out_dtype = output_dtype(name, lhs, rhs, preferred_element_type)
+    specs = lhs_spec, rhs_spec
+    if not split:
+        return _whole(lhs, rhs, layout, specs, out_dtype, implementation)
+    key = layout.numbers, specs, out_dtype, implementation
+    run = _split(lhs.ndim, rhs.ndim, *key)
+    return refuse_derivatives(run, _NO_GRADIENT)(lhs, rhs)
+
+
+def _whole(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    layout: Layout,
+    specs: tuple[QuantSpec, QuantSpec],
+    out_dtype: np.dtype,
+    implementation: str | None,
+) -> jax.Array:
     q_lhs, q_rhs = (
-        in_contraction_order(
-            quantize_operand(x, operand, operand.stored(spec), implementation), operand
-        )
+        _once(
+            functools.partial(
+                quantize_along,
+                contraction=operand.contraction,
+                spec=spec,
+                implementation=implementation,
+            ),
+            operand,
+        )(operand.arrange(x))
         for x, operand, spec in (
-            (lhs, layout.lhs, lhs_spec),
-            (rhs, layout.rhs, rhs_spec),
+            (lhs, layout.lhs, specs[0]),
+            (rhs, layout.rhs, specs[1]),
         )
     )
     return multiply_operands(q_lhs, q_rhs, layout, out_dtype, implementation)
 
 
+@functools.cache
+def _split(
+    lhs_rank: int,
+    rhs_rank: int,
+    numbers: DimensionNumbers,
+    specs: tuple[QuantSpec, QuantSpec],
+    out_dtype: np.dtype,
+    implementation: str | None,
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The product of two arrays, which XLA may split over devices."""
+
+    def run(lhs: jax.Array, rhs: jax.Array, dtype: Any, is_shard: bool) -> jax.Array:
+        layout = plan(lhs.shape, rhs.shape, numbers, "quantized_dot")
+        # NOTE: kernels other than XLA's have not been tried inside its partitioner.
+        chosen = implementation or ("xla" if is_shard else None)
+        return _whole(lhs, rhs, layout, specs, dtype, chosen)
+
+    factors = Factorization.of(lhs_rank, rhs_rank, numbers)
+    return split_over_devices(run, factors, out_dtype)
+
+
 def quantize_operand(
     x: jax.Array, operand: Operand, spec: QuantSpec, implementation: str | None
 ) -> QTensor:
-    """The first half of `quantized_dot`: codes of one operand, where they are stored.
+    """The first half of a product: codes of one operand, where they are stored.
 
     Args:
         x: as `dot_general` takes it.
@@ -150,13 +200,35 @@ def quantize_operand(
     Raises:
         TypeError: When differentiated.
     """
+    run = functools.partial(quantize, spec=spec, implementation=implementation)
+    return _once(run, operand)(operand.arrange(x))
 
-    def run(x: jax.Array) -> QTensor:
-        return quantize(x, spec, implementation=implementation)
 
+def quantize_operand_both(
+    x: jax.Array,
+    operand: Operand,
+    specs: tuple[QuantSpec, QuantSpec],
+    implementation: str | None,
+) -> tuple[QTensor, QTensor]:
+    """`quantize_operand` by two specs, in one read of `x`."""
+
+    def run(x: jax.Array) -> tuple[QTensor, QTensor]:
+        first, second = specs
+        # One of them runs along the rows: the other is that of the transpose.
+        if first.tile[1] == 1 or second.tile[0] == 1:
+            q, q_t = quantize_both(x, second, first.T, implementation=implementation)
+            return q_t.T, q
+        q, q_t = quantize_both(x, first, second.T, implementation=implementation)
+        return q, q_t.T
+
+    return _once(run, operand)(operand.arrange(x))
+
+
+def _once(run: Callable[..., Any], operand: Operand) -> Callable[..., Any]:
+    """`run`, for each batch entry, without derivatives."""
     for _ in operand.shape[:-2]:
         run = jax.vmap(run)
-    return refuse_derivatives(run, _NO_GRADIENT)(operand.arrange(x))
+    return refuse_derivatives(run, _NO_GRADIENT)
 
 
 def in_contraction_order(q: QTensor, operand: Operand) -> QTensor:
@@ -171,7 +243,7 @@ def multiply_operands(
     out_dtype: np.dtype,
     implementation: str | None,
 ) -> jax.Array:
-    """The second half of `quantized_dot`: the product of the codes.
+    """The second half of a product: that of the codes.
 
     Args:
         lhs, rhs: `[*batch, free, contraction]`.

@@ -46,12 +46,14 @@ class Layout:
         lhs, rhs: the operands as matrices.
         batch_rank: number of batch dimensions.
         out_shape: of the result, as `lax.dot_general` gives it.
+        numbers: the dimension numbers, none negative.
     """
 
     lhs: Operand
     rhs: Operand
     batch_rank: int
     out_shape: tuple[int, ...]
+    numbers: DimensionNumbers
 
 
 def plan(
@@ -105,6 +107,7 @@ def plan(
             *(lhs_shape[d] for d in l_bat + l_free),
             *(rhs_shape[d] for d in r_free),
         ),
+        numbers=((l_con, r_con), (l_bat, r_bat)),
     )
 
 

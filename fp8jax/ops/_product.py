@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -11,9 +11,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fp8jax.matmul import scaled_matmul
 from fp8jax.ops._derivatives import refuse_derivatives
-from fp8jax.ops._gemm import quantize_along, quantize_both_ways
+from fp8jax.ops._gemm import quantize_along, quantize_both_ways, quantized_dot
 from fp8jax.ops._layout import Operand
-from fp8jax.quant import QTensor, QuantSpec, requantize
+from fp8jax.quant import QTensor, QuantSpec
 from fp8jax.recipes import GemmSpec, Recipe
 
 # What `jax.checkpoint`'s policies know our arrays by: `fp8jax.checkpoint_policies`.
@@ -39,6 +39,7 @@ class Product:
     precision: Any
     recipe: Recipe
     implementation: str | None
+    split: bool = False  # Whether XLA may split the arrays over devices.
 
     def once(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn` of arrays, part of a gradient rule, refusing to be differentiated."""
@@ -57,10 +58,26 @@ class Product:
     ) -> tuple[QTensor, QTensor]:
         return quantize_both_ways(x, contraction, spec, spec_t, self.implementation)
 
-    def requantize(self, q: QTensor, spec: QuantSpec) -> QTensor:
-        if q.tile == spec.tile and q.dtype == spec.dtype:
-            return q
-        return requantize(q, spec, implementation=self.implementation)
+    def gemm(
+        self,
+        lhs: jax.Array,
+        rhs: jax.Array,
+        contractions: tuple[int, int],
+        spec: GemmSpec,
+        dtype: np.dtype,
+    ) -> jax.Array:
+        """Two matrices quantized and multiplied, contracting one dimension of each."""
+        left, right = contractions
+        return quantized_dot(
+            lhs,
+            rhs,
+            (((left,), (right,)), ((), ())),
+            spec.lhs,
+            spec.rhs,
+            preferred_element_type=dtype,
+            implementation=self.implementation,
+            split=self.split,
+        )
 
     def multiply(self, lhs: QTensor, rhs: QTensor, dtype: np.dtype) -> jax.Array:
         return scaled_matmul(
@@ -87,45 +104,45 @@ def _named(tree: Any, name: str) -> Any:
 # The names are outside of `once`: policies do not look into it.
 def input_codes(product: Product, x: jax.Array) -> tuple[QTensor, Any]:
     """x for fprop, and what the recipe keeps of it for wgrad, codes as `[k, m]`."""
-    fprop, wgrad = product.recipe.fprop, product.recipe.wgrad
-    assert fprop is not None
-    side = product.x.contraction
-    if product.recipe.residual == "fp8_transposed":
-        assert wgrad is not None  # The recipe checks it of residuals in FP8.
-        run = product.once(
-            lambda x: product.quantize_both(x, side, fprop.lhs, wgrad.lhs)
-        )
-        return _named(run(x), INPUT_CODES)
-    run = product.once(lambda x: product.quantize(x, side, fprop.lhs))
-    q = _named(run(x), INPUT_CODES)
-    return q, q.T if product.recipe.residual == "fp8" else x
+    return _codes(product, x, product.x.contraction, "lhs", INPUT_CODES)
 
 
 def weight_codes(product: Product, w: jax.Array) -> tuple[QTensor, Any]:
     """w for fprop, and what the recipe keeps of it for dgrad, codes as `[k, n]`."""
+    return _codes(product, w, product.w.contraction, "rhs", WEIGHT_CODES)
+
+
+def _codes(
+    product: Product, x: jax.Array, side: int, operand: Literal["lhs", "rhs"], name: str
+) -> tuple[QTensor, Any]:
     recipe = product.recipe
-    fprop, dgrad = recipe.fprop, recipe.dgrad
+    fprop, dgrad, wgrad = recipe.fprop, recipe.dgrad, recipe.wgrad
     assert fprop is not None
-    side = product.w.contraction
-    transposed = recipe.residual == "fp8" and dgrad and dgrad.rhs != fprop.rhs.T
-    if recipe.residual == "bf16" or transposed:
-        run = product.once(lambda w: product.quantize(w, side, fprop.rhs))
-        q = _named(run(w), WEIGHT_CODES)
-        return q, q.T if transposed else w
+    spec = getattr(fprop, operand)
+    if recipe.residual == "bf16":
+        run = product.once(lambda x: product.quantize(x, side, spec))
+        return _named(run(x), name), x
     assert dgrad is not None  # The recipe checks it of residuals in FP8.
-    run = product.once(lambda w: product.quantize_both(w, side, fprop.rhs, dgrad.rhs))
-    return _named(run(w), WEIGHT_CODES)
+    assert wgrad is not None
+    spec_t = wgrad.lhs if operand == "lhs" else dgrad.rhs
+    run = product.once(lambda x: product.quantize_both(x, side, spec, spec_t))
+    return _named(run(x), name)
 
 
 def multiply(product: Product, q_x: QTensor, q_w: QTensor) -> jax.Array:
     """fprop of the codes."""
-    return checkpoint_name(product.multiply(q_x, q_w, product.out_dtype), PRODUCT)
+    return named_product(product.multiply(q_x, q_w, product.out_dtype))
+
+
+def named_product(y: jax.Array) -> jax.Array:
+    """fprop's result, as policies know it."""
+    return checkpoint_name(y, PRODUCT)
 
 
 def dgrad_of(product: Product, spec: GemmSpec, w: Any, q_dout: QTensor) -> jax.Array:
     """`dx = dout wᵀ`, contracting n, stored as `x` is."""
-    if isinstance(w, QTensor):  # [k, n], of the forward pass
-        q_w = product.requantize(w, spec.rhs)
+    if isinstance(w, QTensor):
+        q_w = w  # [k, n], of the forward pass
     else:
         q_w = product.quantize(w, 1 - product.w.contraction, spec.rhs)  # [k, n]
     dx = product.multiply(q_dout, q_w, product.x_dtype)  # [m, k]
@@ -135,7 +152,7 @@ def dgrad_of(product: Product, spec: GemmSpec, w: Any, q_dout: QTensor) -> jax.A
 def wgrad_input(product: Product, spec: GemmSpec, x: Any) -> QTensor:
     """x `[k, m]` for wgrad, from what `input_codes` keeps."""
     if isinstance(x, QTensor):
-        return product.requantize(x, spec.lhs)
+        return x
     return product.quantize(x, 1 - product.x.contraction, spec.lhs)
 
 
@@ -144,3 +161,10 @@ def wgrad_of(product: Product, q_x: QTensor, q_dout: QTensor) -> jax.Array:
     if product.w.contraction == 0:
         return product.multiply(q_x, q_dout, product.w_dtype)  # [k, n]
     return product.multiply(q_dout, q_x, product.w_dtype)  # [n, k]
+
+
+def as_stored(x: Any, operand: Operand) -> jax.Array:
+    """A residual as an array: quantized again in the same tiles, it has its codes."""
+    if not isinstance(x, QTensor):
+        return x
+    return (x if operand.contraction == 0 else x.T).dequantize()

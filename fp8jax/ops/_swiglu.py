@@ -18,6 +18,7 @@ from fp8jax.ops._product import (
     wgrad_input,
     wgrad_of,
 )
+from fp8jax.ops._spread import Spread, spread
 from fp8jax.quant import quantize_swiglu, quantize_swiglu_gradient
 from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
 
@@ -40,8 +41,9 @@ def swiglu_mlp(
     both sides, from dh, gate and up. Neither h nor the gradients are written to memory
     in 16 bits, and h is kept for nothing: wgrad has it made again from gate and up.
 
-    With a recipe that leaves a GEMM out of FP8, or arrays of several dtypes, it is
-    three `fp8jax.dot_general` and the activation, in float32, between them.
+    With a recipe that leaves a GEMM out of FP8, arrays of several dtypes, or arrays
+    that may be split over devices, it is three `fp8jax.dot_general` and the activation,
+    in float32, between them.
 
     Args:
         x: `[..., k]`, bfloat16, float16 or float32.
@@ -82,7 +84,8 @@ def swiglu_mlp(
     rows = x.reshape(-1, x.shape[-1])
     weights = w_gate, w_up, w_down
     in_fp8 = None not in (recipe.fprop, recipe.dgrad, recipe.wgrad)
-    if in_fp8 and all(x.dtype == w.dtype for w in weights):
+    one_device = spread(x, *weights) == Spread.ONE
+    if in_fp8 and one_device and all(x.dtype == w.dtype for w in weights):
         hidden = (len(rows), w_down.shape[0])
         into, out_of = (
             _product(shape, w, recipe, implementation)

@@ -9,14 +9,17 @@ from fp8jax.quant._quantize import (
 )
 from fp8jax.quant._rms_norm import quantize_rms_norm
 from fp8jax.quant._spec import BLOCK_128X128, TILE_1X128, TILE_128X1, QuantSpec
+from fp8jax.quant._statistics import MOMENTS, moments, statistics, sum_moments
 from fp8jax.quant._swiglu import quantize_swiglu, quantize_swiglu_gradient
 
 __all__ = [
     "BLOCK_128X128",
+    "MOMENTS",
     "TILE_1X128",
     "TILE_128X1",
     "QTensor",
     "QuantSpec",
+    "moments",
     "quantize",
     "quantize_both",
     "quantize_rms_norm",
@@ -24,4 +27,6 @@ __all__ = [
     "quantize_swiglu_gradient",
     "quantize_transposed",
     "requantize",
+    "statistics",
+    "sum_moments",
 ]

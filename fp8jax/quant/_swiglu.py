@@ -46,8 +46,9 @@ def quantize_swiglu(
         ValueError: If dtypes, shapes or specs do not fit.
         NotImplementedError: If the implementation asked for cannot run.
 
-    Error: h is within 4 float32 ulps of the exact value before its rounding; then as
-    `quantize`. An infinity in `gate`, or a NaN anywhere, makes its tiles NaN.
+    Error: h is within (13 + 1.5 |g|) 2^-24 of the exact value, relatively, before its
+    rounding; then as `quantize`. An infinity in `gate`, or a NaN anywhere, makes its
+    tiles NaN.
 
     Source: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
     """

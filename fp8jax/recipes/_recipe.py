@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from fp8jax.quant import QuantSpec
 
-Residual = Literal["bf16", "fp8", "fp8_transposed"]
+Residual = Literal["bf16", "fp8"]
 
 _CONTRACTION_TILE = 128
 
@@ -53,17 +53,16 @@ class Recipe:
         fprop: the forward product; None keeps it in its operands' own dtype.
         dgrad: the gradient of the input; likewise.
         wgrad: the gradient of the weight; likewise.
-        residual: what the forward pass keeps of `x` for wgrad: `"bf16"`, the array as
-            it came, quantized again along tokens in the backward pass; `"fp8"`, the
-            forward pass's codes and scales, half the bytes, requantized along tokens
-            (power-of-two scales only); or `"fp8_transposed"`, half the bytes too, the
-            codes that wgrad and dgrad will read, made from x and W by the same read as
-            the forward pass's: the numbers of `"bf16"`, and less to do, at the cost
-            of an array of codes more where `x` is kept for something else anyway.
+        residual: what the forward pass keeps of `x` and `W`: `"bf16"`, the arrays as
+            they came, quantized the other way in the backward pass; or `"fp8"`, the
+            codes that wgrad and dgrad will read, made by the read of `x` and `W` that
+            makes the forward pass's: half the bytes and the same bits (of products
+            split over devices, with power-of-two scales only), at the cost of an array
+            of codes more where `x` is kept for something else anyway.
 
     Raises:
         ValueError: If gradients have 128x128 tiles, or `"fp8"` residuals have a GEMM
-            that needs `x` unquantized or scales that are no powers of two.
+            that needs `x` or `W` unquantized.
     """
 
     fprop: GemmSpec | None
@@ -92,26 +91,11 @@ class Recipe:
                     f"{spec.tile}: with 128x128 tiles training diverged (DeepSeek-V3 "
                     "Technical Report, appendix B.2)."
                 )
-        if self.residual != "bf16" and None in (self.fprop, self.dgrad, self.wgrad):
+        if self.residual == "fp8" and None in (self.fprop, self.dgrad, self.wgrad):
             raise ValueError(
-                f"Recipe with residual={self.residual!r} keeps no unquantized operand, "
-                "so it takes all three GEMMs in FP8; got one that is None."
+                "Recipe with residual='fp8' keeps no unquantized operand, so it takes "
+                "all three GEMMs in FP8; got one that is None."
             )
-        if self.residual == "fp8":
-            assert self.fprop is not None
-            assert self.dgrad is not None
-            assert self.wgrad is not None
-            specs = (
-                self.fprop.lhs,
-                self.fprop.rhs,
-                self.wgrad.lhs,
-                self.dgrad.rhs,
-            )
-            if any(spec.scale != "pow2" for spec in specs):
-                raise ValueError(
-                    "Recipe with residual='fp8' requantizes x and W and so takes "
-                    "scale='pow2' for them: with float32 scales that costs 2 % error."
-                )
 
     @property
     def is_off(self) -> bool:

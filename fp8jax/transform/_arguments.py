@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fp8jax import _compat
+from fp8jax import _compat, ops
 
 _PYTHON_SCALARS = (int, float, complex)
 
@@ -69,11 +69,13 @@ class CallKey:
         treedef: of `(args, kwargs)`, static arguments being one leaf each.
         statics: the static leaves, by index.
         donated: indices of the leaves that are donated.
+        spread: over how many devices the arrays lie.
     """
 
     treedef: Any
     statics: tuple[tuple[int, Static], ...]
     donated: tuple[int, ...]
+    spread: ops.Spread
 
     def arguments(
         self, donated: Sequence[Any], kept: Sequence[Any], with_statics: bool = True
@@ -149,13 +151,14 @@ class ArgumentOptions:
             for i, x in enumerate(leaves)
             if not self._is_array(x)
         )
+        spread = ops.spread(*leaves)
         donated = _donated(treedef, self.donated_numbers, self.donated_names)
         if not statics and not donated:
-            return CallKey(treedef, (), ()), [], leaves
+            return CallKey(treedef, (), (), spread), [], leaves
         static = {i for i, _ in statics}
         donated = tuple(i for i in donated if i not in static)
         kept = [x for i, x in enumerate(leaves) if i not in static and i not in donated]
-        key = CallKey(treedef, statics, donated)
+        key = CallKey(treedef, statics, donated, spread)
         return key, [leaves[i] for i in donated], kept
 
     def mark(self, outputs: Any, key: CallKey) -> Any:

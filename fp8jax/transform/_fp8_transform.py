@@ -16,6 +16,12 @@ from fp8jax.transform._arguments import (
     has_static_outputs,
     without_marks,
 )
+from fp8jax.transform._carry import carry_codes
+from fp8jax.transform._custom_rules import check_custom_rules, with_custom_rules
+from fp8jax.transform._devices import spread_of_program
+from fp8jax.transform._harvest import harvest
+from fp8jax.transform._hoist import hoist
+from fp8jax.transform._inline import inline_calls
 from fp8jax.transform._interpreter import Flow, rewrite
 from fp8jax.transform._leaves import (
     Leaf,
@@ -28,9 +34,11 @@ from fp8jax.transform._leaves import (
 from fp8jax.transform._plan import Plan, Policy, make_plan
 from fp8jax.transform._replace import Replacer
 from fp8jax.transform._report import Report
+from fp8jax.transform._residuals import residual_bytes
 from fp8jax.transform._roles import assign, is_whole_step
 from fp8jax.transform._rules import RULES, opaque
-from fp8jax.transform._values import Scope
+from fp8jax.transform._statistics import named_statistics
+from fp8jax.transform._values import Dot, Scope
 
 NO_DERIVATIVE = (
     "fp8_transform: products in FP8 have no forward-mode and no second derivative. "
@@ -51,6 +59,8 @@ def fp8_transform(
     donate_argnames: str | Collection[str] = (),
     min_dim: int = 128,
     implementation: str | None = None,
+    stats: bool = False,
+    custom_rules: Sequence[str] = (),
 ) -> "Fp8Function":
     """`fn`, jitted, with its layers' matrix products in FP8.
 
@@ -85,7 +95,16 @@ def fp8_transform(
             `jax.jit`.
         min_dim: a weight with fewer input or output features is skipped, unless a rule
             is about it.
-        implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here.
+        implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here; that is
+            `"xla"` for arrays that are sharded over devices.
+        stats: whether a call returns `(outputs, statistics)`: how well the codes of
+            every product in FP8 stand for its operands, `{path: {role: {name: array}}}`
+            with the names `sqnr_db`, `underflow`, `saturated` and `amax`, float32. The
+            last axis is for the two operands in the order of `Recipe`'s table; axes
+            before it are the iterations of the scans around the product.
+        custom_rules: patterns of names of functions with a `jax.custom_vjp` or
+            `jax.custom_jvp`, for a forward function: those that match as a whole are
+            rewritten with their gradient rules. In a whole step all are, without it.
 
     Returns:
         A callable with `fn`'s signature. It is a jitted function: traced once for each
@@ -106,7 +125,10 @@ def fp8_transform(
     check_weights(weights)
     if not isinstance(min_dim, int) or min_dim < 0:
         raise ValueError(f"fp8_transform takes min_dim >= 0, got {min_dim!r}.")
-    policy = Policy(recipe or deepseek_v3(), rules, min_dim, implementation)
+    custom_rules = check_custom_rules(custom_rules)
+    policy = Policy(
+        recipe or deepseek_v3(), rules, min_dim, implementation, stats, custom_rules
+    )
     options = ArgumentOptions.of(
         fn, static_argnums, static_argnames, donate_argnums, donate_argnames
     )
@@ -171,21 +193,41 @@ class Fp8Function:
         if self._has_nnx(key, args, kwargs):
             _, function, pure_args = self._pure(args, kwargs)
             return function.report(*pure_args)
-        return self._plan(key, donated, kept)[2].report
+        jaxpr, _, plan = self._plan(key, donated, kept)
+        if not plan.whole_step:
+            return plan.report
+        fp8 = self._rewritten(jaxpr, plan, stats=False)
+        found = [residual_bytes(program, plan.is_weight) for program in (fp8, jaxpr)]
+        return plan.report.with_residuals(*found)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """As `jax.jit(fn).lower`, for a look at the compiled program."""
         return self._jit.lower(*self._options.split(args, kwargs))
 
+    def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
+        """As `jax.jit(fn).trace`, for a look at the rewritten program."""
+        return self._jit.trace(*self._options.split(args, kwargs))
+
     def _run(self, key: CallKey, donated: list[Any], kept: list[Any]) -> Any:
         # Runs under jit's trace, so jit's own cache is the transform's.
         jaxpr, out_tree, plan = self._plan(key, donated, kept)
         _warn(plan.report, self._policy, self._name)
-        jaxpr = rewrite(jaxpr, plan.replacements, Replacer())
+        stats = self._policy.stats
+        jaxpr = self._rewritten(jaxpr, plan, stats)
         self._has_static_outputs |= has_static_outputs(out_tree)
         inputs = [*donated, *kept]
-        outputs = core.jaxpr_as_fun(jaxpr)(*inputs)
-        return jax.tree.unflatten(out_tree, outputs)
+        if not stats:
+            outputs = core.jaxpr_as_fun(jaxpr)(*inputs)
+            return jax.tree.unflatten(out_tree, outputs)
+        jaxpr, where = harvest(jaxpr)
+        results = core.jaxpr_as_fun(jaxpr)(*inputs)
+        n = out_tree.num_leaves
+        statistics = named_statistics(plan.measured, where, results[n:])
+        return jax.tree.unflatten(out_tree, results[:n]), statistics
+
+    def _rewritten(self, jaxpr: Any, plan: Plan, stats: bool) -> Any:
+        """The program with its products replaced, each code made where it is best."""
+        return hoist(carry_codes(rewrite(jaxpr, plan.replacements, Replacer(stats))))
 
     def _plan(
         self, key: CallKey, donated: list[Any], kept: list[Any]
@@ -196,15 +238,35 @@ class Fp8Function:
             args, kwargs = key.arguments(donated, kept)
             return self._options.mark(self._fn(*args, **kwargs), key)
 
-        jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(donated, kept)
+        try:
+            jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(donated, kept)
+        except jax.errors.JAXTypeError as error:
+            error.add_note(
+                f"fp8_transform({self._name}) traces the function, as jax.jit does: "
+                "what it needs as a Python value goes into static_argnums= or "
+                "static_argnames=."
+            )
+            raise
+        jaxpr = inline_calls(jaxpr)
         leaves = self._ordered_leaves(key, donated, kept)
         flow = Flow(RULES, opaque, closure=1 << len(leaves))
         inputs = [flow.input(i) for i in range(len(leaves))]
         flow.walk(jaxpr, inputs, Scope())
         dots = [flow.dots[position] for position in sorted(flow.dots)]
         mask = weight_mask(self._weights, leaves, dots)
-        assignments = assign(dots, mask, [leaf.size for leaf in leaves])
-        plan = make_plan(assignments, leaves, self._policy, is_whole_step(dots))
+        sizes = [leaf.size for leaf in leaves]
+
+        def decide(
+            dots: Sequence[Dot], whole_step: bool, programs: Sequence[Any]
+        ) -> Plan:
+            found = assign(dots, mask, sizes)
+            spread = max(key.spread, *map(spread_of_program, (jaxpr, *programs)))
+            return make_plan(found, leaves, self._policy, whole_step, spread, mask)
+
+        whole_step = is_whole_step(dots)
+        plan = decide(dots, whole_step, ())
+        if self._policy.custom_rules and not whole_step:
+            plan = with_custom_rules(plan, flow, self._policy, decide)
         return jaxpr, jax.tree.structure(out), plan
 
     def _ordered_leaves(
@@ -231,9 +293,10 @@ class Fp8Function:
 
     def _call_nnx(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         pure, function, pure_args = self._pure(args, kwargs)
-        output, state = function(*pure_args)
+        result = function(*pure_args)
+        (output, state), *statistics = result if self._policy.stats else (result,)
         pure.update(self._by_name(args, kwargs), state)
-        return output
+        return (output, *statistics) if statistics else output
 
     def _pure(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -267,6 +330,12 @@ def _warn(report: Report, policy: Policy, name: str) -> None:
         warnings.warn(
             f"fp8_transform({name}): the rule {pattern!r} matched no layer's weight; "
             "see .report(*args).",
+            stacklevel=2,
+        )
+    for pattern in report.unmatched_custom_rules:
+        warnings.warn(
+            f"fp8_transform({name}): {pattern!r} in custom_rules is the name of no "
+            "function with a custom_vjp or custom_jvp; see .report(*args).",
             stacklevel=2,
         )
     if not any(row.status == "fp8" for row in report.rows) and not policy.recipe.is_off:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.extend import core
 
 from fp8jax import _compat
-from fp8jax.transform._values import Dot, Position, Scope, Value
+from fp8jax.transform._values import Dot, HandWritten, Position, Scope, Value
 
 # Gives an equation's results from its operands, and tells `Flow` of the dots in it.
 FlowRule = Callable[["Flow", Any, Sequence[Value], Scope], Sequence[Value]]
@@ -28,7 +28,8 @@ def sub_jaxprs(eqn: Any) -> list[Any]:
     return found
 
 
-def _with_sub_jaxprs(eqn: Any, jaxprs: Iterable[Any]) -> Any:
+def with_sub_jaxprs(eqn: Any, jaxprs: Iterable[Any]) -> Any:
+    """An equation with other jaxprs in the places of its own."""
     left = iter(jaxprs)
     params = dict(eqn.params)
     for name, value in sorted(eqn.params.items()):
@@ -44,16 +45,17 @@ def _with_sub_jaxprs(eqn: Any, jaxprs: Iterable[Any]) -> Any:
 def rewrite(
     jaxpr: Any,
     plan: Mapping[Position, Hashable],
-    replacer: Callable[[Any], Callable[[Any, Any], list[Any]]],
+    replacer: Callable[[Any, Mapping[int, Any]], Callable[[Any, Any], list[Any]]],
 ) -> Any:
     """`jaxpr` with some equations replaced.
 
     Args:
         jaxpr: with or without constants.
         plan: what is to become of the equation at each position.
-        replacer: for a jaxpr, the function that makes new equations of one of its own
-            and `plan`'s word on that. They may read what was there before, and what
-            the function's earlier equations gave; the last has the old one's results.
+        replacer: for a jaxpr and `plan`'s words on its own equations, by number, the
+            function that makes new equations of one and the word on that. They may
+            read what was there before, and what the function's earlier equations gave;
+            the last has the old one's results.
 
     Returns:
         A jaxpr of the same inputs and outputs; `jaxpr` itself for an empty plan.
@@ -70,11 +72,12 @@ def rewrite(
             by_eqn = collections.defaultdict(list)
             for position, what in plan:
                 by_eqn[position[0]].append((position[1:], what))
-            replace = replacer(jaxpr)
+            own = {i: e[0][1] for i, e in by_eqn.items() if not e[0][0]}
+            replace = replacer(jaxpr, own)
             eqns = []
             for i, eqn in enumerate(_compat.open_jaxpr(jaxpr).eqns):
                 eqns += visit_eqn(eqn, by_eqn[i], replace) if i in by_eqn else [eqn]
-            done[key] = _compat.with_eqns(jaxpr, eqns)
+            done[key] = _compat.with_parts(jaxpr, eqns=eqns)
         return done[key]
 
     def visit_eqn(
@@ -90,9 +93,44 @@ def rewrite(
         for position, what in entries:
             by_sub[position[0]].append((position[1:], what))
         subs = enumerate(sub_jaxprs(eqn))
-        return [_with_sub_jaxprs(eqn, [visit(s, tuple(by_sub[i])) for i, s in subs])]
+        return [with_sub_jaxprs(eqn, [visit(s, tuple(by_sub[i])) for i, s in subs])]
 
     return visit(jaxpr, tuple(sorted(plan.items(), key=lambda item: item[0])))
+
+
+def moved_to(place: Any) -> Callable[[Any], dict[str, Any]]:
+    """For `splice`: equations get another one's name stack, source line and context."""
+    placed = {"source_info": place.source_info, "ctx": place.ctx}
+    return lambda _: placed
+
+
+def splice(
+    traced: Any, inputs: Sequence[Any], place: Callable[[Any], dict[str, Any]]
+) -> tuple[list[Any], list[Any]]:
+    """Equations that compute a jaxpr elsewhere, and the variables of its results.
+
+    Args:
+        traced: a jaxpr without constants.
+        inputs: variables or literals for its `invars`.
+        place: what of an equation is another there.
+    """
+    env = dict(zip(traced.invars, inputs, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom if isinstance(atom, core.Literal) else env[atom]
+
+    eqns = []
+    for eqn in traced.eqns:
+        outvars = [core.Var(v.aval) for v in eqn.outvars]
+        env.update(zip(eqn.outvars, outvars, strict=True))
+        eqns.append(
+            eqn.replace(
+                invars=[read(x) for x in eqn.invars],
+                outvars=outvars,
+                **place(eqn),
+            )
+        )
+    return eqns, [read(x) for x in traced.outvars]
 
 
 class Flow:
@@ -101,6 +139,7 @@ class Flow:
     Attributes:
         closure: `Value.leaves` of arrays that are no arguments.
         dots: every product found, by position.
+        hand_written: every call with a gradient rule of its own found, by position.
     """
 
     def __init__(self, rules: Mapping[str, FlowRule], default: FlowRule, closure: int):
@@ -116,6 +155,7 @@ class Flow:
         self._numbers: dict[Hashable, int] = {}
         self._keys: list[Hashable] = []
         self.dots: dict[Position, Dot] = {}
+        self.hand_written: dict[Position, HandWritten] = {}
 
     def number(self, *key: Hashable) -> int:
         """One integer for each distinct key."""

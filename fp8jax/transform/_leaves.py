@@ -164,13 +164,25 @@ def weight_mask(weights: Weights, leaves: Sequence[Leaf], dots: Sequence[Dot]) -
     if weights is not None:
         return _mask(_named(weights, leaves))
     if is_whole_step(dots):
-        found = differentiated_leaves(dots, [leaf.is_float for leaf in leaves])
+        sure, unsure = differentiated_leaves(dots, [leaf.is_float for leaf in leaves])
+        found = sure | _of_families(sure, unsure, leaves)
         if found:
             return found | _siblings(found, leaves, forward_leaves(dots))
     hinted = [leaf.is_param for leaf in leaves]
     if any(hinted) or is_whole_step(dots):
         return _mask(hinted)
     return _mask([leaf.number == 0 and bool(leaf.keys) for leaf in leaves])
+
+
+def _of_families(sure: int, unsure: int, leaves: Sequence[Leaf]) -> int:
+    """Of leaves whose gradient may be another's, those beside a leaf that is sure.
+
+    A teacher's first layer meets the student's input and has its sizes, and a batch of
+    real images meets the weight that generated ones meet. All of them, if none is sure.
+    """
+    families = {leaf.family for i, leaf in enumerate(leaves) if sure >> i & 1}
+    near = [not families or leaf.family in families for leaf in leaves]
+    return unsure & _mask(near)
 
 
 def _siblings(found: int, leaves: Sequence[Leaf], examined: int) -> int:

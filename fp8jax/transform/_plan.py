@@ -3,12 +3,11 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fp8jax import ops
+from fp8jax import _compat, ops
 from fp8jax.quant import QuantSpec
 from fp8jax.recipes import (
     DEFAULT_SKIPS,
@@ -24,7 +23,11 @@ from fp8jax.recipes import (
 from fp8jax.transform._leaves import Leaf
 from fp8jax.transform._report import Report, Row, describe_tiles
 from fp8jax.transform._roles import UNCLEAR, Assignment, Role
+from fp8jax.transform._rule_call import RuleCall
 from fp8jax.transform._values import MARKED, Dot, Position, Side, other_side
+
+SPLIT = "sharded over devices, and a GPU kernel cannot be split"
+CHECKED = "in a shard_map that checks types, which GPU kernels lack: check_vma=False"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +39,17 @@ class Policy:
         rules: the user's, in order; the default ones come after them.
         min_dim: of the last default rule, which skips narrower weights.
         implementation: as in `fp8jax.dot_general`.
+        stats: whether quantization errors are measured, too.
+        custom_rules: patterns of names of functions with a gradient rule of their own
+            that are rewritten, rule and all.
     """
 
     recipe: Recipe
     rules: tuple[Rule, ...]
     min_dim: int
     implementation: str | None
+    stats: bool = False
+    custom_rules: tuple[str, ...] = ()
 
     def rule_for(self, path: str, role: GemmName, k: int, n: int) -> Rule | None:
         rules = (*self.rules, *DEFAULT_SKIPS, skip_narrow(self.min_dim))
@@ -62,12 +70,15 @@ class Policy:
     def layer(self, path: str, k: int, n: int) -> Recipe:
         """All three GEMMs of the weight [k, n], of as many rules."""
         specs = {role: self.gemm(path, role, k, n)[0] for role in GEMM_NAMES}
+        return Recipe(**specs, residual=self.residual(path, k, n))
+
+    def residual(self, path: str, k: int, n: int) -> Residual:
+        """What is kept of the input of the weight [k, n]."""
+        if any(self.gemm(path, role, k, n)[0] is None for role in GEMM_NAMES):
+            return "bf16"
         rule = self.rule_for(path, "fprop", k, n)
         recipe = self.recipe if rule is None else rule.recipe
-        residual: Residual = "bf16"
-        if recipe is not None and None not in specs.values():
-            residual = recipe.residual
-        return Recipe(**specs, residual=residual)
+        return "bf16" if recipe is None else recipe.residual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +89,9 @@ class QuantizedDot:
     lhs_spec: QuantSpec
     rhs_spec: QuantSpec
     implementation: str | None
+    first: Side  # The operand that the recipe counts first.
+    split: bool = False  # Whether XLA may split it over devices.
+    early: bool = False  # Whether wgrad's codes of x are made in the forward pass.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +101,11 @@ class LayerDot:
     recipe: Recipe
     weight: Side
     implementation: str | None
+
+    @property
+    def first(self) -> Side:
+        """The operand that the recipe counts first."""
+        return other_side(self.weight)
 
 
 Replacement = QuantizedDot | LayerDot
@@ -98,11 +117,18 @@ class Plan:
 
     Attributes:
         replacements: by position; what is not here stays as it is.
+        measured: paths and roles of the products in FP8 that stand in the program
+            itself, in order.
         report: tells about all of them.
+        whole_step: whether the function holds a backward pass.
+        is_weight: for each leaf of the arguments, whether it is a parameter.
     """
 
-    replacements: Mapping[Position, Replacement]
+    replacements: Mapping[Position, Replacement | RuleCall]
+    measured: tuple[tuple[str, Role], ...]
     report: Report
+    whole_step: bool
+    is_weight: tuple[bool, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +142,8 @@ def make_plan(
     leaves: Sequence[Leaf],
     policy: Policy,
     whole_step: bool,
+    spread: ops.Spread,
+    weights: int,
 ) -> Plan:
     """Decides on every product.
 
@@ -124,12 +152,15 @@ def make_plan(
         leaves: of the arguments, for their paths.
         policy: what the user asked for.
         whole_step: whether the function holds a backward pass.
+        spread: over how many devices XLA may split the function's arrays.
+        weights: `Value.leaves` of the parameters.
     """
     obstacles = _layer_obstacles(assignments)
     replacements, rows = {}, []
     kernel_of = functools.cache(ops.gemm_implementation)  # It traces a GEMM each time.
     for a in assignments:
         verdict = _decide(a, leaves, policy, obstacles, whole_step)
+        verdict = _on_devices(verdict, a.dot, spread, kernel_of)
         if verdict.replacement is not None:
             replacements[a.dot.position] = verdict.replacement
         rows.append(_row(a, leaves, verdict, kernel_of))
@@ -141,17 +172,38 @@ def make_plan(
     }
     unmatched = tuple(rule.pattern for rule in policy.rules if rule not in matched)
     return Plan(
-        replacements, Report(tuple(rows), unmatched, _notes(policy, whole_step))
+        replacements,
+        tuple((row.path, row.role) for row in rows if row.tiles),
+        Report(tuple(rows), unmatched, _notes(policy, assignments)),
+        whole_step,
+        tuple(bool(weights >> i & 1) for i, _ in enumerate(leaves)),
     )
 
 
-def _notes(policy: Policy, whole_step: bool) -> tuple[str, ...]:
-    recipes = [policy.recipe, *(rule.recipe for rule in policy.rules)]
-    if whole_step and any(r is not None and r.residual == "fp8" for r in recipes):
-        return (
-            "residual='fp8' has no effect here: this function holds its own backward "
-            "pass, which keeps what it kept. Transform the forward inside grad for it.",
-        )
+def _on_devices(
+    verdict: _Verdict, dot: Dot, spread: ops.Spread, kernel_of: Callable[..., str]
+) -> _Verdict:
+    """The verdict for arrays so spread: in XLA's kernels, if XLA may split them."""
+    what, reason = verdict.replacement, verdict.reason
+    if what is None:
+        return verdict
+    avals = dot.lhs_aval, dot.rhs_aval
+    why_xla = CHECKED if any(map(_compat.varying_axes, avals)) else ""
+    if not dot.scope.in_shard_map:
+        why_xla = SPLIT if spread == ops.Spread.MANY else why_xla
+        is_explicit = _compat.is_explicit(dot.out_aval)
+        if isinstance(what, QuantizedDot) and (spread or is_explicit):
+            what = dataclasses.replace(what, split=True)
+    if why_xla and what.implementation is None:
+        if _kernel(what, specs_of(what), kernel_of) not in ("", "xla"):
+            reason = "; ".join(filter(None, (reason, why_xla)))
+        what = dataclasses.replace(what, implementation="xla")
+    return _Verdict(what, reason)
+
+
+def _notes(policy: Policy, assignments: Sequence[Assignment]) -> tuple[str, ...]:
+    if policy.stats and any(a.dot.scope.in_while for a in assignments):
+        return ("Products in loops of unknown length are not measured (stats=).",)
     return ()
 
 
@@ -206,15 +258,13 @@ def _unsupported(dot: Dot) -> str:
             return "no elements"
     if dot.has_batch:
         return "batch dimensions"
-    if _is_explicit(dot.out_aval):
-        return "explicit sharding: not handled yet"
+    if _compat.is_explicit(dot.out_aval):
+        sharding = dot.out_aval.sharding
+        if set(sharding.mesh.axis_types) != {jax.sharding.AxisType.Explicit}:
+            return "explicit sharding on a mesh of several axis types"
+        if sharding.spec.unreduced:
+            return "explicit sharding with unreduced axes"
     return ""
-
-
-def _is_explicit(aval: Any) -> bool:
-    # Under automatic sharding, too, a dot may carry an `out_sharding`: of no meaning.
-    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
-    return jax.sharding.AxisType.Explicit in getattr(mesh, "axis_types", ())
 
 
 def _decide(
@@ -244,9 +294,10 @@ def _decide(
     if len(choices) > 1:
         return _Verdict(None, UNCLEAR)
     gemm, reason = choices.pop()
-    if whole_step:
-        return _quantized(a, gemm, reason, policy)
-    return _layer(a, policy.layer(leaves[a.weight].path, *_features(a)), reason, policy)
+    layer = leaves[a.weight].path, *_features(a)
+    if not whole_step:
+        return _layer(a, policy.layer(*layer), reason, policy)
+    return _quantized(a, gemm, reason, policy, policy.residual(*layer))
 
 
 def _why_other(a: Assignment, leaves: Sequence[Leaf]) -> str:
@@ -267,14 +318,20 @@ def _layer(a: Assignment, recipe: Recipe, reason: str, policy: Policy) -> _Verdi
 
 
 def _quantized(
-    a: Assignment, gemm: GemmSpec | None, reason: str, policy: Policy
+    a: Assignment,
+    gemm: GemmSpec | None,
+    reason: str,
+    policy: Policy,
+    residual: Residual,
 ) -> _Verdict:
     if gemm is None:
         return _Verdict(None, reason)
     # The named side is the weight, second in its recipe, but wgrad's activation, first.
     named, other = (gemm.lhs, gemm.rhs) if a.role == "wgrad" else (gemm.rhs, gemm.lhs)
     specs = (named, other) if a.side == "lhs" else (other, named)
-    return _Verdict(QuantizedDot(a.role, *specs, policy.implementation))
+    early = residual == "fp8" and a.role == "wgrad"
+    dot = QuantizedDot(a.role, *specs, policy.implementation, _first(a), early=early)
+    return _Verdict(dot)
 
 
 def _row(
@@ -284,11 +341,8 @@ def _row(
     kernel_of: Callable[..., str],
 ) -> Row:
     dot = a.dot
-    # Rows of the first operand as recipes count it: activation, or output gradient.
-    first: Side = "lhs"
-    if a.side is not None:
-        first = a.side if a.role == "wgrad" else other_side(a.side)
-    specs = _specs(verdict.replacement)
+    first = _first(a)
+    specs = specs_of(verdict.replacement)
     known = dot.flops is None
     return Row(
         path=_path(a, leaves),
@@ -305,6 +359,13 @@ def _row(
     )
 
 
+def _first(a: Assignment) -> Side:
+    """The first operand as recipes count it: activation, or output gradient."""
+    if a.side is None:
+        return "lhs"
+    return a.side if a.role == "wgrad" else other_side(a.side)
+
+
 def _path(a: Assignment, leaves: Sequence[Leaf]) -> str:
     if a.weight is None:
         return a.dot.scope.stack
@@ -312,12 +373,14 @@ def _path(a: Assignment, leaves: Sequence[Leaf]) -> str:
     return " | ".join(dict.fromkeys(leaves[layer].path for layer in layers))
 
 
-def _specs(replacement: Replacement | None) -> tuple[QuantSpec, ...]:
+def specs_of(replacement: Replacement | None) -> tuple[QuantSpec, ...]:
+    """Of both operands of the product that is in FP8 here, if one is."""
     if isinstance(replacement, QuantizedDot):
         return replacement.lhs_spec, replacement.rhs_spec
     if isinstance(replacement, LayerDot) and replacement.recipe.fprop is not None:
         gemm = replacement.recipe.fprop
-        return gemm.lhs, gemm.rhs
+        first = replacement.first == "lhs"
+        return (gemm.lhs, gemm.rhs) if first else (gemm.rhs, gemm.lhs)
     return ()
 
 

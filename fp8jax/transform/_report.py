@@ -19,7 +19,7 @@ class Row:
         role: of the product in a train step.
         m, n, k: rows, columns and contraction; for wgrad, k counts tokens.
         status: `"fp8"` or `"skipped"`.
-        reason: why it was skipped.
+        reason: why it was skipped, or why it is not in the fastest kernel.
         tiles: of both operands, such as `"1x128 128x128"`; `""` if skipped.
         kernel: the implementation that multiplies, `""` if skipped.
         count: how often it runs in one call, as far as scan lengths tell.
@@ -46,12 +46,23 @@ class Report:
     Attributes:
         rows: one for each matrix product, in program order.
         unmatched_rules: patterns of the rules that were about no product.
+        unmatched_custom_rules: patterns of `custom_rules` that name no function.
         notes: what else the user would not expect.
+        residual_bytes: what the forward pass of a whole step keeps for its backward
+            pass, but for weights and their codes; None for a forward function.
+        plain_residual_bytes: the same of the function as it came.
     """
 
     rows: tuple[Row, ...]
     unmatched_rules: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    residual_bytes: int | None = None
+    plain_residual_bytes: int | None = None
+    unmatched_custom_rules: tuple[str, ...] = ()
+
+    def with_residuals(self, fp8: int, plain: int) -> "Report":
+        """The report with bytes of residuals, transformed and as they came."""
+        return dataclasses.replace(self, residual_bytes=fp8, plain_residual_bytes=plain)
 
     @property
     def flops(self) -> int:
@@ -85,13 +96,16 @@ class Report:
         return "\n".join((*lines, "", *self._summary()))
 
     def to_json(self) -> str:
-        """Rows, fraction, unmatched rules and notes as a JSON object."""
+        """Rows, fraction, unmatched rules, notes and residuals as a JSON object."""
         return json.dumps(
             {
                 "rows": [dataclasses.asdict(row) for row in self.rows],
                 "fraction": self.fraction,
                 "unmatched_rules": list(self.unmatched_rules),
+                "unmatched_custom_rules": list(self.unmatched_custom_rules),
                 "notes": list(self.notes),
+                "residual_bytes": self.residual_bytes,
+                "plain_residual_bytes": self.plain_residual_bytes,
             }
         )
 
@@ -101,7 +115,17 @@ class Report:
             f"{len(fp8)} of {len(self.rows)} matrix products in FP8: "
             f"{self.fraction:.1%} of {self.flops / 1e9:.4g} GFLOP."
         ]
+        if self.residual_bytes is not None and self.plain_residual_bytes is not None:
+            fp8, plain = (
+                f"{size / 1e6:.4g} MB"
+                for size in (self.residual_bytes, self.plain_residual_bytes)
+            )
+            lines.append(f"Kept for the backward pass: {fp8}; without FP8: {plain}.")
         lines += [f"Rule that matched nothing: {p!r}" for p in self.unmatched_rules]
+        lines += [
+            f"Name in custom_rules that matched nothing: {p!r}"
+            for p in self.unmatched_custom_rules
+        ]
         return [*lines, *self.notes]
 
 

@@ -1,5 +1,6 @@
 """Which product is what in a train step: fprop, dgrad, wgrad, recomputation, other."""
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -11,6 +12,7 @@ from fp8jax.transform._values import (
     Dot,
     Position,
     Side,
+    Value,
     is_second_order,
     other_side,
 )
@@ -55,18 +57,31 @@ def is_whole_step(dots: Sequence[Dot]) -> bool:
     return any(dot.scope.phase == "backward" for dot in dots)
 
 
-def differentiated_leaves(dots: Sequence[Dot], is_float: Sequence[bool]) -> int:
+def differentiated_leaves(
+    dots: Sequence[Dot], is_float: Sequence[bool]
+) -> tuple[int, int]:
     """Leaves that a forward product multiplies by and the step has a gradient of.
 
     Returns:
-        `Value.leaves` of them all.
+        `Value.leaves` of those whose gradient is nothing else's, and of all others that
+        a backward product may be the gradient of: of one of several.
     """
-    found = 0
+    operands: dict[Position, set[Value]] = collections.defaultdict(set)
     for gradient in gradients(dots):
-        leaf = gradient.forward.operand(gradient.side).only_leaf
-        if leaf is not None and leaf < len(is_float) and is_float[leaf]:
-            found |= 1 << leaf
-    return found
+        operand = gradient.forward.operand(gradient.side)
+        operands[gradient.dot.position].add(operand)
+    sure = unsure = 0
+    for several in operands.values():
+        leaves = 0
+        for operand in several:
+            leaf = operand.only_leaf
+            if leaf is not None and leaf < len(is_float) and is_float[leaf]:
+                leaves |= 1 << leaf
+        if len({operand.root for operand in several}) == 1:
+            sure |= leaves
+        else:
+            unsure |= leaves
+    return sure, unsure & ~sure
 
 
 def forward_leaves(dots: Sequence[Dot]) -> int:

@@ -9,10 +9,24 @@ from typing import Any
 
 from fp8jax import _compat, numerics, ops
 from fp8jax.transform._interpreter import Flow, FlowRule, sub_jaxprs
-from fp8jax.transform._values import MARKED, SIDES, Dot, Scope, Side, Value
+from fp8jax.transform._values import (
+    HAND_WRITTEN_CALLS,
+    MARKED,
+    SIDES,
+    Dot,
+    HandWritten,
+    Scope,
+    Side,
+    Value,
+)
 
 OURS = "inside a function of fp8jax"
-HAND_WRITTEN = "hand-written VJP: left as it is"
+HAND_WRITTEN = (
+    "hand-written VJP: left as it is (transform the whole step to rewrite its rules, "
+    "or name it in custom_rules=)"
+)
+OWN_PARTITIONING = "inside custom_partitioning: left as it is"
+OWN_VMAP = "inside custom_vmap_call: left as it is"
 
 # The same numbers, possibly in another dtype or shape.
 _VIEWS = (
@@ -47,12 +61,6 @@ _CALLS = (
     "remat",
     "remat2",
 )
-_HAND_WRITTEN = (
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "custom_vjp_call_jaxpr",
-    "custom_lin",
-)
 
 
 def elementwise(
@@ -69,20 +77,15 @@ def elementwise(
 
 
 def opaque(
-    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope, times: int = 1
+    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
-    """A primitive we do not enter: products in its jaxprs are only reported.
-
-    Args:
-        flow, eqn, operands, scope: as for every rule.
-        times: how often its jaxprs run.
-    """
+    """A primitive we do not enter: products in its jaxprs are only reported."""
     number = flow.number("unknown", scope.position)
     unknown = dataclasses.replace(_joined(operands), number=number, root=number)
     reason = f"inside {eqn.primitive.name}: not handled, left as it is"
     for i, jaxpr in enumerate(sub_jaxprs(eqn)):
         inputs = [unknown] * len(_compat.open_jaxpr(jaxpr).invars)
-        flow.walk(jaxpr, inputs, scope.inside(i, times, reason))
+        flow.walk(jaxpr, inputs, scope.inside(i, blocked=reason))
     return elementwise(flow, eqn, operands, scope)
 
 
@@ -90,9 +93,10 @@ def _shard_map(
     flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
     sizes = dict(eqn.params["mesh"].shape)
-    manual = eqn.params.get("newly_manual_axes", sizes)
+    manual = _compat.manual_axes(eqn.params)
     shards = math.prod(sizes[axis] for axis in manual)
-    return opaque(flow, eqn, operands, scope, times=shards)
+    inside = scope.inside(times=shards, in_shard_map=len(manual) == len(sizes))
+    return flow.walk(eqn.params["jaxpr"], operands, inside)
 
 
 def _view(flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope) -> list[Value]:
@@ -163,6 +167,14 @@ def _call(
     return flow.walk(jaxprs[0], operands, scope.inside(blocked=blocked))
 
 
+def _hand_written(
+    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
+) -> Sequence[Value]:
+    """The function without its rule, which nothing here knows."""
+    flow.hand_written[scope.position] = HandWritten(eqn, tuple(operands), scope)
+    return _call(flow, eqn, operands, scope, blocked=HAND_WRITTEN)
+
+
 def _marked(
     flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
 ) -> Sequence[Value]:
@@ -220,8 +232,9 @@ def _while(
     body_jaxpr, cond_jaxpr = jaxprs
 
     def body(carry: list[Value]) -> list[Value]:
-        flow.walk(cond_jaxpr, [*cond_consts, *carry], scope.inside(1))
-        return flow.walk(body_jaxpr, [*consts, *carry], scope.inside(0))
+        flow.walk(cond_jaxpr, [*cond_consts, *carry], scope.inside(1, in_while=True))
+        inside = scope.inside(0, in_while=True)
+        return flow.walk(body_jaxpr, [*consts, *carry], inside)
 
     fixed = _fixed_carries(body_jaxpr, n_body, len(init))
     loop = ("while", frozenset(x.number for x in consts))
@@ -370,10 +383,13 @@ RULES: dict[str, FlowRule] = {
     **dict.fromkeys(_VIEWS, _view),
     **dict.fromkeys(_SLICES, _slice),
     **dict.fromkeys(_CALLS, _call),
-    **dict.fromkeys(_HAND_WRITTEN, functools.partial(_call, blocked=HAND_WRITTEN)),
+    **dict.fromkeys(HAND_WRITTEN_CALLS, _hand_written),
     "broadcast_in_dim": _broadcast,
     "cond": _cond,
     "conv_general_dilated": _convolution,
+    "custom_lin": functools.partial(_call, blocked=HAND_WRITTEN),
+    "custom_partitioning": functools.partial(_call, blocked=OWN_PARTITIONING),
+    "custom_vmap_call": functools.partial(_call, blocked=OWN_VMAP),
     "dot_general": _dot_general,
     "ragged_dot": _ragged_dot,
     "ragged_dot_general": _ragged_dot,

@@ -9,6 +9,7 @@ Position = tuple[int, ...]  # equation, sub-jaxpr, equation, ..., equation
 Phase = Literal["outside", "forward", "recompute", "backward"]
 Side = Literal["lhs", "rhs"]
 SIDES: tuple[Side, Side] = ("lhs", "rhs")
+HAND_WRITTEN_CALLS = ("custom_jvp_call", "custom_vjp_call")
 MARKED = "fp8jax"  # The `Dot.primitive` of one of our own products.
 
 
@@ -49,12 +50,16 @@ class Scope:
         stack: outer and inner name stacks, joined by slashes.
         times: how often the equation runs, as far as scan lengths tell.
         blocked: why nothing here may be rewritten, if so.
+        in_shard_map: whether values are those of one device.
+        in_while: whether a loop of unknown length is around it.
     """
 
     position: Position = ()
     stack: str = ""
     times: int = 1
     blocked: str | None = None
+    in_shard_map: bool = False
+    in_while: bool = False
 
     def at(self, index: int, eqn: Any) -> "Scope":
         """The scope of equation `index` of the jaxpr that this scope is about."""
@@ -63,7 +68,12 @@ class Scope:
         return dataclasses.replace(self, position=(*self.position, index), stack=stack)
 
     def inside(
-        self, sub_jaxpr: int = 0, times: int = 1, blocked: str | None = None
+        self,
+        sub_jaxpr: int = 0,
+        times: int = 1,
+        blocked: str | None = None,
+        in_shard_map: bool = False,
+        in_while: bool = False,
     ) -> "Scope":
         """The scope of one of this equation's jaxprs."""
         return dataclasses.replace(
@@ -71,6 +81,8 @@ class Scope:
             position=(*self.position, sub_jaxpr),
             times=self.times * times,
             blocked=self.blocked or blocked,
+            in_shard_map=self.in_shard_map or in_shard_map,
+            in_while=self.in_while or in_while,
         )
 
     @property
@@ -177,6 +189,21 @@ class Dot:
             sides = self.free("lhs") * self.free("rhs")
             flops = 2 * self.batch * sides * self.contraction
         return flops * self.scope.times
+
+
+@dataclasses.dataclass(frozen=True)
+class HandWritten:
+    """A call of a function with a gradient rule of its own.
+
+    Attributes:
+        eqn: the call.
+        operands: as abstract values.
+        scope: where it stands.
+    """
+
+    eqn: Any
+    operands: tuple[Value, ...]
+    scope: Scope
 
 
 def other_side(side: Side) -> Side:

@@ -85,7 +85,7 @@ def _with_special_values() -> tuple[jax.Array, jax.Array]:
     x, weight = (np.array(a) for a in _inputs((32, 512), jnp.float32))
     x[3, 5], x[7, 200], x[8, 511] = np.nan, np.inf, -np.inf
     x[9] = 0
-    x[10] = 1e-42
+    x[10] = 1e-36  # Its square underflows.
     x[11, 0] = 1e30  # Its square overflows.
     x[12] *= 1e-15
     weight[128:256] = 0
@@ -123,7 +123,6 @@ def _check_vmap(shape, context) -> None:
 
 @each_shape
 @pytest.mark.parametrize(("dtype", "x64"), [("bfloat16", False), ("float32", True)])
-@interpreted
 def test_lowers_for_cuda(shape, dtype, x64):
     with jax.enable_x64(x64):
         traced = jax.jit(_op(mosaic_gpu)).trace(*_inputs(shape, dtype))

@@ -1,11 +1,13 @@
 """SwiGLU and its gradient, fused with quantization: the oracle's numbers.
 
 In interpret mode both compute in the same spelling with the same exponential, and the
-bits are the same. On a GPU XLA's exponential and division differ from Mosaic's in the
-last bits of float32: h rounds to another 16-bit number in about 2^-14 of elements.
+bits are the same. On a GPU, exponential and root are one instruction each there: h is
+off by up to (13 + 1.5 |gate|) 2^-24 (`mosaic_gpu._swiglu`), so one in 2^9 elements at
+|gate| = 16 may round to another bfloat16, and one in 16 of those to another code.
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -16,6 +18,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fp8jax.kernels import mosaic_gpu, xla
+from fp8jax.kernels.mosaic_gpu import _blocks
 from fp8jax.testing import assert_codes_differ_by_last_bits, assert_same_bits
 
 OPS = ("quantize_swiglu", "quantize_swiglu_gradient")
@@ -80,6 +83,21 @@ def test_interpreted_is_the_oracle(op, dtype, tile, tile_t):
 
 @interpreted
 @each_op
+@pytest.mark.parametrize("warpgroups", [1, 2])
+@pytest.mark.parametrize("buffers", [1, 2])
+def test_interpreted_warpgroups_share_a_block(op, buffers, warpgroups, monkeypatch):
+    plain = _blocks.blocks_config
+
+    def config(**problem):
+        found = plain(**problem)
+        return dataclasses.replace(found, buffers=buffers, warpgroups=warpgroups)
+
+    monkeypatch.setattr(_blocks, "blocks_config", config)
+    assert_same_bits(*_pair(op, _inputs(op, (136, 130), jnp.bfloat16), _interpreting))
+
+
+@interpreted
+@each_op
 def test_interpreted_fp32_scales_and_e5m2(op):
     inputs = _inputs(op, (130, 200), jnp.bfloat16)
     got, expected = _pair(op, inputs, _interpreting, scale="fp32")
@@ -93,7 +111,7 @@ def _with_special_values(op: str) -> list[jax.Array]:
     inputs[-1][130, 200] = -np.inf
     inputs[-2][10, 130] = -np.inf
     inputs[-1][:, 40:50] = 0
-    inputs[-1][64:128, :128] = 1e-40
+    inputs[-1][64:128, :128] = 1e-30
     inputs[-2][:, 250] = 1e4
     inputs[-2][:, 251] = -1e4
     return [jnp.asarray(x) for x in inputs]

@@ -18,6 +18,9 @@ from fp8jax.testing import assert_same_bits
 M, K, HIDDEN, N = 130, 200, 264, 136
 
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
 def normal(seed, *shape, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
@@ -44,9 +47,9 @@ def plain(x, w_gate, w_up, w_down):
     [
         (recipes.deepseek_v3(), jnp.bfloat16),
         (recipes.deepseek_v3(residual="fp8"), jnp.float32),
-        (recipes.blocked_wgrad("fp32", "fp8_transposed"), jnp.float32),
+        (recipes.blocked_wgrad("fp32", "fp8"), jnp.float32),
     ],
-    ids=["bf16", "fp8", "fp8_transposed"],
+    ids=["bf16", "fp8", "blocked fp8"],
 )
 def test_fused_is_the_unfused_block_but_for_codes_at_ties(recipe, dtype):
     inputs = arrays(dtype)

@@ -1,7 +1,6 @@
 """The transformed function is called, jitted, vmapped and refused as the plain one."""
 
 import chex
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,6 +114,8 @@ def test_result_that_is_no_array_and_did_not_come_in_is_jax_s_error():
 
 
 def test_equinox_filter_jit_keeps_static_numbers_and_donation():
+    eqx = pytest.importorskip("equinox")
+
     def step(model, x):
         assert model["inference"] is True
         assert model["rate"] == 0.5
@@ -189,6 +190,20 @@ def test_wrong_options_are_refused_when_wrapping(arguments, message):
     with pytest.raises(ValueError, match="fp8_transform") as caught:
         fp8_transform(**arguments)
     assert message in str(caught.value)
+
+
+def test_function_that_cannot_be_traced_is_an_error_that_says_what_to_do():
+    def untraceable(params, x, scale):
+        return mlp(params, x) if scale > 1 else x
+
+    for run in (fp8_transform(untraceable), fp8_transform(untraceable).report):
+        with pytest.raises(jax.errors.TracerBoolConversionError) as caught:
+            run(PARAMS, X, 2.0)
+        notes = "\n".join(caught.value.__notes__)
+        assert "fp8_transform(untraceable)" in notes
+        assert "static_argnums=" in notes
+    fn = fp8_transform(untraceable, static_argnums=2)
+    assert fn.report(PARAMS, X, 2.0).fraction == 1.0
 
 
 def test_weights_that_name_no_argument_are_refused():

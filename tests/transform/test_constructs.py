@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fp8jax.transform import fp8_transform
 
@@ -99,23 +98,6 @@ def test_pallas_kernel_is_left_alone():
     check_left_alone(rest, "inside pallas_call")
 
 
-def test_shard_map_is_left_alone_and_counted_once_a_shard():
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
-    rows, everywhere = PartitionSpec("d"), PartitionSpec()
-
-    def rest(params, x):
-        return jax.shard_map(
-            lambda x, w: x @ w,
-            mesh=mesh,
-            in_specs=(rows, everywhere),
-            out_specs=rows,
-        )(x, params["b"])
-
-    check_left_alone(rest, "inside shard_map")
-    row = fp8_transform(rest).report(PARAMS, X).rows[0]
-    assert (row.m, row.n, row.k, row.count) == (16, D, D, 8)
-
-
 def test_convolution_and_ragged_dot_are_reported_with_their_flops():
     def rest(params, x):
         kernel = params["b"][:3, :3][None, None]
@@ -159,38 +141,6 @@ def test_callbacks_randomness_and_named_scopes_stay(capfd):
     clean = fp8_transform(layer)(PARAMS, X)
     chex.assert_trees_all_close(out, clean + noise, rtol=1e-5, atol=1e-6)
     assert "noisy" in fn.lower(PARAMS, X, key).as_text(debug_info=True)
-
-
-def test_explicit_sharding_is_left_alone_and_reported():
-    mesh = jax.make_mesh((8,), ("d",))
-
-    @jax.jit
-    def step(params, x):
-        return jax.value_and_grad(lambda p: jnp.mean(layer(p, x)))(params)
-
-    with jax.set_mesh(mesh):
-        x = jax.device_put(X, NamedSharding(mesh, PartitionSpec("d")))
-        params = jax.device_put(PARAMS, NamedSharding(mesh, PartitionSpec()))
-        fn = fp8_transform(step)
-        report = fn.report(params, x)
-        assert {r.reason for r in report.rows} == {"explicit sharding: not handled yet"}
-        with pytest.warns(UserWarning, match="no matrix product"):
-            out = fn(params, x)
-        chex.assert_trees_all_equal(out, step(params, x))
-
-
-def test_sharded_arguments_give_the_unsharded_result():
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
-    fn = fp8_transform(jax.value_and_grad(lambda p, x: jnp.mean(layer(p, x) ** 2)))
-    x = jax.device_put(X, NamedSharding(mesh, PartitionSpec("d")))
-    params = jax.device_put(PARAMS, NamedSharding(mesh, PartitionSpec(None, "d")))
-    assert fn.report(params, x).fraction == 1.0
-    loss, grads = fn(params, x)
-    wanted_loss, wanted = fn(PARAMS, X)
-    chex.assert_trees_all_close(loss, wanted_loss, rtol=1e-5)
-    # A sum in another order may move an FP8 code by one step.
-    difference = np.linalg.norm(grads["a"] - wanted["a"])
-    assert difference < 1e-2 * np.linalg.norm(wanted["a"])
 
 
 def test_one_operand_of_an_einsum_of_three_is_the_weight():

@@ -49,16 +49,6 @@ def test_text_has_every_row_the_totals_and_unmatched_rules():
     assert len({len(line.split("skipped")[0]) for line in (lines[2], lines[4])}) == 1
 
 
-def test_residuals_of_a_whole_step_are_said_to_stay():
-    def step(params, tokens):
-        return jax.grad(lambda p: forward(p, tokens).sum())(params)
-
-    recipe = recipes.deepseek_v3(residual="fp8")
-    words = "residual='fp8' has no effect here"
-    assert words in str(fp8_transform(step, recipe).report(PARAMS, TOKENS))
-    assert words not in str(fp8_transform(forward, recipe).report(PARAMS, TOKENS))
-
-
 def test_fraction_weighs_products_by_flops_and_by_loop_trips():
     report = fp8_transform(forward).report(PARAMS, TOKENS)
     scores = 2 * 2 * 64 * 64 * D

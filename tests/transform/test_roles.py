@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 from fp8jax import recipes
 from fp8jax.transform import fp8_transform
@@ -142,14 +143,35 @@ def test_every_product_of_a_scanned_rematted_decoder_with_muon_is_classified():
         ("everything_saveable", 0),
         ("dots_saveable", 0),
         ("dots_with_no_batch_dims_saveable", 0),
+        (("save_only_these_names", "hidden"), 2),
+        (("save_anything_except_these_names", "hidden"), 0),
+        (("save_any_names_but_these", "hidden"), 4),
+        (("save_and_offload_only_these_names", "hidden"), 2),
+        (("offload_dot_with_no_batch_dims", "device", "pinned_host"), 0),
+        ("both", 0),
     ],
 )
 def test_every_remat_policy_keeps_wgrad_with_its_layer(policy, recomputed):
-    policy = policy and getattr(jax.checkpoint_policies, policy)
+    policies = jax.checkpoint_policies
+    if policy == "both":
+        named = policies.save_only_these_names("hidden")
+        policy = policies.save_from_both_policies(named, policies.dots_saveable)
+    elif policy and policy[0] == "save_and_offload_only_these_names":
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=["hidden"],
+            names_which_can_be_offloaded=[],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    elif isinstance(policy, tuple):
+        policy = getattr(policies, policy[0])(*policy[1:])
+    elif policy:
+        policy = getattr(policies, policy)
 
     @functools.partial(jax.checkpoint, policy=policy)
     def block(x, layer):
-        return x + mlp(layer, jax.nn.gelu(x))
+        hidden = checkpoint_name(jax.nn.gelu(x) @ layer["a"], "hidden")
+        return x + jnp.tanh(jnp.tanh(hidden) @ layer["b"])
 
     def forward(params, x):
         return block(block(x, params[0]), params[1])
@@ -354,6 +376,49 @@ def test_evaluation_outside_differentiation_is_skipped():
     assert found(report) == expected("b", first="a")
     outside = [r for r in report.rows if "outside differentiation" in r.reason]
     assert len(outside) == 2
+
+
+def test_teacher_whose_first_layer_sees_the_student_s_input_is_skipped():
+    def step(params, teacher, x):
+        def loss(params):
+            return jnp.mean(jnp.square(mlp(params, x) - mlp(teacher, x)))
+
+        return jax.value_and_grad(loss)(params)
+
+    report = fp8_transform(step).report(AB, jax.tree.map(jnp.negative, AB), X)
+    assert found(report) == expected("b", first="a")
+    skipped = [r for r in report.rows if r.status == "skipped"]
+    assert len(skipped) == 2
+    assert all("no operand is a parameter" in r.reason for r in skipped)
+
+
+def test_gan_step_trains_both_networks_and_takes_no_batch_for_a_weight():
+    def generate(params, z):
+        return jnp.tanh(mlp(params, z))
+
+    def judge(params, x):
+        y = mlp({"a": params["c"], "b": params["d"]}, x)
+        return jnp.mean(jnp.square(y))
+
+    def step(generator, critic, real, z):
+        def critic_loss(critic):
+            return judge(critic, generate(generator, z)) - judge(critic, real)
+
+        def generator_loss(generator):
+            gap = judge(critic, generate(generator, z)) - judge(critic, real)
+            return -gap
+
+        grads = jax.grad(generator_loss)(generator), jax.grad(critic_loss)(critic)
+        return jax.tree.map(lambda p, g: p - g, (generator, critic), grads)
+
+    critic = {"c": AB["a"], "d": AB["b"]}
+    report = fp8_transform(step).report(AB, critic, X, 2 * X)
+    rows = {(r.path, r.role) for r in report.rows if r.status == "fp8"}
+    assert {path for path, _ in rows} == set("abcd")
+    assert {("a", "wgrad"), ("b", "dgrad"), ("c", "wgrad"), ("d", "wgrad")} <= rows
+    assert ("c", "dgrad") in rows  # On its way to the generator.
+    assert not [r for r in report.rows if "real" in r.path]
+    assert report.fraction > 0.99
 
 
 def test_second_derivatives_are_left_alone():

@@ -52,17 +52,17 @@ def marked_calls(fn, *args):
                 for sub in sub_jaxprs(eqn):
                     visit(sub)
 
-    visit(jax.make_jaxpr(fn)(*args))
+    visit(fn.trace(*args).jaxpr)
     return calls
 
 
 # Gate and up share x, in fprop and in wgrad; each weight's codes serve fprop and dgrad.
 # With operands quantized by each of the nine products it would be 18.
 FPROP = 1 + 1 + 3  # x, down's input, three weights
-OF_DOWN = 1 + 1 + 1  # dout for dgrad and for wgrad, down's input for wgrad
-OF_GATE_AND_UP = 2 + 2 + 1  # two gradients for dgrad and for wgrad, x for wgrad
+INPUTS = 1 + 1  # x and down's input for wgrad
 MLP_CALLS = {
-    "quantize": FPROP + OF_DOWN + OF_GATE_AND_UP,
+    "quantize": FPROP + INPUTS,
+    "quantize_both": 3,  # Each gradient for dgrad and for wgrad.
     "fprop": 3,
     "dgrad": 3,
     "wgrad": 3,
@@ -76,7 +76,9 @@ def test_gate_and_up_quantize_their_input_once():
 
 def test_transforming_twice_quantizes_no_more_than_once():
     twice = fp8_transform(fp8_transform(step_of(mlp), weights=0), weights=0)
-    assert marked_calls(twice, MLP, X) == MLP_CALLS
+    # Within another trace nothing tells whether arrays are sharded: no code is shared.
+    calls = marked_calls(twice, MLP, X)
+    assert calls == {role: MLP_CALLS[role] for role in ("fprop", "dgrad", "wgrad")}
 
 
 def test_scanned_and_rematted_block_shares_codes_within_each_loop_body():
@@ -86,10 +88,11 @@ def test_scanned_and_rematted_block_shares_codes_within_each_loop_body():
 
     stacked = jax.tree.map(lambda a: jnp.stack([a] * 2), MLP)
     calls = marked_calls(fp8_transform(step_of(forward), weights=0), stacked, X)
-    # The backward loop needs all three weights again; it recomputes gate and up.
-    backward = 1 + 3 + OF_DOWN + OF_GATE_AND_UP
+    # The backward loop needs all three weights again; it recomputes gate and up, whose
+    # input is then quantized for that and for wgrad at once.
     assert calls == {
-        "quantize": FPROP + backward,
+        "quantize": FPROP + 3 + 1,
+        "quantize_both": 3 + 1,
         "fprop": 3,
         "recompute": 2,
         "dgrad": 3,
@@ -116,6 +119,116 @@ def test_products_of_different_recipes_share_no_codes():
     assert marked_calls(mixed, MLP, X)["quantize"] == MLP_CALLS["quantize"] + 2
 
 
+def accumulated(forward):
+    """Gradients added up over microbatches by a scan that closes over the weights."""
+
+    def step(params, x):
+        def add(total, batch):
+            _, grads = step_of(forward, 0)(params, batch)
+            return jax.tree.map(jnp.add, total, grads), None
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return jax.lax.scan(add, zeros, x)[0]
+
+    return step
+
+
+def in_bf16(params, x):
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+    return mlp(params, x.astype(jnp.bfloat16)).astype(jnp.float32)
+
+
+def names_in(jaxpr, inside=False):
+    """Names of our functions, and whether a scan's body calls them."""
+    for eqn in _compat.open_jaxpr(jaxpr).eqns:
+        name = str(eqn.params.get("name", ""))
+        if name.startswith(ops.MARK):
+            yield name.removeprefix(ops.MARK), inside
+        else:
+            for sub in sub_jaxprs(eqn):
+                yield from names_in(sub, inside or eqn.primitive.name == "scan")
+
+
+@pytest.mark.parametrize("forward", [mlp, in_bf16], ids=["float32", "cast"])
+def test_weights_are_quantized_once_before_a_scan_over_microbatches(forward):
+    step = jax.jit(accumulated(forward))
+    batches = jnp.stack([X, 2 * X, X / 3])
+    fn = fp8_transform(step, weights=0)
+    found = collections.Counter(names_in(fn.trace(MLP, batches).jaxpr))
+    assert found["quantize", False] == 3
+    # x and down's input, each for fprop and for wgrad; two gradients for wgrad alone.
+    assert found["quantize", True] == 2 * 2 + 2
+    assert ("fprop", False) not in found
+    total = fn(MLP, batches)
+    one = fp8_transform(step_of(forward, 0))
+    wanted = jax.tree.map(lambda *g: sum(g), *(one(MLP, x)[1] for x in batches))
+    # The scan begins with zero and adds in order, too; XLA may fuse a rounding away.
+    chex.assert_trees_all_close(total, wanted, rtol=2.0**-7, atol=1e-6)
+
+
+def test_weights_leave_nested_loops_and_statistics_stay_with_their_products():
+    def step(params, x):
+        def outer(total, batches):
+            return total + accumulated(mlp)(params, batches)["up"], None
+
+        return jax.lax.scan(outer, jnp.zeros_like(params["up"]), x)[0]
+
+    batches = jnp.stack([X, X])[None]
+    fn = fp8_transform(step, weights=0, stats=True)
+    found = collections.Counter(names_in(fn.trace(MLP, batches).jaxpr))
+    assert found["quantize", False] == 3
+    total, stats = fn(MLP, batches)
+    chex.assert_trees_all_equal(total, fp8_transform(step, weights=0)(MLP, batches))
+    assert stats["up"]["fprop"]["sqnr_db"].shape == (1, 2, 2)
+
+
+def test_einsums_share_codes_though_each_is_a_jitted_function():
+    def forward(params, x):
+        gate, up = (jnp.einsum("btd,df->btf", x, params[n]) for n in ("gate", "up"))
+        h = jax.nn.silu(gate) * up
+        return x + jnp.einsum("btf,fd->btd", h, params["down"])
+
+    fn = fp8_transform(step_of(forward), weights=0)
+    assert marked_calls(fn, MLP, X) == MLP_CALLS
+    plain = fp8_transform(step_of(mlp), weights=0)
+    chex.assert_trees_all_equal(fn(MLP, X), plain(MLP, X))
+
+
+def test_jitted_layers_keep_their_names_in_the_program():
+    @jax.jit
+    def layer(x, w):
+        with jax.named_scope("inner"):
+            return x @ w
+
+    def forward(params, x):
+        with jax.named_scope("outer"):
+            return layer(layer(x, params["q"]), params["k"])
+
+    fn = fp8_transform(step_of(forward, 0))
+    assert {row.status for row in fn.report(ATTENTION, X).rows} == {"fp8"}
+    stacks = [
+        str(eqn.source_info.name_stack)
+        for eqn in _compat.open_jaxpr(fn.trace(ATTENTION, X).jaxpr).eqns
+        if str(eqn.params.get("name", "")) in ("fp8jax_fprop", "fp8jax_wgrad")
+    ]
+    assert len(stacks) == 4
+    assert all("outer" in stack and "inner" in stack for stack in stacks)
+
+
+def test_fp8_residuals_are_made_together_with_the_forward_pass_s_codes():
+    step = step_of(mlp)
+    kept = fp8_transform(step, weights=0)
+    codes = fp8_transform(step, recipes.deepseek_v3(residual="fp8"), weights=0)
+    assert marked_calls(codes, MLP, X) == {
+        "quantize": 3,  # The weights.
+        "quantize_both": 2 + 3,  # x and down's input; the gradients.
+        **dict.fromkeys(("fprop", "dgrad", "wgrad"), 3),
+    }
+    chex.assert_trees_all_equal(codes(MLP, X), kept(MLP, X))
+    inside = fp8_transform(mlp, recipes.deepseek_v3(residual="fp8"))
+    chex.assert_trees_all_equal(codes(MLP, X), jax.jit(step_of(inside))(MLP, X))
+
+
 @pytest.mark.parametrize("of", ["x", "w"])
 def test_slices_of_one_array_are_not_taken_for_one_another(of):
     def forward(params, x):
@@ -138,11 +251,10 @@ def test_codes_are_made_under_the_name_stack_of_their_first_product():
             up = x @ params["up"]
         return gate * up
 
-    jaxpr = jax.make_jaxpr(fp8_transform(step_of(forward, 0)))(MLP, X)
-    (program,) = jaxpr.eqns
+    jaxpr = fp8_transform(step_of(forward, 0)).trace(MLP, X).jaxpr
     stacks = [
         str(eqn.source_info.name_stack)
-        for eqn in _compat.open_jaxpr(sub_jaxprs(program)[0]).eqns
+        for eqn in _compat.open_jaxpr(jaxpr).eqns
         if eqn.params.get("name") in ("fp8jax_quantize", "fp8jax_fprop")
         and "transpose" not in str(eqn.source_info.name_stack)
     ]

@@ -3,9 +3,7 @@
 import functools
 import itertools
 
-import equinox as eqx
 import flax.linen
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -190,50 +188,55 @@ def test_nnx_modules_train_in_place():
     assert int(optimizer.step[...]) == STEPS
 
 
-class EqxBlock(eqx.Module):
-    qkv: eqx.nn.Linear
-    out: eqx.nn.Linear
-    up: eqx.nn.Linear
-    down: eqx.nn.Linear
-    norm: eqx.nn.LayerNorm
-    dropout: eqx.nn.Dropout  # Its rate and its mode are leaves that are no arrays.
+def equinox_model(eqx, key):
+    """The model as Equinox modules; they are made here, as Equinox may be missing."""
 
-    def __init__(self, key):
-        keys = jax.random.split(key, len(SHAPES))
-        for (name, shape), k in zip(SHAPES.items(), keys, strict=True):
-            setattr(self, name, eqx.nn.Linear(*shape, key=k))
-        self.norm = eqx.nn.LayerNorm(D)
-        self.dropout = eqx.nn.Dropout(0.1, inference=True)
+    class EqxBlock(eqx.Module):
+        qkv: eqx.nn.Linear
+        out: eqx.nn.Linear
+        up: eqx.nn.Linear
+        down: eqx.nn.Linear
+        norm: eqx.nn.LayerNorm
+        dropout: eqx.nn.Dropout  # Its rate and its mode are leaves that are no arrays.
 
-    def __call__(self, x):
-        def dense(name, x):
-            return jax.vmap(getattr(self, name))(x)
+        def __init__(self, key):
+            keys = jax.random.split(key, len(SHAPES))
+            for (name, shape), k in zip(SHAPES.items(), keys, strict=True):
+                setattr(self, name, eqx.nn.Linear(*shape, key=k))
+            self.norm = eqx.nn.LayerNorm(D)
+            self.dropout = eqx.nn.Dropout(0.1, inference=True)
 
-        return self.dropout(block(dense, lambda _, x: jax.vmap(self.norm)(x), x))
+        def __call__(self, x):
+            def dense(name, x):
+                return jax.vmap(getattr(self, name))(x)
 
+            return self.dropout(block(dense, lambda _, x: jax.vmap(self.norm)(x), x))
 
-class EqxModel(eqx.Module):
-    embed: eqx.nn.Embedding
-    blocks: list[EqxBlock]
-    head: eqx.nn.Linear
-    activation: object
+    class EqxModel(eqx.Module):
+        embed: eqx.nn.Embedding
+        blocks: list[EqxBlock]
+        head: eqx.nn.Linear
+        activation: object
 
-    def __init__(self, key):
-        keys = jax.random.split(key, LAYERS + 2)
-        self.embed = eqx.nn.Embedding(BYTES, D, key=keys[0])
-        self.blocks = [EqxBlock(k) for k in keys[2:]]
-        self.head = eqx.nn.Linear(D, BYTES, key=keys[1])
-        self.activation = jax.nn.soft_sign
+        def __init__(self, key):
+            keys = jax.random.split(key, LAYERS + 2)
+            self.embed = eqx.nn.Embedding(BYTES, D, key=keys[0])
+            self.blocks = [EqxBlock(k) for k in keys[2:]]
+            self.head = eqx.nn.Linear(D, BYTES, key=keys[1])
+            self.activation = jax.nn.soft_sign
 
-    def __call__(self, tokens):
-        x = jax.vmap(self.embed)(tokens)
-        for layer in self.blocks:
-            x = layer(x)
-        return jax.vmap(self.head)(self.activation(x))
+        def __call__(self, tokens):
+            x = jax.vmap(self.embed)(tokens)
+            for layer in self.blocks:
+                x = layer(x)
+            return jax.vmap(self.head)(self.activation(x))
+
+    return EqxModel(key)
 
 
 def test_equinox_filter_jit_step_trains():
-    model = EqxModel(jax.random.key(0))
+    eqx = pytest.importorskip("equinox")
+    model = equinox_model(eqx, jax.random.key(0))
 
     @eqx.filter_value_and_grad
     def loss_fn(model, tokens):
@@ -254,7 +257,7 @@ def test_equinox_filter_jit_step_trains():
     assert trained.blocks[0].dropout.inference is True
 
 
-def haiku_loss(tokens):
+def haiku_loss(hk, tokens):
     def dense(prefix, name, x):
         return hk.Linear(SHAPES[name][1], name=f"{prefix}_{name}")(x)
 
@@ -266,7 +269,8 @@ def haiku_loss(tokens):
 
 
 def test_haiku_transformed_step_trains():
-    loss = hk.without_apply_rng(hk.transform(haiku_loss))
+    hk = pytest.importorskip("haiku")
+    loss = hk.without_apply_rng(hk.transform(functools.partial(haiku_loss, hk)))
     params = loss.init(jax.random.key(0), TOKENS)
 
     @fp8_transform

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax.kernels._contract import Quantized, ScaleKind, Tile
-from fp8jax.kernels.mosaic_gpu._blocks import Direction, Format, quantize_blocks
+from fp8jax.kernels.mosaic_gpu._blocks import quantize_blocks
+from fp8jax.kernels.mosaic_gpu._blocks_kernel import Direction, Format
 from fp8jax.kernels.mosaic_gpu._encode import BLOCK, check_arguments
 
 _ROW, _COLUMN, _BOX = (1, BLOCK), (BLOCK, 1), (BLOCK, BLOCK)

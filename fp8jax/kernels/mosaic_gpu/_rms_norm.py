@@ -96,7 +96,7 @@ def normalize_padded(
 ) -> tuple[Quantized, jax.Array]:
     """`quantize_rms_norm` with a configuration of one's own choice."""
     m, k = x.shape
-    config = config or rms_norm_config(k)
+    config = config or rms_norm_config(k, x.dtype.itemsize)
     assert config is not None  # The caller has checked it.
     chunks = config.chunks
     padded = zero_pad(x, (config.rows, chunks * BLOCK))

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from fp8jax.kernels import _swiglu
 from fp8jax.kernels._contract import Directions, ScaleKind, Tile
-from fp8jax.kernels.mosaic_gpu._blocks import Direction, Format, quantize_blocks
+from fp8jax.kernels.mosaic_gpu._blocks import quantize_blocks
+from fp8jax.kernels.mosaic_gpu._blocks_kernel import Direction, Format
 from fp8jax.kernels.mosaic_gpu._encode import BLOCK, check_arguments
 
 _TILES = ((1, BLOCK), (BLOCK, BLOCK))
@@ -31,6 +32,12 @@ def quantize_swiglu(gate: jax.Array, up: jax.Array, **how: Any) -> tuple[Directi
 
     Raises:
         NotImplementedError: For other tiles or dtypes.
+
+    Error: h, before it is rounded, is off by at most (13 + 1.5 |g|) 2^-24, relatively:
+    2^-22 of `ex2.approx` and 1.5 |g| 2^-24 of its argument, twice 2^-22.9 of
+    `rsqrt.approx`, and four roundings. That is below a bfloat16's half ulp, 2^-9, for
+    every g whose sigmoid is no subnormal. Beyond, h is -0 or as small; a large g gives
+    g u, an infinite one of either sign or a NaN gives NaN or an infinity, and so NaN.
     """
     (h,) = _quantize("quantize_swiglu", _swiglu.swiglu, 1, (gate, up), **how)
     return (h,)
@@ -54,6 +61,9 @@ def quantize_swiglu_gradient(
 
     Raises:
         NotImplementedError: For other tiles or dtypes.
+
+    Error: dup as h in `quantize_swiglu`; dgate is within as much of |dh u| sigma
+    (1 + |g|), whose last factor may cancel.
     """
     name, compute = "quantize_swiglu_gradient", _swiglu.swiglu_gradient
     dgate, dup = _quantize(name, compute, 2, (gate, up, dh), **how)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fp8jax import numerics
+from fp8jax import _compat, numerics
 
 PROMOTION_INTERVAL = 128
 
@@ -62,9 +62,15 @@ def gemm(
         r_scale = numerics.expand_scale(r_scale, n, rhs_tile[0])
         return acc + partial * (l_scale[:, None] * r_scale[None, :])
 
-    acc = jnp.zeros((m, n), jnp.float32)
+    acc = _varying_like(jnp.zeros((m, n), jnp.float32), lhs, lhs_scale, rhs, rhs_scale)
     out = lax.fori_loop(0, chunks, promote, acc).astype(out_dtype)
     return out if accumulate is None else accumulate + out
+
+
+def _varying_like(x: jax.Array, *others: jax.Array) -> jax.Array:
+    """`x` as a value that differs between devices as the others do, in a shard_map."""
+    axes = frozenset().union(*(_compat.varying_axes(jax.typeof(y)) for y in others))
+    return lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
 def _columns(x: jax.Array, start: jax.Array | int, size: int) -> jax.Array:

@@ -1,0 +1,193 @@
+"""One safetensors file: a checked header over memory-mapped bytes.
+
+The format: eight bytes of little-endian header size, the header in JSON (name to dtype,
+shape and byte range), the tensors one after another with neither gap nor overlap.
+Source: https://huggingface.co/docs/safetensors, "Format". Read here and not by the
+safetensors library, which up to 0.8 cannot give NumPy its float8 tensors.
+"""
+
+import dataclasses
+import json
+import math
+import mmap
+import os
+from typing import Any
+
+import numpy as np
+
+from fp8jax.checkpoint._dtypes import FROM_CODE
+from fp8jax.checkpoint._error import CheckpointError
+
+_MAX_HEADER = 100_000_000  # The format's own limit.
+_MAX_RANK = 64  # NumPy's.
+_MAX_SIDE = 2**63 - 1
+_FIELDS = {"dtype", "shape", "data_offsets"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: bytes `start` to `stop` of the file at `path`."""
+
+    path: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+class SafetensorsFile:
+    """A file whose header was checked against its size; tensors are views of it.
+
+    Args:
+        path: of a `.safetensors` file.
+
+    Raises:
+        CheckpointError: If the header is not what the format asks for, or names bytes
+            that are not there, overlap, or belong to no tensor.
+        OSError: If the file cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        with open(self.path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            header = _read_header(self.path, file, size)
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.metadata: dict[str, str] = header.metadata
+        self.tensors: dict[str, Stored] = header.tensors
+
+    def read(self, name: str) -> np.ndarray:
+        """A read-only view of a tensor; pages are loaded as they are touched."""
+        stored = self.tensors[name]
+        count = math.prod(stored.shape)
+        if count == 0:
+            return np.empty(stored.shape, stored.dtype)
+        flat = np.frombuffer(self._bytes, np.uint8, stored.nbytes, stored.start)
+        return flat.view(stored.dtype).reshape(stored.shape)
+
+    def release(self, name: str) -> None:
+        """Lets go of the pages of a tensor; they count as this process's memory."""
+        stored = self.tensors[name]
+        first = stored.start - stored.start % mmap.PAGESIZE
+        if stored.nbytes and hasattr(mmap, "MADV_DONTNEED"):
+            self._bytes.madvise(mmap.MADV_DONTNEED, first, stored.stop - first)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Header:
+    metadata: dict[str, str]
+    tensors: dict[str, Stored]
+
+
+def _read_header(path: str, file: Any, size: int) -> _Header:
+    if size < 8:
+        raise CheckpointError(path, f"no safetensors file: it has {size} bytes.")
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(size - 8, _MAX_HEADER):
+        raise CheckpointError(
+            path,
+            f"its header is said to have {length} bytes; the file has {size - 8} after "
+            f"the size, and {_MAX_HEADER} are allowed.",
+        )
+    fields = _parse(path, file.read(length))
+    metadata = fields.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        raise CheckpointError(path, "__metadata__ is no table of strings.")
+    begin = 8 + length
+    tensors = {
+        name: _stored(path, name, entry, begin) for name, entry in fields.items()
+    }
+    _check_cover(path, tensors, begin, size)
+    return _Header(metadata, tensors)
+
+
+def _parse(path: str, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(path, "is in the header twice.", twice)
+        return table
+
+    try:
+        decoded = text.decode()
+        decoded.encode()
+        fields = json.loads(decoded, object_pairs_hook=unique)
+        json.dumps(fields, ensure_ascii=False).encode()  # No lone surrogates.
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(path, f"its header is no JSON: {error}") from None
+    if not isinstance(fields, dict) or text[:1] != b"{":
+        raise CheckpointError(path, "its header is no JSON object.")
+    return fields
+
+
+def _stored(path: str, name: str, entry: Any, begin: int) -> Stored:
+    if not isinstance(entry, dict) or set(entry) != _FIELDS:
+        raise CheckpointError(
+            path, f"its entry has other fields than {sorted(_FIELDS)}.", name
+        )
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in FROM_CODE:
+        raise CheckpointError(
+            path,
+            f"has dtype {entry['dtype']!r}; known are {', '.join(FROM_CODE)}.",
+            name,
+        )
+    dtype, shape, offsets = FROM_CODE[entry["dtype"]], entry["shape"], None
+    if not _are_sizes(shape) or len(shape) > _MAX_RANK:
+        raise CheckpointError(path, f"has shape {_brief(shape)}.", name)
+    offsets = entry["data_offsets"]
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(path, f"has data_offsets {_brief(offsets)}.", name)
+    # Python's integers: a product of lying sides cannot wrap around.
+    needed = math.prod(shape) * dtype.itemsize
+    if math.prod(side for side in shape if side) * dtype.itemsize > _MAX_SIDE:
+        raise CheckpointError(path, f"has shape {_brief(shape)}.", name)
+    if needed != offsets[1] - offsets[0]:
+        raise CheckpointError(
+            path,
+            f"{entry['dtype']}{_brief(shape)} needs {needed} bytes, its data_offsets "
+            f"{_brief(offsets)} hold {offsets[1] - offsets[0]}.",
+            name,
+        )
+    return Stored(path, dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value <= _MAX_SIDE for value in values
+    )
+
+
+def _brief(values: Any) -> str:
+    text = str(values)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def _check_cover(path: str, tensors: dict[str, Stored], begin: int, size: int) -> None:
+    """Every byte after the header belongs to exactly one tensor."""
+    end, before = begin, None
+    for name, stored in sorted(tensors.items(), key=lambda x: (x[1].start, x[1].stop)):
+        if stored.stop > size:
+            raise CheckpointError(
+                path,
+                f"ends at byte {stored.stop} of a file of {size}: it was cut short.",
+                name,
+            )
+        if stored.start < end:
+            raise CheckpointError(path, f"overlaps with tensor {before!r}.", name)
+        if stored.start > end:
+            raise CheckpointError(
+                path, f"{stored.start - end} bytes before it are no tensor's.", name
+            )
+        end, before = stored.stop, name
+    if end != size:
+        raise CheckpointError(path, f"its last {size - end} bytes are no tensor's.")

@@ -1,0 +1,252 @@
+"""Whole checkpoints to FP8 and back, however large."""
+
+import functools
+import math
+import os
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fp8jax import numerics
+from fp8jax.checkpoint._config import quantization_config
+from fp8jax.checkpoint._dtypes import E8M0, scale_to_e8m0
+from fp8jax.checkpoint._reader import Reader
+from fp8jax.checkpoint._rules import TILE, WeightRules
+from fp8jax.checkpoint._save import MAX_SHARD_BYTES, SCALE_SUFFIX
+from fp8jax.checkpoint._stream import (
+    Job,
+    Outcome,
+    Progress,
+    bands,
+    quantize_band,
+    rewrite,
+    run_copy,
+)
+from fp8jax.checkpoint._write import ShardWriter, Specs, nbytes
+from fp8jax.quant import QTensor, QuantSpec
+
+_E4M3 = np.dtype(jnp.float8_e4m3fn)
+
+
+def quantize_checkpoint(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    rules: WeightRules | None = None,
+    *,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress = lambda nbytes: None,
+) -> list[Outcome]:
+    """Writes the checkpoint at `source` with FP8 weights, bit for bit `quantize`'s.
+
+    Weights are read, quantized and written in bands of rows: memory does not grow with
+    the model. Other files of the source folder are copied. A run that was killed is
+    taken up by the next one with the same arguments.
+
+    Args:
+        source: as in `Reader`; weights are bfloat16, float16 or float32.
+        target: a folder that is not there yet.
+        rules: which weights, and with which scales.
+        dry_run: write nothing, and say what would be written.
+        overwrite: replace what is at `target`, once all is written.
+        max_shard_bytes: of a file.
+        progress: is called with the number of bytes of `source` that were done since.
+
+    Returns:
+        An Outcome for each tensor.
+
+    Raises:
+        CheckpointError: As `Reader` does.
+        ValueError: If a weight is FP8 already, or `target` is there.
+        OSError: If a file cannot be read or written.
+
+    Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.2.
+    """
+    reader = Reader(source)
+    rules = WeightRules() if rules is None else rules
+    jobs, outcomes = [], []
+    for name, weight in reader.items():
+        if weight.scale is not None:
+            raise ValueError(
+                f"quantize_checkpoint takes weights that are not FP8 yet, got {name!r} "
+                f"in {weight.stored.path}."
+            )
+        stored = weight.stored
+        note = rules.reason_kept(name, stored.shape, stored.dtype)
+        specs: Specs = {name: jax.ShapeDtypeStruct(stored.shape, stored.dtype)}
+        run = functools.partial(run_copy, name=name, note=note or "")
+        if note is None:
+            if name + SCALE_SUFFIX in reader:
+                raise ValueError(
+                    f"quantize_checkpoint writes scales to {name + SCALE_SUFFIX!r}, "
+                    f"which is a tensor of {stored.path} already."
+                )
+            specs = _fp8_specs(name, stored.shape, rules)
+            run = functools.partial(_run_quantize, name=name, spec=rules.spec)
+        jobs.append(Job(name, specs, run))
+        size = sum(map(nbytes, specs.values()))
+        outcomes.append(Outcome(name, note or "", stored.nbytes, size))
+    if dry_run:
+        return outcomes
+    kept = (
+        o.name
+        for o in outcomes
+        if o.note
+        and o.name.endswith(".weight")
+        and len(reader[o.name].stored.shape) > 1
+    )
+    return rewrite(
+        reader,
+        os.fspath(target),
+        jobs,
+        quantization_config(_E4M3, TILE, rules.scale, kept),
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def dequantize_checkpoint(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress = lambda nbytes: None,
+) -> list[Outcome]:
+    """Writes the checkpoint at `source` with its FP8 weights as `codes * scale`.
+
+    Args:
+        dtype: of those weights. float32 is exact but for the product's rounding.
+        source, target, overwrite, max_shard_bytes, progress: as in
+            `quantize_checkpoint`.
+
+    Returns:
+        An Outcome for each tensor.
+
+    Raises:
+        CheckpointError, ValueError, OSError: As `quantize_checkpoint` does.
+    """
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ValueError(
+            "dequantize_checkpoint takes dtype bfloat16, float16 or float32, got "
+            f"{dtype!r}."
+        )
+    reader = Reader(source)
+    jobs = []
+    for name, weight in reader.items():
+        stored = weight.stored
+        to = stored.dtype if weight.scale is None else np.dtype(jnp.dtype(dtype))
+        run = functools.partial(run_copy, name=name, note="not FP8")
+        if weight.scale is not None:
+            run = functools.partial(_run_dequantize, name=name, dtype=dtype)
+        jobs.append(Job(name, {name: jax.ShapeDtypeStruct(stored.shape, to)}, run))
+    return rewrite(
+        reader,
+        os.fspath(target),
+        jobs,
+        None,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def _fp8_specs(name: str, shape: tuple[int, ...], rules: WeightRules) -> Specs:
+    scale_dtype = E8M0 if rules.scale == "ue8m0" else np.float32
+    return {
+        name: jax.ShapeDtypeStruct(shape, _E4M3),
+        name + SCALE_SUFFIX: jax.ShapeDtypeStruct(
+            numerics.scale_shape(shape, TILE), scale_dtype
+        ),
+    }
+
+
+def _run_quantize(
+    reader: Reader,
+    writer: ShardWriter,
+    progress: Progress,
+    *,
+    name: str,
+    spec: QuantSpec,
+) -> Outcome:
+    stored = reader[name].stored
+    *_, m, k = stored.shape
+    matrices = reader.codes(name).reshape(-1, m, k)
+    scales = np.empty(numerics.scale_shape(matrices.shape, spec.tile), np.float32)
+    error = signal = 0.0
+
+    def finish(matrix: int, rows: slice, results: tuple) -> None:
+        nonlocal error, signal
+        q, band_error, band_signal = results
+        writer.write(name, np.asarray(q.data), (matrix * m + rows.start) * k)
+        first = rows.start // spec.tile[0]
+        scales[matrix, first : first + q.scale.shape[0]] = q.scale
+        error, signal = error + float(band_error), signal + float(band_signal)
+        progress(q.data.size * stored.dtype.itemsize)
+
+    before = None
+    for matrix, rows in bands(stored.shape, spec.tile):
+        # One band is computed while the one before is written.
+        running = quantize_band(np.array(matrices[matrix, rows]), spec)
+        reader.release(name)
+        if before:
+            finish(*before)
+        before = matrix, rows, running
+    if before:
+        finish(*before)
+    scales = scales.reshape(numerics.scale_shape(stored.shape, spec.tile))
+    kept = scale_to_e8m0(scales, name) if spec.scale == "pow2" else scales
+    writer.write(name + SCALE_SUFFIX, kept)
+    nbytes_out = math.prod(stored.shape) + kept.nbytes
+    return Outcome(name, "", stored.nbytes, nbytes_out, sqnr_of(error, signal))
+
+
+def sqnr_of(error: float, signal: float) -> float:
+    """dB of two sums of squares; infinite where there is no error."""
+    if error == 0:
+        return math.inf
+    return 10 * math.log10(signal / error) if signal > 0 else -math.inf
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _dequantize_band(q: QTensor, dtype: str) -> jax.Array:
+    return q.dequantize(jnp.dtype(dtype))
+
+
+def band_values(reader: Reader, name: str, matrix: int, rows: slice, dtype: str):
+    """Rows of an FP8 weight as `codes * scale`, a jax.Array `[rows, k]`."""
+    weight = reader[name]
+    assert weight.tile is not None
+    *_, m, k = weight.stored.shape
+    scale = reader.scale(name)
+    scale = scale.reshape(-1, *scale.shape[-2:])[matrix]
+    tiles = slice(rows.start // weight.tile[0], -(-rows.stop // weight.tile[0]))
+    codes = np.array(reader.codes(name).reshape(-1, m, k)[matrix, rows])
+    q = QTensor(jnp.asarray(codes), jnp.asarray(scale[tiles]), weight.tile)
+    return _dequantize_band(q, dtype)
+
+
+def _run_dequantize(
+    reader: Reader,
+    writer: ShardWriter,
+    progress: Progress,
+    *,
+    name: str,
+    dtype: str,
+) -> Outcome:
+    weight = reader[name]
+    assert weight.tile is not None
+    *_, m, k = weight.stored.shape
+    size = 0
+    for matrix, rows in bands(weight.stored.shape, weight.tile):
+        values = np.asarray(band_values(reader, name, matrix, rows, dtype))
+        writer.write(name, values, (matrix * m + rows.start) * k)
+        reader.release(name)
+        progress(values.size)
+        size += values.nbytes
+    return Outcome(name, "", weight.nbytes, size)

@@ -1,0 +1,97 @@
+"""A folder that takes another's place at once: a reader sees one or the other."""
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@contextlib.contextmanager
+def replaced_folder(path: str) -> Iterator[str]:
+    """An empty folder to fill, which becomes `path` when the context ends well.
+
+    Files of an earlier folder at `path` that are no part of a checkpoint's weights and
+    are not there anew (a tokenizer, say) move along. Killed or raising before the end,
+    the old folder stays whole; what was begun lies beside it until the next save.
+
+    Raises:
+        ValueError: If `path` is a file.
+    """
+    path = os.path.abspath(path)
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise ValueError(f"A checkpoint is saved to a folder, got the file {path}.")
+    parent, name = os.path.split(path)
+    os.makedirs(parent, exist_ok=True)
+    staging = os.path.join(parent, f".{name}.saving")
+    shutil.rmtree(staging, ignore_errors=True)
+    os.mkdir(staging)
+    try:
+        yield staging
+        publish(staging, path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def publish(staging: str, path: str) -> None:
+    """Puts the folder `staging` in the place of `path`; what was there is deleted."""
+    if os.path.isdir(path):
+        _keep_others(path, staging)
+    _flush(staging)
+    if not os.path.isdir(path):
+        os.rename(staging, path)
+    else:
+        _exchange(staging, path)
+        shutil.rmtree(staging)
+    _flush_folder(os.path.dirname(path))
+
+
+def _keep_others(old: str, new: str) -> None:
+    for name in os.listdir(old):
+        source, target = os.path.join(old, name), os.path.join(new, name)
+        weights = name.endswith((".safetensors", ".safetensors.index.json"))
+        if weights or os.path.exists(target):
+            continue
+        if os.path.isdir(source):
+            shutil.copytree(source, target, symlinks=True)
+        else:
+            shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _flush(folder: str) -> None:
+    for where, _, files in os.walk(folder):
+        for name in files:
+            file = os.open(os.path.join(where, name), os.O_RDONLY)
+            os.fsync(file)
+            os.close(file)
+        _flush_folder(where)
+
+
+def _flush_folder(path: str) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def _exchange(a: str, b: str) -> None:
+    """Swaps two folders' names; in one step where the system has one (Linux)."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        rename = None
+    if rename is not None:
+        names = os.fsencode(a), os.fsencode(b)
+        if rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.ENOTSUP):
+            raise OSError(code, os.strerror(code), b)
+    # NOTE: killed between these two, the old files are whole under the name `aside`.
+    aside = f"{b}.old"
+    os.rename(b, aside)
+    os.rename(a, b)
+    os.rename(aside, a)

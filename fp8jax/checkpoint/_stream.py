@@ -1,0 +1,186 @@
+"""A checkpoint rewritten tensor by tensor, in bands of rows, and resumed if killed.
+
+Invariant: memory holds some bands, never a model, however large its tensors are.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fp8jax import numerics
+from fp8jax.checkpoint._config import write_config
+from fp8jax.checkpoint._publish import publish
+from fp8jax.checkpoint._reader import CONFIG, Reader
+from fp8jax.checkpoint._write import ShardWriter, Specs, split_shards
+from fp8jax.quant import QTensor, QuantSpec, quantize
+
+_BAND_ELEMENTS = 1 << 20
+_JOURNAL = "progress.jsonl"
+
+Progress = Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a tensor.
+
+    Attributes:
+        name: in the file.
+        note: why it stayed as it was; empty if it did not.
+        bytes_in: that it took, scales included.
+        bytes_out: that it takes, scales included.
+        sqnr_db: of the codes against what they stand for; None if it stayed.
+    """
+
+    name: str
+    note: str
+    bytes_in: int
+    bytes_out: int
+    sqnr_db: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One tensor to write: `specs` of what, and `run(reader, writer, progress)`."""
+
+    name: str
+    specs: Specs
+    run: Callable[[Reader, ShardWriter, Progress], Outcome]
+
+
+def rewrite(
+    reader: Reader,
+    target: str,
+    jobs: Sequence[Job],
+    quantization: Mapping[str, Any] | None,
+    *,
+    max_shard_bytes: int,
+    overwrite: bool,
+    progress: Progress,
+) -> list[Outcome]:
+    """Runs `jobs` into a folder that takes the place of `target` at the end.
+
+    A run that was killed leaves its files and a journal beside `target`; the next one
+    of the same jobs on the same files goes on behind the last tensor that was finished.
+    It computes on the CPU: with float32 scales codes are the same bits on one backend.
+
+    Raises:
+        ValueError: If `target` is there already, unless `overwrite`, or is the source.
+    """
+    target = os.path.abspath(target)
+    if os.path.exists(target):
+        if os.path.samefile(target, reader.path):
+            raise ValueError(f"The result is another folder than the source {target}.")
+        if not overwrite or not os.path.isdir(target):
+            raise ValueError(f"{target} is there already: remove it, or overwrite it.")
+    parent, name = os.path.split(target)
+    staging = os.path.join(parent, f".{name}.partial")
+    os.makedirs(staging, exist_ok=True)
+    journal = os.path.join(staging, _JOURNAL)
+    key = _fingerprint(reader, jobs, max_shard_bytes)
+    done = _finished(journal, key)
+    if done is None:
+        shutil.rmtree(staging)
+        os.mkdir(staging)
+    shards = split_shards((job.specs for job in jobs), max_shard_bytes)
+    outcomes = []
+    with (
+        ShardWriter(staging, shards, resume=done is not None) as writer,
+        open(journal, "w", encoding="utf-8") as log,  # Its last line may be cut short.
+        jax.default_device(jax.local_devices(backend="cpu")[0]),
+    ):
+        print(json.dumps(key), file=log)
+        for job in jobs:
+            outcome = done.get(job.name) if done else None
+            if outcome is None:
+                outcome = job.run(reader, writer, progress)
+            else:
+                progress(reader[job.name].nbytes)
+            print(json.dumps(dataclasses.asdict(outcome)), file=log, flush=True)
+            outcomes.append(outcome)
+    os.remove(journal)
+    write_config(staging, reader.config, quantization)
+    _copy_others(reader.path, staging)
+    publish(staging, target)
+    return outcomes
+
+
+def _fingerprint(reader: Reader, jobs: Sequence[Job], max_shard_bytes: int) -> str:
+    """What must be the same for a run to go on where another stopped."""
+    files = [
+        (path, os.stat(path).st_size, os.stat(path).st_mtime_ns)
+        for path in map(os.path.abspath, reader.files)
+    ]
+    specs = [[(n, str(s)) for n, s in job.specs.items()] for job in jobs]
+    rules = [job.run.keywords for job in jobs if isinstance(job.run, functools.partial)]
+    text = repr((files, specs, rules, max_shard_bytes))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _finished(journal: str, key: str) -> dict[str, Outcome] | None:
+    """The tensors of a run of this key that are whole; None if there was none."""
+    if not os.path.isfile(journal):
+        return None
+    with open(journal, encoding="utf-8") as file:
+        lines = file.read().split("\n")[:-1]  # Whole lines.
+    if not lines or json.loads(lines[0]) != key:
+        return None
+    outcomes = (Outcome(**json.loads(line)) for line in lines[1:])
+    return {outcome.name: outcome for outcome in outcomes}
+
+
+def _copy_others(source: str, target: str) -> None:
+    """The tokenizer and what else lies beside the weights."""
+    if not os.path.isdir(source):
+        return
+    for name in os.listdir(source):
+        path = os.path.join(source, name)
+        weights = name.endswith((".safetensors", ".safetensors.index.json"))
+        if os.path.isfile(path) and not weights and name != CONFIG:
+            shutil.copy2(path, os.path.join(target, name))
+
+
+def bands(shape: tuple[int, ...], tile: numerics.Tile) -> Iterator[tuple[int, slice]]:
+    """Pieces of an array `[..., m, k]`: which matrix, and which whole rows of tiles."""
+    *batch, m, k = shape
+    if not k:
+        return
+    rows = max(1, _BAND_ELEMENTS // (k * tile[0])) * tile[0]
+    for matrix in range(int(np.prod(batch, dtype=np.int64))):
+        for start in range(0, m, rows):
+            yield matrix, slice(start, min(start + rows, m))
+
+
+def run_copy(
+    reader: Reader, writer: ShardWriter, progress: Progress, *, name: str, note: str
+) -> Outcome:
+    """Writes a tensor as it is."""
+    values = reader.codes(name).reshape(-1)
+    for start in range(0, values.size, _BAND_ELEMENTS):
+        piece = values[start : start + _BAND_ELEMENTS]
+        writer.write(name, piece, start)
+        reader.release(name)
+        progress(piece.nbytes)
+    nbytes = reader[name].nbytes
+    return Outcome(name, note, nbytes, nbytes)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def quantize_band(
+    x: jax.Array, spec: QuantSpec
+) -> tuple[QTensor, jax.Array, jax.Array]:
+    """`quantize(x, spec)`, and the sums of squares of its error and of x."""
+    q = quantize(x, spec)
+    exact = x.astype(jnp.float32)
+    # Down the rows first: XLA:CPU vectorizes that sum, and one across it does not.
+    error = jnp.sum(jnp.square(q.dequantize() - exact), axis=0)
+    return q, jnp.sum(error), jnp.sum(jnp.sum(jnp.square(exact), axis=0))

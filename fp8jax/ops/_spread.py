@@ -1,0 +1,56 @@
+"""Whether arrays are spread over several devices, as far as a trace can tell."""
+
+import enum
+import functools
+from typing import Any
+
+import jax
+from jax.core import Tracer
+from jax.sharding import AxisType, SingleDeviceSharding
+
+
+class Spread(enum.IntEnum):
+    """Over how many devices XLA splits an array; the larger one wins."""
+
+    ONE = 0
+    UNKNOWN = 1  # Under a trace, types do not tell.
+    MANY = 2
+
+
+def spread(*arrays: Any) -> Spread:
+    """Over how many devices XLA may split a computation with these arrays.
+
+    Inside of a `shard_map` over the whole mesh that is one: each device has its own.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.axis_types and set(mesh.axis_types) == {AxisType.Manual}:
+        return Spread.ONE
+    found = spread_of_mesh(mesh)
+    for x in arrays:  # Asked for each leaf of each call.
+        if not isinstance(x, Tracer):
+            sharding = getattr(x, "sharding", None)
+            if type(sharding) is not SingleDeviceSharding:
+                found = max(found, spread_of_sharding(sharding))
+        elif found == Spread.ONE and not _is_only_device():
+            found = Spread.UNKNOWN
+    return found
+
+
+def spread_of_mesh(mesh: Any) -> Spread:
+    """What a computation on this mesh, or none, is."""
+    return Spread.MANY if mesh is not None and mesh.size > 1 else Spread.ONE
+
+
+def spread_of_sharding(sharding: Any) -> Spread:
+    """What an array of this sharding is."""
+    if sharding is None:
+        return Spread.ONE
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is not None:
+        return spread_of_mesh(mesh)
+    return Spread.MANY if getattr(sharding, "num_devices", 1) > 1 else Spread.ONE
+
+
+@functools.cache
+def _is_only_device() -> bool:
+    return jax.device_count() == 1

@@ -1,0 +1,212 @@
+"""The marked calls that stand in for a product: what each computes, by itself.
+
+A call is a `jax.jit` function whose name starts with `ops.MARK`. All are hashable, so
+that equal calls are traced once.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fp8jax import ops
+from fp8jax.quant import QTensor, QuantSpec, moments
+from fp8jax.transform._plan import LayerDot, QuantizedDot
+from fp8jax.transform._roles import Role
+from fp8jax.transform._values import Side
+
+EARLY = f"{ops.MARK}quantize_early"  # Of calls that belong into the forward pass.
+STATISTICS = f"{ops.MARK}statistics"  # Name of the calls whose results are collected.
+
+
+def marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of arrays, jitted under a name of ours."""
+
+    def run(*arrays: jax.Array) -> Any:
+        return function(*arrays)
+
+    run.__name__ = run.__qualname__ = f"{ops.MARK}{name}"
+    return jax.jit(run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize:
+    """A marked call that quantizes an operand, as `spec` says of its stored order."""
+
+    operand: ops.Operand
+    spec: QuantSpec
+    implementation: str | None
+    is_early: bool = False  # Whether it is to be an `EARLY` call.
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        name = EARLY.removeprefix(ops.MARK) if self.is_early else "quantize"
+        return marked(name, self._run)(x)
+
+    def _run(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q = ops.quantize_operand(x, self.operand, self.spec, self.implementation)
+        return q.data, q.scale
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeBoth:
+    """A marked call that quantizes one operand in two ways: two codes and scales."""
+
+    ways: tuple[Quantize, Quantize]
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        return marked("quantize_both", self._run)(x)
+
+    def _run(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        one, other = self.ways
+        specs = one.spec, other.spec
+        both = ops.quantize_operand_both(x, one.operand, specs, one.implementation)
+        return tuple(a for q in both for a in (q.data, q.scale))
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Codes and scales as stored, brought to `[free, contraction]`: no marked call."""
+
+    operand: ops.Operand
+    tile: tuple[int, int]
+
+    def __call__(
+        self, data: jax.Array, scale: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        q = ops.in_contraction_order(QTensor(data, scale, self.tile), self.operand)
+        return q.data, q.scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiply:
+    """A marked call that multiplies codes: `(lhs, its scale, rhs, its scale)`."""
+
+    role: Role
+    layout: ops.Layout
+    tiles: tuple[tuple[int, int], tuple[int, int]]
+    out_dtype: np.dtype
+    implementation: str | None
+
+    def __call__(self, *codes: jax.Array) -> jax.Array:
+        return marked(self.role, self._run)(*codes)
+
+    def _run(self, *codes: jax.Array) -> jax.Array:
+        lhs, lhs_scale, rhs, rhs_scale = codes
+        lhs_tile, rhs_tile = self.tiles
+        return ops.multiply_operands(
+            QTensor(lhs, lhs_scale, lhs_tile),
+            QTensor(rhs, rhs_scale, rhs_tile),
+            self.layout,
+            self.out_dtype,
+            self.implementation,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A marked call that quantizes and multiplies, for XLA to split over devices."""
+
+    what: QuantizedDot
+    dimension_numbers: Any
+    out_dtype: np.dtype
+
+    def __call__(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return marked(self.what.role, self._run)(lhs, rhs)
+
+    def _run(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return ops.quantized_dot(
+            lhs,
+            rhs,
+            self.dimension_numbers,
+            self.what.lhs_spec,
+            self.what.rhs_spec,
+            preferred_element_type=self.out_dtype,
+            implementation=self.what.implementation,
+            split=True,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A marked call of `ops.dot_general`."""
+
+    what: LayerDot
+    dimension_numbers: Any
+    precision: Any
+    preferred_element_type: Any
+
+    def __call__(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return marked("dot_general", self._run)(lhs, rhs)
+
+    def _run(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        (lhs_dims, rhs_dims), _ = self.dimension_numbers
+        dot = functools.partial(
+            ops.dot_general,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+            recipe=self.what.recipe,
+            implementation=self.what.implementation,
+        )
+        if self.what.weight == "rhs":
+            return dot(lhs, rhs, ((lhs_dims, rhs_dims), ((), ())))
+        # `ops.dot_general` takes the weight second, and gives its dimensions last.
+        out = dot(rhs, lhs, ((rhs_dims, lhs_dims), ((), ())))
+        n_first = rhs.ndim - len(rhs_dims)
+        order = (*range(n_first, out.ndim), *range(n_first))
+        return jax.lax.transpose(out, order)
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """A marked call that compares an operand with its codes: `(x, codes, scale)`."""
+
+    quantize: Quantize
+
+    def __call__(self, x: jax.Array, data: jax.Array, scale: jax.Array) -> jax.Array:
+        return marked("moments", self._run)(x, data, scale)
+
+    def _run(self, x: jax.Array, data: jax.Array, scale: jax.Array) -> jax.Array:
+        x = self.quantize.operand.arrange(x)
+        return moments(x, QTensor(data, scale, self.quantize.spec.tile))
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """A marked call that puts the moments of a product's two operands together.
+
+    Attributes:
+        first: the operand that a recipe counts first.
+    """
+
+    first: Side
+
+    def __call__(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return marked("statistics", self._run)(lhs, rhs)
+
+    def _run(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return jnp.stack([lhs, rhs] if self.first == "lhs" else [rhs, lhs])
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """`Statistics` of the operands of a product that is one call: `(lhs, rhs)`.
+
+    They are quantized for this alone.
+    """
+
+    quantize: tuple[Quantize, Quantize]
+    first: Side
+
+    def __call__(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return marked("statistics", self._run)(lhs, rhs)
+
+    def _run(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        found = []
+        for x, quantize in zip((lhs, rhs), self.quantize, strict=True):
+            x = jax.lax.stop_gradient(x)
+            found.append(Moments(quantize)(x, *quantize(x)))
+        return Statistics(self.first)(*found)

@@ -1,0 +1,146 @@
+"""Makes the codes for wgrad in the forward scan that keeps their operand.
+
+A scan over layers stacks each layer's input for its backward scan, which quantizes a
+slice of it at a time. With `residual="fp8"` the forward scan stacks the codes instead.
+"""
+
+import dataclasses
+from typing import Any
+
+from jax.extend import core
+
+from fp8jax import _compat, ops
+from fp8jax.transform._calls import EARLY
+from fp8jax.transform._interpreter import (
+    moved_to,
+    splice,
+    sub_jaxprs,
+    with_sub_jaxprs,
+)
+
+_VIEWS = ("convert_element_type", "reshape", "squeeze", "transpose")
+
+
+def carry_codes(jaxpr: Any) -> Any:
+    """The same program, with `EARLY` calls in forward scans, where that is possible."""
+    done: dict[int, Any] = {}
+
+    def visit(jaxpr: Any) -> Any:
+        if id(jaxpr) not in done:
+            done[id(jaxpr)] = _visit(jaxpr)
+        return done[id(jaxpr)]
+
+    def _visit(jaxpr: Any) -> Any:
+        eqns, changed = [], False
+        made_by: dict[Any, int] = {}  # Results of scans: which equation's.
+        for old in _compat.open_jaxpr(jaxpr).eqns:
+            eqn = _with_visited(old)
+            if eqn.primitive.name == "scan":
+                for early in _early_calls(eqn):
+                    index = made_by.get(early.stacked)
+                    if index is not None:
+                        eqns[index], eqn = _carried(eqns[index], eqn, early)
+                made_by.update(dict.fromkeys(eqn.outvars, len(eqns)))
+            changed |= eqn is not old
+            eqns.append(eqn)
+        return _compat.with_parts(jaxpr, eqns=eqns) if changed else jaxpr
+
+    def _with_visited(eqn: Any) -> Any:
+        if str(eqn.params.get("name", "")).startswith(ops.MARK):
+            return eqn
+        subs = sub_jaxprs(eqn)
+        visited = [visit(sub) for sub in subs]
+        if all(a is b for a, b in zip(subs, visited, strict=True)):
+            return eqn
+        return with_sub_jaxprs(eqn, visited)
+
+    return visit(jaxpr)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Early:
+    """A call in a scan's body that depends on a slice of one stacked array alone.
+
+    Attributes:
+        stacked: the array, where the scan is.
+        slice: of it, in the body.
+        eqns: views of the slice, and the call.
+    """
+
+    stacked: Any
+    slice: Any
+    eqns: tuple[Any, ...]
+
+
+def _early_calls(scan: Any) -> list[_Early]:
+    body = _compat.open_jaxpr(scan.params["jaxpr"])
+    before = sum(_compat.scan_counts(scan.params))
+    stacked = dict(zip(body.invars[before:], scan.invars[before:], strict=True))
+    views = {
+        eqn.outvars[0]: eqn
+        for eqn in body.eqns
+        if eqn.primitive.name in _VIEWS and len(eqn.invars) == 1
+    }
+    found = []
+    for eqn in body.eqns:
+        if str(eqn.params.get("name", "")) != EARLY:
+            continue
+        chain, x = [eqn], eqn.invars[0]
+        while x in views:
+            chain.insert(0, views[x])
+            x = views[x].invars[0]
+        if isinstance(stacked.get(x), core.Var):
+            found.append(_Early(stacked[x], x, tuple(chain)))
+    return found
+
+
+def _carried(forward: Any, backward: Any, early: _Early) -> tuple[Any, Any]:
+    """Both scans, with the call in the forward one's body."""
+    call = early.eqns[-1]
+    body = _compat.open_jaxpr(forward.params["jaxpr"])
+    kept = body.outvars[forward.outvars.index(early.stacked)]
+    program = body.replace(
+        constvars=(),
+        invars=[early.slice],
+        eqns=list(early.eqns),
+        outvars=call.outvars,
+        effects=frozenset(),
+    )
+    # Where the value was made, or the scan's own place if it came in from outside.
+    places = [eqn for eqn in body.eqns if any(kept is v for v in eqn.outvars)]
+    eqns, codes = splice(program, [kept], moved_to((places or [forward])[-1]))
+    length = forward.params["length"]
+    stacked = [core.Var(_compat.stacked_aval(v.aval, length)) for v in codes]
+    params = _compat.with_results(forward.params, len(codes))
+    params["jaxpr"] = _compat.with_parts(
+        forward.params["jaxpr"],
+        eqns=[*body.eqns, *eqns],
+        outvars=[*body.outvars, *codes],
+    )
+    new_forward = forward.replace(params=params, outvars=[*forward.outvars, *stacked])
+
+    inner = _compat.open_jaxpr(backward.params["jaxpr"])
+    stays = [eqn for eqn in inner.eqns if eqn is not call]
+    invars, operands = [*inner.invars, *call.outvars], [*backward.invars, *stacked]
+    stays = _without_dead_views(stays, early, inner.outvars)
+    read = {x for eqn in stays for x in eqn.invars if isinstance(x, core.Var)}
+    more = len(stacked)
+    if early.slice not in read and not any(early.slice is x for x in inner.outvars):
+        index = invars.index(early.slice)
+        del invars[index], operands[index]
+        more -= 1
+    params = _compat.with_scan_slices(backward.params, more)
+    params["jaxpr"] = _compat.with_parts(
+        backward.params["jaxpr"], eqns=stays, invars=invars
+    )
+    return new_forward, backward.replace(params=params, invars=operands)
+
+
+def _without_dead_views(eqns: list[Any], early: _Early, outvars: list[Any]) -> list:
+    """A body without the views that led to nothing but the call."""
+    for view in reversed(early.eqns[:-1]):
+        read = {x for e in eqns for x in e.invars if isinstance(x, core.Var)}
+        result = view.outvars[0]
+        if result not in read and not any(result is x for x in outvars):
+            eqns = [eqn for eqn in eqns if eqn is not view]
+    return eqns

@@ -1,0 +1,30 @@
+"""Over how many devices a program's values are spread, as far as it says."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from fp8jax import _compat, ops
+from fp8jax.transform._interpreter import sub_jaxprs
+
+
+def spread_of_program(jaxpr: Any) -> ops.Spread:
+    """Whether the program, or the mesh around it, names shardings over devices.
+
+    The bodies of shard_maps are not looked into: they run on one device each.
+    """
+    seen: set[int] = set()
+
+    def visit(jaxpr: Any) -> Iterable[ops.Spread]:
+        if id(jaxpr) in seen:
+            return
+        seen.add(id(jaxpr))
+        for eqn in _compat.open_jaxpr(jaxpr).eqns:
+            if eqn.primitive.name == "shard_map":
+                yield ops.spread_of_mesh(eqn.params["mesh"])
+                continue
+            yield ops.spread_of_sharding(eqn.params.get("sharding"))
+            yield from map(ops.spread_of_sharding, eqn.params.get("in_shardings", ()))
+            for sub in sub_jaxprs(eqn):
+                yield from visit(sub)
+
+    return max((ops.spread(), *visit(jaxpr)))

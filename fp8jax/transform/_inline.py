@@ -1,0 +1,112 @@
+"""Writes nested jitted functions that hold matrix products out where they are called.
+
+`jnp.einsum` and others jit themselves. A value that two of them multiply by, or that a
+forward and a backward call share, is then one variable of one jaxpr: it is quantized
+once for all of them.
+"""
+
+from typing import Any
+
+from jax.extend import core
+
+from fp8jax import _compat, ops
+from fp8jax.transform._interpreter import splice, sub_jaxprs, with_sub_jaxprs
+from fp8jax.transform._values import HAND_WRITTEN_CALLS
+
+_PRODUCTS = ("dot_general",)
+# Constructs whose jaxprs may change; all others stay as they came.
+_ENTERED = (
+    "checkpoint",
+    "closed_call",
+    "cond",
+    "jit",
+    "pjit",
+    "remat",
+    "remat2",
+    "scan",
+    "shard_map",
+    "while",
+)
+
+
+def inline_calls(jaxpr: Any, hand_written: bool = False) -> Any:
+    """The same program, without calls of plain jitted functions with products.
+
+    Names of the equations within get those of the call before them. A function with
+    shardings, donation or compiler options of its own stays a call, and so do ours.
+
+    Args:
+        jaxpr: the program.
+        hand_written: whether calls with a gradient rule of their own are written out,
+            too: for a program that is never differentiated.
+    """
+    written_out = ("jit", "pjit", *(HAND_WRITTEN_CALLS if hand_written else ()))
+    entered = {*_ENTERED, *written_out}
+    done: dict[int, Any] = {}
+    holds: dict[int, bool] = {}
+
+    def has_products(jaxpr: Any) -> bool:
+        if id(jaxpr) not in holds:
+            holds[id(jaxpr)] = any(
+                eqn.primitive.name in _PRODUCTS
+                or (not _is_ours(eqn) and any(map(has_products, sub_jaxprs(eqn))))
+                for eqn in _compat.open_jaxpr(jaxpr).eqns
+            )
+        return holds[id(jaxpr)]
+
+    def visit(jaxpr: Any) -> Any:
+        if not has_products(jaxpr):
+            return jaxpr
+        if id(jaxpr) not in done:
+            done[id(jaxpr)] = _visit(jaxpr)
+        return done[id(jaxpr)]
+
+    def _visit(jaxpr: Any) -> Any:
+        inner = _compat.open_jaxpr(jaxpr)
+        env: dict[Any, Any] = {}
+
+        def read(atom: Any) -> Any:
+            return atom if isinstance(atom, core.Literal) else env.get(atom, atom)
+
+        eqns = []
+        for eqn in inner.eqns:
+            eqn = eqn.replace(invars=[read(x) for x in eqn.invars]) if env else eqn
+            name = eqn.primitive.name
+            subs = sub_jaxprs(eqn) if name in entered and not _is_ours(eqn) else []
+            if not any(map(has_products, subs)):
+                eqns.append(eqn)
+                continue
+            subs = [visit(sub) for sub in subs]
+            body = _compat.open_jaxpr(subs[0])
+            if name not in written_out or not _is_plain(eqn, body):
+                eqns.append(with_sub_jaxprs(eqn, subs))
+                continue
+            made, results = splice(body, eqn.invars, _named_after(eqn))
+            eqns += made
+            env.update(zip(eqn.outvars, results, strict=True))
+        outvars = [read(x) for x in inner.outvars]
+        return _compat.with_parts(jaxpr, eqns=eqns, outvars=outvars)
+
+    return visit(jaxpr)
+
+
+def _is_ours(eqn: Any) -> bool:
+    return str(eqn.params.get("name", "")).startswith(ops.MARK)
+
+
+def _is_plain(eqn: Any, body: Any) -> bool:
+    """Whether the call means no more than its equations."""
+    if eqn.primitive.name in HAND_WRITTEN_CALLS:
+        return not body.constvars
+    return not body.constvars and _compat.is_plain_call(eqn.params)
+
+
+def _named_after(call: Any) -> Any:
+    """For `splice`: equations stay where they are, under the call's names."""
+    outer = call.source_info.name_stack
+
+    def place(eqn: Any) -> dict[str, Any]:
+        names = outer + eqn.source_info.name_stack
+        return {"source_info": eqn.source_info.replace(name_stack=names)}
+
+    return place

@@ -1,0 +1,66 @@
+"""How many bytes a program's forward pass keeps for its backward pass."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend import core
+
+from fp8jax import _compat, ops
+from fp8jax.transform._interpreter import sub_jaxprs
+from fp8jax.transform._values import Scope
+
+# Another name for the same bytes.
+_VIEWS = ("name", "reshape", "squeeze", "transpose")
+# Their operands are those of their one jaxpr.
+_CALLS = ("checkpoint", "closed_call", "jit", "pjit", "remat", "remat2", "scan")
+
+
+def residual_bytes(jaxpr: Any, is_weight: Sequence[bool]) -> int:
+    """Bytes of arrays that forward equations make and backward ones read.
+
+    What depends on parameters alone does not count: neither copies of weights in
+    another dtype nor their codes. In loops that hold both passes it is one iteration's.
+    XLA may keep less: it may compute a cheap value again.
+
+    Args:
+        jaxpr: of a whole step.
+        is_weight: for each input, whether it is a parameter.
+    """
+    return _bytes(jaxpr, tuple(is_weight), Scope())
+
+
+def _bytes(jaxpr: Any, is_weight: tuple[bool, ...], scope: Scope) -> int:
+    inner = _compat.open_jaxpr(jaxpr)
+    weights = {v for v, known in zip(inner.invars, is_weight, strict=True) if known}
+    made: set[Any] = set()  # By forward equations.
+    base: dict[Any, Any] = {}
+    kept: set[Any] = set()
+    within = 0
+    for i, eqn in enumerate(inner.eqns):
+        here = scope.at(i, eqn)
+        operands = [x for x in eqn.invars if isinstance(x, core.Var)]
+        sources = [base.get(x, x) for x in operands]
+        if operands and all(x in weights for x in operands):
+            weights.update(eqn.outvars)
+        if here.phase == "forward":
+            if eqn.primitive.name in _VIEWS:
+                base[eqn.outvars[0]] = sources[0] if sources else eqn.outvars[0]
+            else:
+                made.update(eqn.outvars)
+        elif here.phase != "outside":
+            kept.update(x for x in sources if x in made and x not in weights)
+        if str(eqn.params.get("name", "")).startswith(ops.MARK):
+            continue
+        for sub in sub_jaxprs(eqn):
+            flags = (False,) * len(_compat.open_jaxpr(sub).invars)
+            if eqn.primitive.name in _CALLS:
+                flags = tuple(
+                    not isinstance(x, core.Var) or x in weights for x in eqn.invars
+                )
+            within = max(within, _bytes(sub, flags, here.inside()))
+    return sum(math.prod(v.aval.shape) * _itemsize(v) for v in kept) + within
+
+
+def _itemsize(v: Any) -> int:
+    return getattr(v.aval.dtype, "itemsize", 0)

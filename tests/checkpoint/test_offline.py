@@ -1,0 +1,317 @@
+"""Offline quantization: `quantize`'s bits, whatever the model's size or fate."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import fp8jax
+from fp8jax import checkpoint
+from fp8jax.checkpoint import WeightRules, _stream
+from fp8jax.testing import assert_same_bits, quantize_numpy
+
+BF16 = ml_dtypes.bfloat16
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def tensors():
+    rng = np.random.default_rng(0)
+
+    def normal(*shape, dtype=BF16):
+        return rng.standard_normal(shape, dtype=np.float32).astype(dtype)
+
+    return {
+        "model.embed_tokens.weight": normal(256, 128),
+        "model.layers.0.mlp.up_proj.weight": normal(384, 256),
+        "model.layers.0.mlp.down_proj.weight": normal(256, 384, dtype=np.float32),
+        "model.layers.0.mlp.gate.weight": normal(128, 256),
+        "model.layers.0.mlp.experts.gate_up_proj": normal(2, 256, 128),
+        "model.layers.0.kv_a_proj.weight": normal(576, 256),
+        "model.layers.0.input_layernorm.weight": normal(256),
+        "lm_head.weight": normal(256, 256),
+        "steps": np.asarray([7]),
+    }
+
+
+@pytest.fixture
+def source(tensors, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "x"}')
+    (folder / "tokenizer.json").write_text("[]")
+    return folder
+
+
+FP8 = (
+    "model.layers.0.mlp.up_proj.weight",
+    "model.layers.0.mlp.down_proj.weight",
+    "model.layers.0.mlp.experts.gate_up_proj",
+)
+
+
+@pytest.mark.parametrize("elements", [40_000, 1 << 20])
+@pytest.mark.parametrize("scale", ["fp32", "ue8m0"])
+def test_file_holds_the_bits_of_quantize_and_of_the_oracle(
+    source, tensors, tmp_path, scale, elements, monkeypatch
+):
+    monkeypatch.setattr(_stream, "_BAND_ELEMENTS", elements)  # Bands of any height.
+    rules = WeightRules(scale=scale, ragged=True)
+    outcomes = checkpoint.quantize_checkpoint(source, tmp_path / "out", rules)
+    loaded = checkpoint.load(tmp_path / "out")
+    ragged = "model.layers.0.kv_a_proj.weight"
+    for name, x in tensors.items():
+        if name not in (*FP8, ragged):
+            assert_same_bits(loaded[name], x.astype(np.int32) if name == "steps" else x)
+            continue
+        q = fp8jax.quantize(jnp.asarray(x), rules.spec)
+        assert_same_bits(loaded[name], q)
+        if x.ndim == 2 and scale == "ue8m0":
+            data, scales = quantize_numpy(x, (128, 128))
+            assert_same_bits((loaded[name].data, loaded[name].scale), (data, scales))
+        (outcome,) = (o for o in outcomes if o.name == name)
+        exact = x.astype(np.float64)
+        error = np.asarray(q.dequantize()) - exact
+        expected = 10 * np.log10(np.sum(exact**2) / np.sum(error**2))
+        # Sums of 1e5 positive float32 terms: 1e5 * 2^-24 relative, in dB.
+        assert outcome.sqnr_db == pytest.approx(expected, abs=0.03)
+        assert outcome.bytes_in == x.nbytes
+    reader = checkpoint.Reader(tmp_path / "out")
+    assert [o.bytes_out for o in outcomes] == [reader[o.name].nbytes for o in outcomes]
+
+
+def test_config_and_other_files_come_along(source, tmp_path):
+    checkpoint.quantize_checkpoint(source, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "x"
+    kept = config["quantization_config"]["modules_to_not_convert"]
+    assert kept == [
+        "lm_head",
+        "model.embed_tokens",
+        "model.layers.0.kv_a_proj",
+        "model.layers.0.mlp.gate",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        ({}, FP8),
+        ({"exclude": ["down", "experts"]}, FP8[:1]),
+        ({"include": ["up_proj.weight"]}, FP8[:1]),
+        ({"include": ["lm_head"]}, ("lm_head.weight",)),
+        ({"include": ["lm_head"], "exclude": ["head"]}, ()),
+        ({"include": ["norm"]}, ()),
+    ],
+)
+def test_rules_choose(source, tmp_path, rules, expected):
+    outcomes = checkpoint.quantize_checkpoint(
+        source, tmp_path / "out", WeightRules(**rules), dry_run=True
+    )
+    assert {o.name for o in outcomes if not o.note} == set(expected)
+    assert all(o.note for o in outcomes if o.name not in expected)
+    assert sorted(os.listdir(tmp_path)) == ["in"]
+
+
+def test_quantize_params_is_the_same_for_a_tree_in_either_orientation(source, tensors):
+    rules = WeightRules()
+    hf = checkpoint.quantize_params(checkpoint.load(source), rules)
+    chosen = {n for n, x in hf.items() if isinstance(x, fp8jax.QTensor)}
+    assert chosen == set(FP8)
+    flax = checkpoint.quantize_params(checkpoint.load(source, layout="flax"), rules)
+    kernel = flax["model"]["layers"]["0"]["mlp"]["up_proj"]["kernel"]
+    assert_same_bits(kernel.T, hf[FP8[0]])
+    again = checkpoint.quantize_params(hf, rules)
+    assert_same_bits(again, hf)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_dequantized_is_codes_times_scale(source, tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr(_stream, "_BAND_ELEMENTS", 40_000)
+    rules = WeightRules(ragged=True)
+    checkpoint.quantize_checkpoint(source, tmp_path / "q", rules)
+    checkpoint.dequantize_checkpoint(tmp_path / "q", tmp_path / "d", dtype=dtype)
+    quantized, plain = checkpoint.load(tmp_path / "q"), checkpoint.load(tmp_path / "d")
+    for name, x in quantized.items():
+        fp8 = isinstance(x, fp8jax.QTensor)
+        assert_same_bits(plain[name], x.dequantize(dtype) if fp8 else x)
+    config = json.loads((tmp_path / "d" / "config.json").read_text())
+    assert config == {"model_type": "x"}
+
+
+def test_diff_tells_bits_values_shapes_and_absence(source, tmp_path):
+    checkpoint.quantize_checkpoint(source, tmp_path / "q")
+    checkpoint.dequantize_checkpoint(tmp_path / "q", tmp_path / "d", dtype="float32")
+    assert {d.what for d in checkpoint.diff(source, source)} == {"same bits"}
+    there = {d.name: d for d in checkpoint.diff(tmp_path / "q", tmp_path / "d")}
+    assert {n for n, d in there.items() if d.what == "same values"} == set(FP8)
+    lossy = {d.name: d for d in checkpoint.diff(source, tmp_path / "q")}
+    outcomes = checkpoint.quantize_checkpoint(source, tmp_path / "r")
+    for o in outcomes:
+        if o.name in FP8:
+            assert lossy[o.name].sqnr_db == pytest.approx(o.sqnr_db, abs=0.03)
+    safetensors.numpy.save_file(
+        {"steps": np.ones(2, "i8"), "x": np.ones(1)}, tmp_path / "x.safetensors"
+    )
+    other = {
+        d.name: d.what for d in checkpoint.diff(source, tmp_path / "x.safetensors")
+    }
+    assert other.pop("steps") == "other shape"
+    assert other.pop("x") == "only in the second"
+    assert set(other.values()) == {"only in the first"}
+
+
+def test_diff_does_not_lose_a_nan(tmp_path):
+    for name, value in (("a", 1.0), ("b", np.nan)):
+        x = np.ones((4, 4), np.float32)
+        x[1, 2] = value
+        safetensors.numpy.save_file({"w": x}, tmp_path / f"{name}.safetensors")
+    (d,) = checkpoint.diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert d.what == "differs"
+    assert np.isnan(d.largest)
+
+
+def test_histogram_counts_every_code(source, tmp_path):
+    checkpoint.quantize_checkpoint(source, tmp_path / "q")
+    reader = checkpoint.Reader(tmp_path / "q")
+    counts = checkpoint.code_histogram(reader, FP8[0])
+    codes = reader.codes(FP8[0]).view(np.uint8)
+    assert counts.tolist() == [int((codes == c).sum()) for c in range(256)]
+    with pytest.raises(ValueError, match="takes an FP8 weight, got bfloat16"):
+        checkpoint.code_histogram(reader, "lm_head.weight")
+
+
+def test_a_run_that_stopped_is_taken_up_where_it_was(source, tmp_path, monkeypatch):
+    expected = tmp_path / "expected"
+    checkpoint.quantize_checkpoint(source, expected)
+    ran = []
+    plain = _stream.run_copy
+
+    def stops(count):
+        def run(*args, name, **kwargs):
+            ran.append(name)
+            if len(ran) == count:
+                raise KeyboardInterrupt
+            return plain(*args, name=name, **kwargs)
+
+        return run
+
+    monkeypatch.setattr("fp8jax.checkpoint._offline.run_copy", stops(3))
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.quantize_checkpoint(source, tmp_path / "out")
+    stopped_at, ran[:] = list(ran), []
+    with open(tmp_path / ".out.partial" / "progress.jsonl", "a") as journal:
+        journal.write('{"name": "cut sho')
+    monkeypatch.setattr("fp8jax.checkpoint._offline.run_copy", stops(99))
+    outcomes = checkpoint.quantize_checkpoint(source, tmp_path / "out")
+    assert not set(ran) & set(stopped_at[:-1])
+    assert stopped_at[-1] in ran
+    assert len(outcomes) == 9
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (expected / name).read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["expected", "in", "out"]
+
+
+def test_other_rules_do_not_take_up_a_run(source, tmp_path):
+    def stop(nbytes):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.quantize_checkpoint(source, tmp_path / "out", progress=stop)
+    rules = WeightRules(scale="ue8m0")
+    checkpoint.quantize_checkpoint(source, tmp_path / "out", rules)
+    checkpoint.quantize_checkpoint(source, tmp_path / "b", rules)
+    differences = checkpoint.diff(tmp_path / "out", tmp_path / "b")
+    assert {d.what for d in differences} == {"same bits"}
+
+
+def test_refusals_name_what_came(source, tmp_path):
+    checkpoint.quantize_checkpoint(source, tmp_path / "q")
+    with pytest.raises(ValueError, match="q is there already"):
+        checkpoint.quantize_checkpoint(source, tmp_path / "q")
+    with pytest.raises(ValueError, match="another folder than the source"):
+        checkpoint.quantize_checkpoint(source, source, overwrite=True)
+    with pytest.raises(ValueError, match=r"not FP8 yet, got 'model\.layers\.0"):
+        checkpoint.quantize_checkpoint(tmp_path / "q", tmp_path / "r")
+    with pytest.raises(ValueError, match=r"regular expressions, got '\('"):
+        WeightRules(include=["("])
+    with pytest.raises(ValueError, match="'fp32' or 'ue8m0', got 'pow2'"):
+        WeightRules(scale="pow2")
+    checkpoint.quantize_checkpoint(
+        source, tmp_path / "q", WeightRules(exclude=["."]), overwrite=True
+    )
+    assert all(w.scale is None for w in checkpoint.Reader(tmp_path / "q").values())
+
+
+# Of this program alone: ru_maxrss would count the parent's pages before exec.
+MEMORY = """
+import pathlib, re, sys
+from fp8jax import checkpoint
+checkpoint.quantize_checkpoint(sys.argv[1], sys.argv[2])
+status = pathlib.Path("/proc/self/status").read_text()
+print(re.search(r"VmHWM:\\s*(\\d+) kB", status)[1])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    x = np.full((8192, 4096), 0.5, BF16)  # 64 MiB each, 512 together.
+    names = [f"layers.{i}.weight" for i in range(8)]
+    specs = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n in names}
+    from fp8jax.checkpoint._write import ShardWriter
+
+    with ShardWriter(str(tmp_path), {"model.safetensors": specs}) as writer:
+        for name in names:
+            writer.write(name, x)
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        # Not on the eight devices of the tests, which have their share of memory.
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    # Python with JAX alone takes about 215 MB.
+    assert int(done.stdout) << 10 <= 3 * x.nbytes + 200e6
+
+
+def test_killed_for_good_it_goes_on_too(source, tmp_path):
+    code = (
+        "import os, sys\nfrom fp8jax import checkpoint\n"
+        "left = 700_000\n"
+        "def die(n):\n"
+        "    global left\n"
+        "    left -= n\n"
+        "    if left < 0: os.kill(os.getpid(), 9)\n"
+        "checkpoint.quantize_checkpoint(sys.argv[1], sys.argv[2], progress=die)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(source), str(tmp_path / "out")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    checkpoint.quantize_checkpoint(source, tmp_path / "out")
+    checkpoint.quantize_checkpoint(source, tmp_path / "b")
+    differences = checkpoint.diff(tmp_path / "out", tmp_path / "b")
+    assert {d.what for d in differences} == {"same bits"}

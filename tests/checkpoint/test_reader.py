@@ -1,0 +1,223 @@
+"""The reader against files that the safetensors library wrote, and against lies."""
+
+import json
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from fp8jax.checkpoint import CheckpointError, Reader
+from fp8jax.testing import assert_same_bits, random_codes
+
+E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
+E8M0, BF16 = ml_dtypes.float8_e8m0fnu, ml_dtypes.bfloat16
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def raw_file(path, header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    size = len(text) if length is None else length
+    path.write_bytes(struct.pack("<Q", size) + text + data)
+    return path
+
+
+def entry(dtype="U8", shape=(4,), offsets=(0, 4)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+class TestWhatTheirsWrites:
+    @pytest.mark.parametrize(
+        "dtype", [E4M3, E5M2, E8M0, BF16, np.float16, np.float32, np.int64, np.bool_]
+    )
+    def test_every_dtype_is_read_bit_for_bit(self, rng, tmp_path, dtype):
+        values = rng.integers(0, 2, (3, 5, np.dtype(dtype).itemsize), np.uint8)
+        values = values.view(dtype)[..., 0]
+        tensors = {"w": values, "w_scale_inv": np.ones((1, 1), np.float32)}
+        path = tmp_path / "x.safetensors"
+        safetensors.numpy.save_file(tensors, path)
+        assert_same_bits(Reader(path).codes("w"), values)
+
+    def test_every_float8_code_is_kept(self, tmp_path):
+        codes = np.arange(256, dtype=np.uint8).reshape(16, 16).view(E4M3)
+        tensors = {"w": codes, "w_scale_inv": np.ones((1, 1), np.float32)}
+        safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors")
+        assert_same_bits(Reader(tmp_path).codes("w"), codes)
+
+    @pytest.mark.parametrize("suffix", ["_scale_inv", "_scale", "_scales_inv"])
+    def test_a_ragged_weight_finds_its_scale_by_each_name(self, rng, tmp_path, suffix):
+        codes = random_codes(rng, (576, 300))
+        scale = rng.random((5, 3), np.float32)
+        tensors = {"a.weight": codes, f"a.weight{suffix}": scale}
+        safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors")
+        reader = Reader(tmp_path)
+        assert list(reader) == ["a.weight"]
+        assert reader["a.weight"].tile == (128, 128)
+        assert reader["a.weight"].nbytes == 576 * 300 + 15 * 4
+        assert_same_bits(reader.codes("a.weight"), codes)
+        assert_same_bits(reader.scale("a.weight"), scale)
+
+    @pytest.mark.parametrize("dtype", [E8M0, np.uint8])
+    def test_e8m0_scales_are_powers_of_two(self, tmp_path, dtype):
+        exponents = np.arange(256, dtype=np.uint8)[:, None]
+        tensors = {
+            "w": np.zeros((256 * 128, 1), E4M3),
+            "w_scale": exponents.view(dtype),
+        }
+        safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors")
+        scale = Reader(tmp_path).scale("w")[:, 0]
+        assert scale.dtype == np.float32
+        expected = [2.0 ** (e - 127) for e in range(255)]
+        assert scale[:255].tolist() == expected
+        assert np.isnan(scale[255])
+
+    def test_scale_may_be_in_another_shard(self, rng, tmp_path):
+        codes, scale = random_codes(rng, (128, 256)), rng.random((1, 2), np.float32)
+        safetensors.numpy.save_file({"w": codes}, tmp_path / "a.safetensors")
+        safetensors.numpy.save_file({"w_scale_inv": scale}, tmp_path / "b.safetensors")
+        weight_map = {"w": "a.safetensors", "w_scale_inv": "b.safetensors"}
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        reader = Reader(tmp_path)
+        assert list(reader) == ["w"]
+        assert len(reader.files) == 2
+        assert_same_bits(reader.codes("w"), codes)
+        assert_same_bits(reader.scale("w"), scale)
+
+    def test_tile_is_the_configured_one(self, tmp_path):
+        tensors = {"w": np.zeros((128, 64), E4M3), "w_scale": np.ones((2, 2), "f")}
+        safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors")
+        config = {"quantization_config": {"weight_block_size": [64, 32]}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert Reader(tmp_path)["w"].tile == (64, 32)
+
+    def test_a_view_survives_the_release_of_its_pages(self, rng, tmp_path):
+        codes = rng.integers(0, 255, (300, 300), np.uint8)
+        safetensors.numpy.save_file({"w": codes}, tmp_path / "x.safetensors")
+        reader = Reader(tmp_path)
+        view = reader.codes("w")
+        reader.release("w")
+        assert_same_bits(view, codes)
+        assert not view.flags.writeable
+
+
+HEADERS = {
+    "no JSON": (b"{", "no JSON"),
+    "no object": (b"[]", "no JSON object"),
+    "not UTF-8": (b'{"\xff": 1}', "no JSON"),
+    "deeply nested": (b"{" + b'"a":[' * 100_000, "no JSON"),
+    "a lone surrogate": (b'{"\\ud800": {}}', "no JSON"),
+    "a huge number": (b'{"w": {"a": ' + b"9" * 10_000 + b"}}", "no JSON"),
+    "an entry of another kind": ({"w": 3}, "'w': its entry has other fields"),
+    "a field too many": ({"w": {**entry(), "x": 1}}, "'w': its entry"),
+    "an unknown dtype": ({"w": entry("F7")}, "'w': has dtype 'F7'"),
+    "a dtype that is no name": ({"w": entry({})}, "'w': has dtype"),
+    "a negative side": ({"w": entry(shape=(-4,))}, r"'w': has shape \[-4\]"),
+    "a side that is a float": ({"w": entry(shape=(4.0,))}, "'w': has shape"),
+    "a side that is a bool": ({"w": entry(shape=(True, 4))}, "'w': has shape"),
+    "sides past 2^63": ({"w": entry(shape=(2**62, 2**62, 0))}, "'w': has shape"),
+    "too high a rank": ({"w": entry(shape=(1,) * 65)}, "'w': has shape"),
+    "offsets turned round": ({"w": entry(offsets=(4, 0))}, "'w': has data_offsets"),
+    "three offsets": ({"w": entry(offsets=(0, 4, 4))}, "'w': has data_offsets"),
+    "too few bytes": ({"w": entry(shape=(5,))}, "'w': U8.* needs 5 bytes"),
+    "past the end": ({"w": entry(shape=(5,), offsets=(0, 5))}, "'w': ends at byte"),
+    "an overlap": (
+        {"v": entry(), "w": entry(shape=(2,), offsets=(2, 4))},
+        "'w': overlaps with tensor 'v'",
+    ),
+    "a gap": ({"w": entry(shape=(2,), offsets=(2, 4))}, "'w': 2 bytes before it"),
+    "a rest": ({"w": entry(shape=(3,), offsets=(0, 3))}, "last 1 bytes"),
+    "a name twice": (
+        b'{"w": {"dtype":"U8","shape":[4],"data_offsets":[0,4]}, "w": {}}',
+        "'w': is in the header twice",
+    ),
+    "metadata of numbers": ({"__metadata__": {"a": 1}, "w": entry()}, "__metadata__"),
+}
+
+
+class TestLies:
+    @pytest.mark.parametrize("what", HEADERS)
+    def test_a_header_with(self, tmp_path, what):
+        header, message = HEADERS[what]
+        path = raw_file(tmp_path / "x.safetensors", header, b"\0" * 4)
+        with pytest.raises(CheckpointError, match=message) as error:
+            Reader(path)
+        assert str(path) in str(error.value)
+
+    @pytest.mark.parametrize("size", [0, 7])
+    def test_a_file_shorter_than_its_first_field(self, tmp_path, size):
+        path = tmp_path / "x.safetensors"
+        path.write_bytes(b"\0" * size)
+        with pytest.raises(CheckpointError, match=f"{size} bytes"):
+            Reader(path)
+
+    @pytest.mark.parametrize("length", [1000, 2**63, 2**64 - 1])
+    def test_a_header_longer_than_the_file(self, tmp_path, length):
+        path = raw_file(tmp_path / "x.safetensors", {}, length=length)
+        with pytest.raises(CheckpointError, match="header is said to have"):
+            Reader(path)
+
+    def test_every_truncation_is_noticed(self, tmp_path):
+        path = tmp_path / "x.safetensors"
+        tensors = {"a": np.arange(9, dtype=np.float32), "b": np.ones(3, np.int8)}
+        safetensors.numpy.save_file(tensors, path)
+        whole = path.read_bytes()
+        for size in range(len(whole)):
+            path.write_bytes(whole[:size])
+            with pytest.raises(CheckpointError):
+                Reader(path)
+
+    @pytest.mark.parametrize(
+        ("scale", "message"),
+        [
+            ({}, "'w': is float8_e4m3fn and has no scale"),
+            ({"w_scale_inv": np.ones((4, 3), "f")}, r"\(4, 3\); 'w'.*needs \(5, 3\)"),
+            ({"w_scale_inv": np.ones((5, 3), "i4")}, "is int32; allowed"),
+        ],
+    )
+    def test_an_fp8_weight_with_a_wrong_scale(self, tmp_path, scale, message):
+        tensors = {"w": np.zeros((576, 300), E4M3), **scale}
+        path = tmp_path / "x.safetensors"
+        safetensors.numpy.save_file(tensors, path)
+        with pytest.raises(CheckpointError, match=message) as error:
+            Reader(path)
+        assert "x.safetensors" in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("weight_map", "message"),
+        [
+            (None, "no weight_map"),
+            ({"w": "b.safetensors"}, "'w': its shard 'b.safetensors' is missing"),
+            ({"v": "a.safetensors"}, "'v': is not in it"),
+            ({"w": "../a.safetensors"}, "'w': is said to be in file '../a"),
+            ({"w": 3}, "'w': is said to be in file 3"),
+        ],
+    )
+    def test_an_index_that_lies(self, tmp_path, weight_map, message):
+        safetensors.numpy.save_file({"w": np.ones(3)}, tmp_path / "a.safetensors")
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match=message):
+            Reader(tmp_path)
+
+    def test_two_files_and_no_index(self, tmp_path):
+        for name in "ab":
+            raw_file(tmp_path / f"{name}.safetensors", {})
+        with pytest.raises(CheckpointError, match=r"no model.*2 \.safetensors files"):
+            Reader(tmp_path)
+
+    def test_a_tile_that_is_none(self, tmp_path):
+        raw_file(tmp_path / "x.safetensors", {})
+        config = {"quantization_config": {"weight_block_size": [0, 128]}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=r"weight_block_size \[0, 128\]"):
+            Reader(tmp_path)
+
+    def test_nothing_there(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="No checkpoint"):
+            Reader(tmp_path / "none")

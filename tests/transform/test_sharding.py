@@ -1,0 +1,519 @@
+"""Sharded steps: the unsharded numbers, the plain step's shardings and collectives."""
+
+import collections
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import fp8jax
+from fp8jax import _dispatch, recipes
+from fp8jax.ops._partition import Factorization, assign_axes
+from fp8jax.transform import fp8_transform
+
+D, HIDDEN, BATCH, TOKENS = 256, 1024, 8, 128  # Eighths are multiples of 128.
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh, where parameters and batch lie on it, and what hidden values keep."""
+
+    mesh: tuple[int, ...]
+    up: Any
+    down: Any
+    batch: Any
+    hidden: Any
+
+    @property
+    def axes(self):
+        return ("data", "model")[: len(self.mesh)]
+
+    @property
+    def params(self):
+        return {"up": self.up, "down": self.down}
+
+    def make_mesh(self, axis_type):
+        return jax.make_mesh(self.mesh, self.axes, axis_types=(axis_type,) * 2)
+
+
+LAYOUTS = {
+    "data": Layout((8, 1), P(), P(), P("data"), P("data")),
+    "fsdp": Layout((8, 1), P(None, "data"), P("data"), P("data"), P("data")),
+    "tensor": Layout((1, 8), P(None, "model"), P("model"), P(), P(None, None, "model")),
+    "data and tensor": Layout(
+        (2, 4),
+        P(None, "model"),
+        P("model"),
+        P("data"),
+        P("data", None, "model"),
+    ),
+    "fsdp and tensor": Layout(
+        (2, 4),
+        P("data", "model"),
+        P("model", "data"),
+        P("data"),
+        P("data", None, "model"),
+    ),
+}
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape) * 0.1
+
+
+def start():
+    params = {"up": normal(0, D, HIDDEN), "down": normal(1, HIDDEN, D)}
+    x, y = normal(2, BATCH, TOKENS, D), normal(3, BATCH, TOKENS, D)
+    return params, x, y
+
+
+def keep(x, name):
+    """The value as it is; name is `hidden` or `out`."""
+    return x
+
+
+def matmul(x, w, name):
+    return x @ w
+
+
+def train_step(constrain=keep, dot=matmul, gathered=lambda params: params):
+    """Plain gradient descent on a two-layer network."""
+
+    def loss_fn(params, x, y):
+        params = gathered(params)
+        h = jnp.tanh(constrain(dot(x, params["up"], "hidden"), "hidden"))
+        out = constrain(dot(h, params["down"], "out"), "out")
+        return jnp.mean((out - y) ** 2)
+
+    def step(params, x, y):
+        loss, grads = jax.value_and_grad(loss_fn)(params, x, y)
+        return loss, grads, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+
+    return step
+
+
+@functools.cache
+def unsharded():
+    """The FP8 step's results on one device."""
+    return jax.tree.map(np.asarray, fp8_transform(train_step())(*start()))
+
+
+def collectives(compiled):
+    """How many of each, and how many of those in a loop's body or a branch."""
+    counts = collections.Counter()
+    entry = False
+    for line in compiled.as_text().splitlines():
+        if line and not line[0].isspace():
+            entry = line.startswith("ENTRY")
+        found = re.search(rf" ({'|'.join(COLLECTIVES)})(-start)?\(", line)
+        if found:
+            counts[found[1], "once" if entry else "in a loop"] += 1
+    return counts
+
+
+def assert_close(got, wanted):
+    """Two FP8 steps that differ in the order of sums.
+
+    A sum of k float32 products moves by at most k 2**-24 of its terms' size when it is
+    reordered, here 2**-14. That moves a code by one step, 2**-3 of it at most, where a
+    value lies that close to a tie; ties are 2**-4 apart or more, so for at most
+    2 * 2**-14 * 2**4 = 2**-9 of values. A gradient's relative error is then at most
+    the root of 2**-9 times 2**-3, or 2**-7.5, whatever the number of codes that move.
+    """
+    loss, grads, params = got
+    np.testing.assert_allclose(loss, wanted[0], rtol=2**-14)
+    for name in grads:
+        error = np.linalg.norm(grads[name] - wanted[1][name])
+        assert error <= 2**-7.5 * np.linalg.norm(wanted[1][name])
+        size = np.linalg.norm(wanted[1][name])
+        moved = np.linalg.norm(params[name] - wanted[2][name])
+        # The update, and the rounding of the parameter itself.
+        bound = 0.1 * 2**-7.5 * size + 2**-23 * np.linalg.norm(wanted[2][name])
+        assert moved <= bound
+
+
+def check(step, args, transformed=None):
+    """Transformed against plain: collectives and shardings; against one device."""
+    plain = jax.jit(step)
+    fn = jax.jit(transformed) if transformed else fp8_transform(step)
+    if transformed is None:
+        report = fn.report(*args)
+        assert report.fraction == 1.0
+        assert len(report.rows) == 5  # dx of the first layer is not needed.
+        assert {row.kernel for row in report.rows} == {"xla"}
+    wanted = plain.lower(*args).compile()
+    compiled = fn.lower(*args).compile()
+    allowed, got = collectives(wanted), collectives(compiled)
+    assert allowed, "the plain step has collectives"
+    assert got <= allowed
+    out = fn(*args)
+    same = jax.tree.map(
+        lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), plain(*args), out
+    )
+    assert all(jax.tree.leaves(same))
+    assert_close(out, unsharded())
+
+
+def place(layout, mesh):
+    params, x, y = start()
+    put = {
+        name: jax.device_put(params[name], NamedSharding(mesh, spec))
+        for name, spec in layout.params.items()
+    }
+    batch = NamedSharding(mesh, layout.batch)
+    return put, jax.device_put(x, batch), jax.device_put(y, batch)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_automatic_sharding_adds_no_collective(layout):
+    mesh = layout.make_mesh(AxisType.Auto)
+    check(train_step(), place(layout, mesh))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_sharding_constraints_add_no_collective(layout):
+    mesh = layout.make_mesh(AxisType.Auto)
+    specs = {"hidden": layout.hidden, "out": layout.batch}
+
+    def constrain(x, name):
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, specs[name]))
+
+    check(train_step(constrain), place(layout, mesh))
+
+
+def explicit_step(layout):
+    specs = {"hidden": layout.hidden, "out": layout.batch}
+
+    def dot(x, w, name):
+        return jnp.einsum("btd,df->btf", x, w, out_sharding=specs[name])
+
+    def gathered(params):  # Explicit programs say so themselves.
+        clash = {name: "data" in str(spec) for name, spec in layout.params.items()}
+        whole = {
+            name: P(*(None if a == "data" else a for a in spec))
+            for name, spec in layout.params.items()
+        }
+        return {
+            name: jax.sharding.reshard(w, whole[name]) if clash[name] else w
+            for name, w in params.items()
+        }
+
+    return train_step(dot=dot, gathered=gathered)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_explicit_sharding_adds_no_collective(layout):
+    mesh = layout.make_mesh(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        check(explicit_step(layout), place(layout, mesh))
+
+
+@pytest.mark.parametrize(
+    ("axis_type", "residual"),
+    [(AxisType.Auto, "bf16"), (AxisType.Explicit, "bf16"), (AxisType.Auto, "fp8")],
+)
+def test_forward_inside_grad_adds_no_collective(axis_type, residual):
+    layout = LAYOUTS["data and tensor"]
+    mesh = layout.make_mesh(axis_type)
+
+    def forward(params, x):
+        h = jnp.tanh(jnp.einsum("btd,df->btf", x, params["up"]))
+        sharding = layout.batch if axis_type == AxisType.Explicit else None
+        return jnp.einsum("btf,fd->btd", h, params["down"], out_sharding=sharding)
+
+    def step_of(forward):
+        def step(params, x, y):
+            def loss_fn(params):
+                return jnp.mean((forward(params, x) - y) ** 2)
+
+            loss, grads = jax.value_and_grad(loss_fn)(params)
+            return loss, grads, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+
+        return step
+
+    with jax.set_mesh(mesh):
+        args = place(layout, mesh)
+        fp8_forward = fp8_transform(forward, recipes.deepseek_v3(residual=residual))
+        check(step_of(forward), args, step_of(fp8_forward))
+
+
+def test_shardings_of_a_jitted_step_are_those_of_the_transformed_one():
+    layout = LAYOUTS["fsdp"]
+    mesh = layout.make_mesh(AxisType.Auto)
+    here = lambda spec: NamedSharding(mesh, spec)  # noqa: E731
+    params = {name: here(spec) for name, spec in layout.params.items()}
+    step = jax.jit(
+        train_step(),
+        in_shardings=(params, here(P("data")), here(P("data"))),
+        out_shardings=(here(P()), params, {name: here(P()) for name in params}),
+    )
+    fn = fp8_transform(step)
+    allowed = collectives(step.lower(*start()).compile())
+    assert collectives(fn.lower(*start()).compile()) <= allowed
+    same = jax.tree.map(
+        lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim),
+        step(*start()),
+        fn(*start()),
+    )
+    assert all(jax.tree.leaves(same))
+
+
+def test_outer_jit_of_sharded_arguments_adds_no_collective():
+    # Only types can be seen in its trace, and automatic shardings are in none.
+    args = place(LAYOUTS["fsdp"], LAYOUTS["fsdp"].make_mesh(AxisType.Auto))
+    check(train_step(), args, fp8_transform(train_step()))
+
+
+def layer(params, x):
+    return jnp.tanh(x @ params["up"])
+
+
+def layer_step(params, x):
+    def loss(params):
+        return jnp.mean(layer(params, x) ** 2)
+
+    return jax.tree.map(jnp.subtract, params, jax.grad(loss)(params))
+
+
+@pytest.mark.parametrize("fn", [layer, layer_step])
+def test_vmap_of_sharded_products_is_that_of_each_entry(fn):
+    fp8_fn = fp8_transform(fn)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    params, x = {"up": normal(0, 3, D, HIDDEN)}, normal(1, 3, 8 * TOKENS, D)
+    each = [fp8_fn(jax.tree.map(lambda p, i=i: p[i], params), x[i]) for i in range(3)]
+    wanted = jax.tree.map(lambda *entries: jnp.stack(entries), *each)
+    sharded = jax.device_put(x, NamedSharding(mesh, P(None, "data")))
+    mapped = jax.vmap(fp8_fn)
+    crossed = jax.vmap(jax.vmap(fp8_fn, (None, 0)), (0, None))(params, sharded)
+    diagonal = jax.tree.map(lambda a: jnp.stack([a[i, i] for i in range(3)]), crossed)
+    # For wgrad, devices may add tokens up in another order.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    for found in (mapped(params, sharded), jax.jit(mapped)(params, sharded), diagonal):
+        jax.tree.map(close, found, wanted)
+
+
+def test_layer_of_sharded_arguments_without_the_transform_adds_no_collective():
+    def forward(dot):
+        def run(params, x):
+            dims = (((2,), (0,)), ((), ()))
+            h = jnp.tanh(dot(x, params["up"], dims))
+            return dot(h, params["down"], dims)
+
+        return jax.jit(run)
+
+    params, x, _ = place(LAYOUTS["data"], LAYOUTS["data"].make_mesh(AxisType.Auto))
+    compiled = forward(fp8jax.dot_general).lower(params, x).compile()
+    allowed = forward(jax.lax.dot_general).lower(params, x).compile()
+    assert collectives(compiled) <= collectives(allowed)
+
+
+def sharded_step(layout, mesh, check_vma):
+    """The step on every device's own part, with collectives written by hand."""
+    fsdp = "data" in str(layout.up)
+
+    def loss_fn(params, x, y):
+        if fsdp:
+            up = jax.lax.all_gather(params["up"], "data", axis=1, tiled=True)
+            down = jax.lax.all_gather(params["down"], "data", tiled=True)
+            params = {"up": up, "down": down}
+        out = jnp.tanh(x @ params["up"]) @ params["down"]
+        if "model" in str(layout.up):
+            out = jax.lax.psum(out, "model")
+        loss = jnp.mean((out - y) ** 2)
+        return jax.lax.pmean(loss, "data") if check_vma else loss
+
+    def step(params, x, y):
+        loss, grads = jax.value_and_grad(loss_fn)(params, x, y)
+        if not check_vma:
+            loss, grads = jax.lax.pmean((loss, grads), "data")
+        return loss, grads, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+
+    if mesh.shape["model"] == 1:
+        # An axis of one device would have to be named in every sum.
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    return jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(layout.params, layout.batch, layout.batch),
+        out_specs=(P(), layout.params, layout.params),
+        check_vma=check_vma,
+    ), mesh
+
+
+@pytest.mark.parametrize("name", ["data", "fsdp", "data and tensor", "unchecked"])
+def test_shard_map_bodies_are_in_fp8_and_add_no_collective(name):
+    layout = LAYOUTS["data" if name == "unchecked" else name]
+    mesh = layout.make_mesh(AxisType.Auto)
+    step, mesh = sharded_step(layout, mesh, check_vma=name != "unchecked")
+    args = place(layout, mesh)
+    check(step, args)
+    rows = fp8_transform(step).report(*args).rows
+    assert {row.count for row in rows} == {8}  # Once a shard, of a shard's size.
+    tokens = BATCH * TOKENS // mesh.shape["data"]
+    features = HIDDEN // dict(mesh.shape).get("model", 1)
+    fprop = next(row for row in rows if row.role == "fprop")
+    assert (fprop.m, fprop.n, fprop.k) == (tokens, features, D)
+
+
+def test_scan_over_layers_with_remat_adds_no_collective_to_its_body():
+    mesh = LAYOUTS["tensor"].make_mesh(AxisType.Auto)
+
+    def step(params, x, y):
+        @jax.checkpoint
+        def layer(h, w):
+            return h + jnp.tanh(h @ w["up"]) @ w["down"], None
+
+        def loss_fn(params):
+            return jnp.mean((jax.lax.scan(layer, x, params)[0] - y) ** 2)
+
+        return jax.value_and_grad(loss_fn)(params)
+
+    params, x, y = start()
+    params = jax.tree.map(lambda w: jnp.stack([w] * 2), params)
+    specs = {"up": P(None, None, "model"), "down": P(None, "model")}
+    args = (
+        {
+            k: jax.device_put(w, NamedSharding(mesh, specs[k]))
+            for k, w in params.items()
+        },
+        *(jax.device_put(v, NamedSharding(mesh, P())) for v in (x, y)),
+    )
+    fn = fp8_transform(step)
+    assert fn.report(*args).fraction == 1.0
+    allowed = collectives(jax.jit(step).lower(*args).compile())
+    assert collectives(fn.lower(*args).compile()) <= allowed
+    assert any(where == "in a loop" for _, where in allowed)
+
+
+def test_shards_that_cut_tiles_stay_local_and_quantize_no_coarser():
+    # Shards of 32: each begins its own tiles, rather than gather its neighbours'.
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    x, w = normal(0, 64, D), normal(1, D, D)
+    args = (
+        {"w": jax.device_put(w, NamedSharding(mesh, P("data")))},
+        jax.device_put(x, NamedSharding(mesh, P(None, "data"))),
+    )
+
+    def forward(params, x):
+        return x @ params["w"]
+
+    fn = fp8_transform(forward)
+    allowed = collectives(jax.jit(forward).lower(*args).compile())
+    assert collectives(fn.lower(*args).compile()) <= allowed
+    whole = fp8jax.numerics.sqnr_db(fn({"w": w}, x), x @ w)
+    # More scales for the same values are no worse, up to how they happen to fall: well
+    # under one bit of the codes, 6 dB.
+    assert fp8jax.numerics.sqnr_db(fn(*args), x @ w) > whole - 1
+
+
+def test_products_summed_over_devices_are_rounded_once():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    x, w = normal(0, 64, HIDDEN), normal(1, HIDDEN, D)
+    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    place = {"w": P("data"), "x": P(None, "data")}
+    dims = (((1,), (0,)), ((), ()))
+    fn = jax.jit(lambda x, w: fp8jax.dot_general(x, w, dims))
+    got = fn(
+        jax.device_put(x, NamedSharding(mesh, place["x"])),
+        jax.device_put(w, NamedSharding(mesh, place["w"])),
+    )
+    wanted = fn(x, w)
+    # A device has one chunk: only the eight chunks' sum is reordered. That moves it by
+    # at most 2**-18 of the chunks' size, over a tie (2**-8 apart) in few elements.
+    got, wanted = np.asarray(got, "f"), np.asarray(wanted, "f")
+    assert np.mean(got != wanted) < 2**-6
+    np.testing.assert_allclose(got, wanted, rtol=2**-7, atol=2**-7 * 1e-3)
+
+
+def pretend_hopper(monkeypatch):
+    """The GPU kernels are there, and are XLA's under another name."""
+    xla = _dispatch._marked
+
+    def available(name):
+        return None
+
+    def marked(op, name):
+        return xla(op, "xla")
+
+    monkeypatch.setattr(_dispatch, "check_available", available)
+    monkeypatch.setattr(_dispatch, "_marked", marked)
+
+
+def test_gpu_kernels_are_not_chosen_for_sharded_arrays(monkeypatch):
+    pretend_hopper(monkeypatch)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, P("data"))
+    step = train_step()
+    params, x, y = start()
+
+    def kernels(fn, *args):
+        found = fp8_transform(fn).report(*args).rows
+        return {(row.kernel, "cannot be split" in row.reason) for row in found}
+
+    assert kernels(step, params, x, y) == {("mosaic_gpu", False)}
+    split = {("xla", True)}
+    # Seen from the arguments, from their types, and from the program.
+    assert kernels(step, params, jax.device_put(x, rows), y) == split
+    typed = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
+    assert kernels(step, params, typed, y) == split
+    everywhere = NamedSharding(mesh, P())
+    jitted = jax.jit(step, in_shardings=(everywhere, rows, rows))
+    assert kernels(jitted, params, x, y) == split
+
+    def constrain(x, name):
+        return jax.lax.with_sharding_constraint(x, rows)
+
+    assert kernels(train_step(constrain), params, x, y) == split
+    # A shard_map's body is each device's own.
+    layout = LAYOUTS["data"]
+    for check_vma, kernel in ((False, "mosaic_gpu"), (True, "xla")):
+        auto = layout.make_mesh(AxisType.Auto)
+        local, _ = sharded_step(layout, auto, check_vma)
+        found = fp8_transform(local).report(*place(layout, mesh)).rows
+        assert {row.kernel for row in found} == {kernel}
+        assert {"check_vma" in row.reason for row in found} == {check_vma}
+    # An explicit choice stays.
+    asked = fp8_transform(step, implementation="mosaic_gpu")
+    found = asked.report(params, jax.device_put(x, rows), y).rows
+    assert {(row.kernel, row.reason) for row in found} == {("mosaic_gpu", "")}
+
+
+def test_unclear_explicit_shardings_are_left_alone_and_reported():
+    types = (AxisType.Explicit, AxisType.Auto)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=types)
+    with jax.set_mesh(mesh):
+        params, x, y = place(LAYOUTS["data"], mesh)
+        rows = fp8_transform(train_step()).report(params, x, y).rows
+    assert {row.reason for row in rows if row.role == "fprop"} == {
+        "explicit sharding on a mesh of several axis types"
+    }
+
+
+def test_an_axis_splits_what_two_of_three_arrays_agree_on():
+    factors = Factorization.of(2, 2, (((1,), (0,)), ((), ())))
+    assert str(factors) == "m0 k0, k0 n1 -> m0 n1"
+    none, a = (), ("a",)
+    cases = {
+        # lhs, rhs, out: name of the dimension that the axis splits.
+        ((a, none), (a, none), (a, none)): "m0",  # FSDP: the weight is gathered.
+        ((none, a), (a, none), (a, none)): "k0",  # wgrad: summed, then scattered.
+        ((none, none), (none, a), (none, a)): "n1",
+        ((none, none), (none, none), (a, none)): "m0",
+    }
+    for specs, name in cases.items():
+        axes = assign_axes(factors, *specs)
+        assert {n for n, split in axes.items() if split} == {name}
