@@ -91,7 +91,7 @@ def swiglu_mlp(
             _product(shape, w, recipe, implementation)
             for shape, w in ((rows.shape, w_gate), (hidden, w_down))
         )
-        y = _fused(_Products(into, out_of), rows, *weights)
+        y: Any = _fused(_Products(into, out_of), rows, *weights)
     else:
         y = _unfused(rows, *weights, recipe=recipe, implementation=implementation)
     return y.reshape(*x.shape[:-1], w_down.shape[1])
