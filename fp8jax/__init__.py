@@ -7,7 +7,7 @@ used: Flax is no requirement of the rest, and Pallas takes long to import.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fp8jax import numerics, recipes
+from fp8jax import checkpoint_policies, numerics, recipes
 from fp8jax._version import __version__
 from fp8jax.matmul import scaled_matmul
 from fp8jax.ops import dot_general
@@ -40,6 +40,7 @@ __all__ = [
     "Rule",
     "__version__",
     "assert_fp8_lowered",
+    "checkpoint_policies",
     "dot_general",
     "fp8_transform",
     "load_tuning",

@@ -11,6 +11,8 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
+from fp8jax.ops import _spread
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
@@ -40,3 +42,9 @@ def _device(request: pytest.FixtureRequest) -> Iterator[None]:
     else:
         with jax.default_device(jax.devices("cpu")[0]):
             yield
+
+
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no array can be split: the tests' process has eight devices."""
+    monkeypatch.setattr(_spread, "_is_only_device", lambda: True)

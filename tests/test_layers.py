@@ -16,7 +16,15 @@ LEVELS = [
     {"matmul", "collectives"},
     {"recipes"},
     {"ops"},
-    {"transform", "linen", "nnx", "optim", "checkpoint", "diagnostics"},
+    {
+        "transform",
+        "linen",
+        "nnx",
+        "optim",
+        "checkpoint",
+        "checkpoint_policies",
+        "diagnostics",
+    },
     {"testing", "cli", "__init__", "tune"},
 ]
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}

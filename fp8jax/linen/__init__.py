@@ -3,6 +3,7 @@
 from fp8jax.linen._attention import MultiHeadAttention, MultiHeadDotProductAttention
 from fp8jax.linen._dense import Dense, DenseGeneral
 from fp8jax.linen._einsum import Einsum
+from fp8jax.linen._swiglu import SwiGLU
 
 __all__ = [
     "Dense",
@@ -10,4 +11,5 @@ __all__ = [
     "Einsum",
     "MultiHeadAttention",
     "MultiHeadDotProductAttention",
+    "SwiGLU",
 ]

@@ -2,5 +2,6 @@
 
 from fp8jax.nnx._attention import MultiHeadAttention
 from fp8jax.nnx._linear import Einsum, Linear, LinearGeneral
+from fp8jax.nnx._swiglu import SwiGLU
 
-__all__ = ["Einsum", "Linear", "LinearGeneral", "MultiHeadAttention"]
+__all__ = ["Einsum", "Linear", "LinearGeneral", "MultiHeadAttention", "SwiGLU"]

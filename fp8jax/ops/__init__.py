@@ -14,12 +14,17 @@ from fp8jax.ops._gemm import (
     quantized_dot,
 )
 from fp8jax.ops._layout import Layout, Operand, plan
+from fp8jax.ops._product import INPUT_CODES, PRODUCT, WEIGHT_CODES
 from fp8jax.ops._spread import Spread, spread, spread_of_mesh, spread_of_sharding
 from fp8jax.ops._static_weight import static_weight_dot
+from fp8jax.ops._swiglu import swiglu_mlp
 
 __all__ = [
+    "INPUT_CODES",
     "INPUT_DTYPES",
     "MARK",
+    "PRODUCT",
+    "WEIGHT_CODES",
     "ByRecipe",
     "Layout",
     "Operand",
@@ -39,5 +44,6 @@ __all__ = [
     "spread_of_mesh",
     "spread_of_sharding",
     "static_weight_dot",
+    "swiglu_mlp",
     "takes_own_product",
 ]

@@ -11,7 +11,6 @@ import pytest
 
 import fp8jax
 from fp8jax import numerics, ops, recipes
-from fp8jax.ops import _spread
 from fp8jax.testing import lognormal_tokens
 
 DIMS = (((1,), (0,)), ((), ()))  # x [m, k] times w [k, n]
@@ -105,12 +104,6 @@ def test_each_gemm_is_the_product_of_its_own_tiles_bit_for_bit(scale):
     assert not np.array_equal(y, product(quantize(x, tile), quantize(w.T, tile)))
     wrong_dout = quantize(quantize(dout, tile).dequantize().T, tile)
     assert not np.array_equal(dw, product(quantize(x.T, tile), wrong_dout))
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """As where no array can be split: the tests' process has eight devices."""
-    monkeypatch.setattr(_spread, "_is_only_device", lambda: True)
 
 
 @pytest.mark.usefixtures("one_device")
