@@ -14,7 +14,9 @@ from fp8jax.ops._gemm import (
     quantized_dot,
 )
 from fp8jax.ops._layout import Layout, Operand, plan
+from fp8jax.ops._permute import Dispatch, dispatch, permute, unpermute
 from fp8jax.ops._product import INPUT_CODES, PRODUCT, WEIGHT_CODES
+from fp8jax.ops._routing import Routing, balanced_bias, check_routing, route
 from fp8jax.ops._spread import Spread, spread, spread_of_mesh, spread_of_sharding
 from fp8jax.ops._static_weight import static_weight_dot
 from fp8jax.ops._swiglu import swiglu_mlp
@@ -26,24 +28,32 @@ __all__ = [
     "PRODUCT",
     "WEIGHT_CODES",
     "ByRecipe",
+    "Dispatch",
     "Layout",
     "Operand",
+    "Routing",
     "Spread",
     "attention_products",
+    "balanced_bias",
+    "check_routing",
+    "dispatch",
     "dot_general",
     "einsum",
     "gemm_implementation",
     "in_contraction_order",
     "multiply_operands",
     "output_dtype",
+    "permute",
     "plan",
     "quantize_operand",
     "quantize_operand_both",
     "quantized_dot",
+    "route",
     "spread",
     "spread_of_mesh",
     "spread_of_sharding",
     "static_weight_dot",
     "swiglu_mlp",
     "takes_own_product",
+    "unpermute",
 ]
