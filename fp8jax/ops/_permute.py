@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 class Dispatch(NamedTuple):
@@ -66,24 +65,19 @@ def unpermute(y: jax.Array, weights: jax.Array, to: Dispatch) -> jax.Array:
     return (slots * weights[:, :, None]).sum(axis=1).astype(y.dtype)
 
 
-def _permute_gradient(to: Dispatch, dout: jax.Array) -> tuple[jax.Array, Dispatch]:
+def _permute_gradient(to: Dispatch, dout: jax.Array) -> tuple[jax.Array, None]:
     ones = jnp.ones(to.rows.shape, jnp.float32)
-    return unpermute(dout, ones, to), _none(to)
+    return unpermute(dout, ones, to), None
 
 
 def _unpermute_gradient(
     kept: tuple[jax.Array, jax.Array, Dispatch], dout: jax.Array
-) -> tuple[jax.Array, jax.Array, Dispatch]:
+) -> tuple[jax.Array, jax.Array, None]:
     y, weights, to = kept
     of_rows = permute(dout, to).astype(jnp.float32)  # [rows, n]
     dy = of_rows * weights.reshape(-1)[to.slots][:, None]
     products = (of_rows * y.astype(jnp.float32)).sum(axis=1)
-    return dy.astype(y.dtype), products[to.rows], _none(to)
-
-
-def _none(to: Dispatch) -> Dispatch:
-    """The gradient of integers."""
-    return Dispatch(*(np.zeros(x.shape, jax.dtypes.float0) for x in to))
+    return dy.astype(y.dtype), products[to.rows], None
 
 
 permute.defvjp(lambda x, to: (permute(x, to), to), _permute_gradient)

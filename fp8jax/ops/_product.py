@@ -19,7 +19,7 @@ from fp8jax.recipes import GemmSpec, Recipe
 # What `jax.checkpoint`'s policies know our arrays by: `fp8jax.checkpoint_policies`.
 INPUT_CODES, WEIGHT_CODES, PRODUCT = "fp8jax_input", "fp8jax_weight", "fp8jax_product"
 
-_ONE_DERIVATIVE = (
+ONE_DERIVATIVE = (
     "{name} in FP8 has a gradient, but no forward-mode and no second derivative: "
     "rounding to FP8 is a step function. For those take recipe=fp8jax.recipes.bf16(), "
     "or apply fp8jax.fp8_transform outside of all differentiation."
@@ -43,7 +43,7 @@ class Product:
 
     def once(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn` of arrays, part of a gradient rule, refusing to be differentiated."""
-        return refuse_derivatives(fn, _ONE_DERIVATIVE.format(name=self.name))
+        return refuse_derivatives(fn, ONE_DERIVATIVE.format(name=self.name))
 
     def plain(self, x: jax.Array, w: jax.Array) -> jax.Array:
         """The product as `lax.dot_general` computes it."""
@@ -85,7 +85,7 @@ class Product:
         )
 
 
-def _named(tree: Any, name: str) -> Any:
+def named_codes(tree: Any, name: str) -> Any:
     """`checkpoint_name`, of codes by their bits.
 
     Whatever floats `jax.checkpoint` saves it rounds by `reduce_precision`, which takes
@@ -121,12 +121,12 @@ def _codes(
     spec = getattr(fprop, operand)
     if recipe.residual == "bf16":
         run = product.once(lambda x: product.quantize(x, side, spec))
-        return _named(run(x), name), x
+        return named_codes(run(x), name), x
     assert dgrad is not None  # The recipe checks it of residuals in FP8.
     assert wgrad is not None
     spec_t = wgrad.lhs if operand == "lhs" else dgrad.rhs
     run = product.once(lambda x: product.quantize_both(x, side, spec, spec_t))
-    return _named(run(x), name)
+    return named_codes(run(x), name)
 
 
 def multiply(product: Product, q_x: QTensor, q_w: QTensor) -> jax.Array:
