@@ -1,5 +1,6 @@
 """Quantized arrays: `QuantSpec` says how, `quantize` makes a `QTensor`."""
 
+from fp8jax.quant._grouped import grouped_columns, quantize_grouped
 from fp8jax.quant._qtensor import QTensor
 from fp8jax.quant._quantize import (
     quantize,
@@ -19,9 +20,11 @@ __all__ = [
     "TILE_128X1",
     "QTensor",
     "QuantSpec",
+    "grouped_columns",
     "moments",
     "quantize",
     "quantize_both",
+    "quantize_grouped",
     "quantize_rms_norm",
     "quantize_swiglu",
     "quantize_swiglu_gradient",
