@@ -3,13 +3,16 @@
 from fp8jax.linen._attention import MultiHeadAttention, MultiHeadDotProductAttention
 from fp8jax.linen._dense import Dense, DenseGeneral
 from fp8jax.linen._einsum import Einsum
+from fp8jax.linen._moe import MoE, balance
 from fp8jax.linen._swiglu import SwiGLU
 
 __all__ = [
     "Dense",
     "DenseGeneral",
     "Einsum",
+    "MoE",
     "MultiHeadAttention",
     "MultiHeadDotProductAttention",
     "SwiGLU",
+    "balance",
 ]

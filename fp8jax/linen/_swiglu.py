@@ -41,7 +41,7 @@ class SwiGLU(nn.Module):
         features = x.shape[-1]
 
         def kernel(name: str, k: int, n: int) -> jax.Array:
-            layer: Any = _Kernel((k, n), self.param_dtype, self.kernel_init, name=name)
+            layer: Any = Kernel((k, n), self.param_dtype, self.kernel_init, name=name)
             return layer()
 
         kernels = (
@@ -55,10 +55,10 @@ class SwiGLU(nn.Module):
         )
 
 
-class _Kernel(nn.Module):
+class Kernel(nn.Module):
     """The parameter that a `flax.linen.Dense` of this name would have."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     param_dtype: jax.typing.DTypeLike
     kernel_init: nn.initializers.Initializer
 

@@ -2,6 +2,17 @@
 
 from fp8jax.nnx._attention import MultiHeadAttention
 from fp8jax.nnx._linear import Einsum, Linear, LinearGeneral
+from fp8jax.nnx._moe import ExpertLoad, MoE, RouterBias, balance
 from fp8jax.nnx._swiglu import SwiGLU
 
-__all__ = ["Einsum", "Linear", "LinearGeneral", "MultiHeadAttention", "SwiGLU"]
+__all__ = [
+    "Einsum",
+    "ExpertLoad",
+    "Linear",
+    "LinearGeneral",
+    "MoE",
+    "MultiHeadAttention",
+    "RouterBias",
+    "SwiGLU",
+    "balance",
+]

@@ -4,6 +4,7 @@ from fp8jax.matmul import MARK, gemm_implementation
 from fp8jax.ops._by_recipe import ByRecipe, attention_products, takes_own_product
 from fp8jax.ops._dot_general import dot_general
 from fp8jax.ops._einsum import einsum
+from fp8jax.ops._expert_mlp import expert_mlp
 from fp8jax.ops._gemm import (
     INPUT_DTYPES,
     in_contraction_order,
@@ -14,8 +15,10 @@ from fp8jax.ops._gemm import (
     quantized_dot,
 )
 from fp8jax.ops._layout import Layout, Operand, plan
+from fp8jax.ops._moe import moe
 from fp8jax.ops._permute import Dispatch, dispatch, permute, unpermute
 from fp8jax.ops._product import INPUT_CODES, PRODUCT, WEIGHT_CODES
+from fp8jax.ops._ragged_dot import ragged_dot
 from fp8jax.ops._routing import Routing, balanced_bias, check_routing, route
 from fp8jax.ops._spread import Spread, spread, spread_of_mesh, spread_of_sharding
 from fp8jax.ops._static_weight import static_weight_dot
@@ -39,8 +42,10 @@ __all__ = [
     "dispatch",
     "dot_general",
     "einsum",
+    "expert_mlp",
     "gemm_implementation",
     "in_contraction_order",
+    "moe",
     "multiply_operands",
     "output_dtype",
     "permute",
@@ -48,6 +53,7 @@ __all__ = [
     "quantize_operand",
     "quantize_operand_both",
     "quantized_dot",
+    "ragged_dot",
     "route",
     "spread",
     "spread_of_mesh",

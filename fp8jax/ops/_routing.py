@@ -26,7 +26,7 @@ def route(
     bias: jax.Array,
     *,
     top_k: int,
-    groups: int = 1,
+    num_groups: int = 1,
     top_groups: int = 1,
     scale: float = 1.0,
     normalize: bool = True,
@@ -46,7 +46,7 @@ def route(
         logits: float32 `[tokens, experts]`.
         bias: float32 `[experts]`; see `balanced_bias`.
         top_k: experts a token.
-        groups: number of groups of consecutive experts, all of one size.
+        num_groups: number of groups of consecutive experts, all of one size.
         top_groups: groups that a token's experts are taken from.
         scale: of the weights, DeepSeek-V3's `routed_scaling_factor`.
         normalize: whether weights are divided by their sum.
@@ -67,10 +67,13 @@ def route(
         raise ValueError(
             f"route takes a bias for each of {experts} experts, got {bias.shape=}."
         )
-    check_routing("route", experts, top_k, groups, top_groups)
+    check_routing("route", experts, top_k, num_groups, top_groups)
     scores = jax.nn.sigmoid(logits)
     chosen = _choose(
-        lax.stop_gradient(scores) + lax.stop_gradient(bias), top_k, groups, top_groups
+        lax.stop_gradient(scores) + lax.stop_gradient(bias),
+        top_k,
+        num_groups,
+        top_groups,
     )
     weights = jnp.take_along_axis(scores, chosen, axis=1)
     if normalize:
@@ -78,29 +81,33 @@ def route(
     return Routing(chosen, weights * scale)
 
 
-def _choose(scores: jax.Array, top_k: int, groups: int, top_groups: int) -> jax.Array:
+def _choose(
+    scores: jax.Array, top_k: int, num_groups: int, top_groups: int
+) -> jax.Array:
     tokens, experts = scores.shape
-    if top_groups < groups:
-        size = experts // groups
-        grouped = scores.reshape(tokens, groups, size)
+    if top_groups < num_groups:
+        size = experts // num_groups
+        grouped = scores.reshape(tokens, num_groups, size)
         best = lax.top_k(grouped, min(2, size))[0].sum(axis=2)  # [tokens, groups]
         _, kept = lax.top_k(best, top_groups)
-        is_kept = (kept[:, :, None] == jnp.arange(groups)).any(axis=1)
+        is_kept = (kept[:, :, None] == jnp.arange(num_groups)).any(axis=1)
         grouped = jnp.where(is_kept[:, :, None], grouped, -jnp.inf)
         scores = grouped.reshape(tokens, experts)
     return lax.top_k(scores, top_k)[1]
 
 
 def check_routing(
-    name: str, experts: int, top_k: int, groups: int, top_groups: int
+    name: str, experts: int, top_k: int, num_groups: int, top_groups: int
 ) -> None:
     """Raises ValueError, on behalf of `name`, for counts that do not fit each other."""
-    fits = groups >= 1 and experts % groups == 0 and 1 <= top_groups <= groups
-    if not fits or not 1 <= top_k <= top_groups * (experts // groups):
+    fits = (
+        num_groups >= 1 and experts % num_groups == 0 and 1 <= top_groups <= num_groups
+    )
+    if not fits or not 1 <= top_k <= top_groups * (experts // num_groups):
         raise ValueError(
-            f"{name} takes experts in groups of one size, 1 <= top_groups <= groups, "
-            f"and 1 <= top_k experts of top_groups groups, got {experts=}, {groups=}, "
-            f"{top_groups=}, {top_k=}."
+            f"{name} takes experts in num_groups groups of one size, 1 <= top_groups "
+            "<= num_groups, and 1 <= top_k experts of top_groups groups, got "
+            f"{experts=}, {num_groups=}, {top_groups=}, {top_k=}."
         )
 
 

@@ -14,10 +14,10 @@ from fp8jax.testing import assert_same_bits
 
 TOKENS, EXPERTS = 64, 16
 COUNTS = [
-    {"top_k": 4, "groups": 4, "top_groups": 2},
-    {"top_k": 8, "groups": 8, "top_groups": 4, "scale": 2.5},
-    {"top_k": 2, "groups": 1, "top_groups": 1, "normalize": False},
-    {"top_k": 3, "groups": 16, "top_groups": 5},
+    {"top_k": 4, "num_groups": 4, "top_groups": 2},
+    {"top_k": 8, "num_groups": 8, "top_groups": 4, "scale": 2.5},
+    {"top_k": 2, "num_groups": 1, "top_groups": 1, "normalize": False},
+    {"top_k": 3, "num_groups": 16, "top_groups": 5},
 ]
 
 
@@ -25,13 +25,13 @@ def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def oracle(logits, bias, top_k, groups=1, top_groups=1, scale=1.0, normalize=True):
+def oracle(logits, bias, top_k, num_groups=1, top_groups=1, scale=1.0, normalize=True):
     """The report's equations, token by token, in float64."""
     scores = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
     experts, weights = [], []
     for s in scores:
         biased = s + np.asarray(bias, np.float64)
-        by_group = biased.reshape(groups, -1)
+        by_group = biased.reshape(num_groups, -1)
         best = np.sort(by_group)[:, -2:].sum(axis=1)
         allowed = np.argsort(-best, kind="stable")[:top_groups]
         size = by_group.shape[1]
@@ -65,7 +65,7 @@ def test_routing_is_that_of_transformers(counts):
         hidden_size=32,
         num_local_experts=EXPERTS,
         num_experts_per_tok=counts["top_k"],
-        n_group=counts["groups"],
+        n_group=counts["num_groups"],
         topk_group=counts["top_groups"],
         routed_scaling_factor=counts.get("scale", 1.0),
         norm_topk_prob=counts.get("normalize", True),
@@ -109,7 +109,7 @@ def test_bias_chooses_but_does_not_weigh_and_has_no_gradient():
 
 def test_gradient_of_weights_is_the_equation_s_in_float64():
     logits, bias = normal(0, 3, EXPERTS), jnp.zeros(EXPERTS)
-    counts = {"top_k": 4, "groups": 4, "top_groups": 2, "scale": 2.5}
+    counts = {"top_k": 4, "num_groups": 4, "top_groups": 2, "scale": 2.5}
     mix = np.asarray(normal(1, 3, 4), np.float64)
     ours = jax.grad(
         lambda x: (ops.route(x, bias, **counts).weights * mix.astype(np.float32)).sum()
@@ -128,14 +128,14 @@ def test_gradient_of_weights_is_the_equation_s_in_float64():
 
 def test_equal_scores_go_to_the_lower_number():
     routing = ops.route(
-        jnp.zeros((2, 8)), jnp.zeros(8), top_k=3, groups=4, top_groups=2
+        jnp.zeros((2, 8)), jnp.zeros(8), top_k=3, num_groups=4, top_groups=2
     )
     np.testing.assert_array_equal(routing.experts, [[0, 1, 2]] * 2)
 
 
 def test_token_of_nan_and_one_of_the_least_scores_are_routed_to_experts():
     logits = normal(0, 4, EXPERTS).at[1].set(jnp.nan).at[2].set(-200.0)
-    routing = ops.route(logits, jnp.zeros(EXPERTS), top_k=4, groups=4, top_groups=2)
+    routing = ops.route(logits, jnp.zeros(EXPERTS), top_k=4, num_groups=4, top_groups=2)
     assert np.all((routing.experts >= 0) & (routing.experts < EXPERTS))
     assert np.all(np.diff(np.sort(routing.experts)) > 0)
     assert np.all(np.isnan(routing.weights[1]))
@@ -145,7 +145,7 @@ def test_token_of_nan_and_one_of_the_least_scores_are_routed_to_experts():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"groups": 3}, "groups=3"),
+        ({"num_groups": 3}, "num_groups=3"),
         ({"top_groups": 5}, "top_groups=5"),
         ({"top_k": 0}, "top_k=0"),
         ({"top_k": 9}, "top_k=9"),
@@ -159,7 +159,7 @@ def test_bad_counts_are_named(change, match):
         "logits": jnp.zeros((2, 16)),
         "bias": jnp.zeros(16),
         "top_k": 4,
-        "groups": 4,
+        "num_groups": 4,
         "top_groups": 2,
     }
     with pytest.raises(ValueError, match=f"^route takes .*{match}"):
