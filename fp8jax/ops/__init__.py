@@ -1,6 +1,6 @@
 """Operations with gradients, given a recipe."""
 
-from fp8jax.matmul import MARK, gemm_implementation
+from fp8jax.matmul import MARK, gemm_implementation, grouped_implementation
 from fp8jax.ops._by_recipe import ByRecipe, attention_products, takes_own_product
 from fp8jax.ops._dot_general import dot_general
 from fp8jax.ops._einsum import einsum
@@ -14,6 +14,7 @@ from fp8jax.ops._gemm import (
     quantize_operand_both,
     quantized_dot,
 )
+from fp8jax.ops._grouped_product import RaggedForm, quantized_ragged_dot
 from fp8jax.ops._layout import Layout, Operand, plan
 from fp8jax.ops._moe import moe
 from fp8jax.ops._permute import Dispatch, dispatch, permute, unpermute
@@ -34,6 +35,7 @@ __all__ = [
     "Dispatch",
     "Layout",
     "Operand",
+    "RaggedForm",
     "Routing",
     "Spread",
     "attention_products",
@@ -44,6 +46,7 @@ __all__ = [
     "einsum",
     "expert_mlp",
     "gemm_implementation",
+    "grouped_implementation",
     "in_contraction_order",
     "moe",
     "multiply_operands",
@@ -53,6 +56,7 @@ __all__ = [
     "quantize_operand",
     "quantize_operand_both",
     "quantized_dot",
+    "quantized_ragged_dot",
     "ragged_dot",
     "route",
     "spread",

@@ -5,7 +5,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -29,6 +29,16 @@ from fp8jax.quant import (
     quantize_transposed,
 )
 from fp8jax.recipes import GemmSpec, Recipe
+
+# Which of a layer's products, by how the operands are stored.
+RaggedForm = Literal["fprop", "dgrad", "wgrad"]
+
+_NO_GRADIENT = (
+    "quantized_ragged_dot has no gradient: rounding to FP8 is a step function. Use "
+    "fp8jax.ragged_dot, whose gradients are products in FP8 themselves; to "
+    "differentiate a function that fp8_transform has rewritten as a whole step, "
+    "apply fp8_transform after the differentiation."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,3 +153,48 @@ def wgrad_of(
         out_dtype=product.w_dtype,
         implementation=product.implementation,
     )
+
+
+def quantized_ragged_dot(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    sizes: jax.Array,
+    form: RaggedForm,
+    lhs_spec: QuantSpec,
+    rhs_spec: QuantSpec,
+    *,
+    out_dtype: np.dtype,
+    implementation: str | None = None,
+) -> jax.Array:
+    """One product of rows in groups in FP8, without a gradient rule.
+
+    | form | lhs | rhs | result |
+    |---|---|---|---|
+    | `"fprop"` | x `[m, k]` | w `[g, k, n]` | `[m, n]` |
+    | `"dgrad"` | dout `[m, n]` | w `[g, k, n]` | `[m, k]` |
+    | `"wgrad"` | x `[m, k]` | dout `[m, n]` | `[g, k, n]` |
+
+    Args:
+        lhs, rhs: bfloat16, float16 or float32.
+        sizes: integers `[g]`, rows of each group.
+        form: which product it is.
+        lhs_spec, rhs_spec: in the `[free, contraction]` orientation.
+        out_dtype: of the result.
+        implementation: as in `grouped_matmul`.
+
+    Raises:
+        TypeError: When differentiated.
+    """
+    how: Any = {"implementation": implementation}
+
+    def run(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
+        sizes = sizes.astype(np.int32)
+        if form == "wgrad":
+            _, q_lhs = quantize_grouped(lhs, sizes, None, lhs_spec, **how)
+            _, q_rhs = quantize_grouped(rhs, sizes, None, rhs_spec, **how)
+            return grouped_wgrad(q_lhs, q_rhs, sizes, out_dtype=out_dtype, **how)
+        along = quantize_transposed if form == "fprop" else quantize
+        q_lhs, q_rhs = quantize(lhs, lhs_spec, **how), along(rhs, rhs_spec, **how)
+        return grouped_matmul(q_lhs, q_rhs, sizes, out_dtype=out_dtype, **how)
+
+    return refuse_derivatives(run, _NO_GRADIENT)(lhs, rhs, sizes)

@@ -35,6 +35,7 @@ from fp8jax.transform._plan import (
     Replacement,
     specs_of,
 )
+from fp8jax.transform._ragged import is_ragged, ragged_call
 from fp8jax.transform._rule_call import RuleCall
 
 # Equal ones of one value are known to be equal: each layer may cast its input itself.
@@ -92,6 +93,8 @@ class _InJaxpr:
         self._wanted: dict[Hashable, dict[Quantize, set[_Pass]]]
         self._wanted = collections.defaultdict(lambda: collections.defaultdict(set))
         for index, what in planned.items():
+            if is_ragged(eqns[index]):
+                continue
             if isinstance(what, QuantizedDot) and not what.split:
                 self._note_wanted(eqns[index], what)
 
@@ -112,7 +115,9 @@ class _InJaxpr:
             eqns, results = self._calls(what, eqn, *eqn.invars)
             assert eqns[-1].outvars == results, "one call gives all results"
             return [*eqns[:-1], eqns[-1].replace(outvars=eqn.outvars)]
-        if isinstance(what, QuantizedDot) and not what.split:
+        if is_ragged(eqn):
+            eqns, _ = self._calls(ragged_call(eqn, what), eqn, *eqn.invars)
+        elif isinstance(what, QuantizedDot) and not what.split:
             eqns = self._shared(eqn, what)
         else:
             eqns = self._alone(eqn, what)

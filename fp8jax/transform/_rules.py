@@ -9,6 +9,7 @@ from typing import Any
 
 from fp8jax import _compat, numerics, ops
 from fp8jax.transform._interpreter import Flow, FlowRule, sub_jaxprs
+from fp8jax.transform._ragged_form import of_marked, ragged_of
 from fp8jax.transform._values import (
     HAND_WRITTEN_CALLS,
     MARKED,
@@ -133,8 +134,10 @@ def _ragged_dot(
     flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
     lhs, rhs = (v.aval for v in eqn.invars[:2])
+    ragged = ragged_of(eqn)
     # Each of m rows meets one group's matrix; the group dimension leads.
-    _record(flow, eqn, operands, scope, flops=2 * lhs.size * rhs.shape[-1])
+    flops = 2 * lhs.size * rhs.shape[-1] if ragged is None else None
+    _record(flow, eqn, operands, scope, flops=flops, ragged=ragged)
     return _product(flow, eqn, operands, scope)
 
 
@@ -182,7 +185,8 @@ def _marked(
     fp8 = [i for i, v in enumerate(eqn.invars) if v.aval.dtype in numerics.FP8_DTYPES]
     if len(fp8) == 2:
         blocked = _blocked_side([(eqn.invars[i], eqn.invars[i + 1]) for i in fp8])
-        known = {"primitive": MARKED, "blocked": blocked}
+        ragged = of_marked([eqn.invars[i].aval for i in fp8], eqn.outvars[0].aval)
+        known = {"primitive": MARKED, "blocked": blocked, "ragged": ragged}
         _record(flow, eqn, operands, scope, pair=fp8, **known)
         return _product(flow, eqn, operands, scope)
     jaxprs = sub_jaxprs(eqn)
@@ -194,7 +198,8 @@ def _marked(
 def _blocked_side(pairs: Sequence[tuple[Any, Any]]) -> Side | None:
     """Of two pairs of codes and scales, the one with fewer scale rows than rows."""
     for side, (data, scale) in zip(SIDES, pairs, strict=True):
-        if scale.aval.ndim == 2 and scale.aval.shape[0] < data.aval.shape[0]:
+        rows, scales = data.aval.shape[:-1], scale.aval.shape[:-1]
+        if len(rows) == len(scales) > 0 and scales[-1] < rows[-1]:
             return side
     return None
 

@@ -5,6 +5,8 @@ import math
 import re
 from typing import Any, Literal
 
+from fp8jax.transform._ragged_form import RAGGED, Ragged
+
 Position = tuple[int, ...]  # equation, sub-jaxpr, equation, ..., equation
 Phase = Literal["outside", "forward", "recompute", "backward"]
 Side = Literal["lhs", "rhs"]
@@ -131,6 +133,7 @@ class Dot:
         dimension_numbers: as in `jax.lax.dot_general`; None for other primitives.
         blocked: for our own products, the operand in tiles of more than one row.
         flops: of one run, for a primitive that is no plain product of two operands.
+        ragged: what it is as a product of rows in groups, if it is one.
     """
 
     scope: Scope
@@ -143,6 +146,7 @@ class Dot:
     dimension_numbers: Any = None
     blocked: Side | None = None
     flops: int | None = None
+    ragged: Ragged | None = None
 
     @property
     def position(self) -> Position:
@@ -156,7 +160,7 @@ class Dot:
 
     def free(self, side: Side) -> int:
         """Size of an operand's dimensions that are neither contracted nor batched."""
-        sizes = self.lhs_aval.size, self.rhs_aval.size, self.out_aval.size
+        sizes = self._sizes
         if side == "rhs":
             sizes = sizes[1], sizes[0], sizes[2]
         mine, others, out = sizes
@@ -165,8 +169,25 @@ class Dot:
 
     @property
     def contraction(self) -> int:
-        sizes = self.lhs_aval.size * self.rhs_aval.size
-        return math.isqrt(sizes // max(self.out_aval.size * self.batch, 1))
+        lhs, rhs, out = self._sizes
+        return math.isqrt(lhs * rhs // max(out * self.batch, 1))
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        """Elements of the operands and the result, as if there were one group."""
+        lhs, rhs, out = self.lhs_aval.size, self.rhs_aval.size, self.out_aval.size
+        if self.ragged is None:
+            return lhs, rhs, out
+        if self.ragged.form == "wgrad":
+            return lhs, rhs, out // self.ragged.groups
+        return lhs, rhs // self.ragged.groups, out
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is one that may be in FP8."""
+        return self.primitive == "dot_general" or (
+            self.ragged is not None and self.primitive == RAGGED
+        )
 
     @property
     def batch(self) -> int:
