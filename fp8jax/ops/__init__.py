@@ -15,6 +15,7 @@ from fp8jax.ops._gemm import (
 )
 from fp8jax.ops._layout import Layout, Operand, plan
 from fp8jax.ops._product import INPUT_CODES, PRODUCT, WEIGHT_CODES
+from fp8jax.ops._rms_norm import rms_norm_dot
 from fp8jax.ops._spread import Spread, spread, spread_of_mesh, spread_of_sharding
 from fp8jax.ops._static_weight import static_weight_dot
 from fp8jax.ops._swiglu import swiglu_mlp
@@ -40,6 +41,7 @@ __all__ = [
     "quantize_operand",
     "quantize_operand_both",
     "quantized_dot",
+    "rms_norm_dot",
     "spread",
     "spread_of_mesh",
     "spread_of_sharding",
