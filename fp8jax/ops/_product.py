@@ -144,7 +144,7 @@ def _codes(
     fprop, dgrad, wgrad = recipe.fprop, recipe.dgrad, recipe.wgrad
     assert fprop is not None
     spec = getattr(fprop, operand)
-    if recipe.residual == "bf16":
+    if recipe.residual != "fp8":
         run = product.once(lambda x: product.quantize(x, side, spec))
         return named_codes(run(x), name), x
     assert dgrad is not None  # The recipe checks it of residuals in FP8.

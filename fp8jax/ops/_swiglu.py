@@ -49,7 +49,8 @@ def swiglu_mlp(
         w_gate, w_up: `[k, hidden]`, likewise.
         w_down: `[hidden, n]`, likewise.
         recipe: of all nine GEMMs; `recipes.deepseek_v3()` by default. Its `residual`
-            says what is kept of x and the weights; gate and up are kept as they are.
+            says what is kept of x and the weights; gate and up are kept as they are,
+            or, with `"recompute"`, computed again.
         implementation: as in `fp8jax.dot_general`.
 
     Returns:
@@ -90,9 +91,11 @@ def swiglu_mlp(
             matrix_product(name, shape, w, recipe, implementation)
             for shape, w in ((rows.shape, w_gate), (hidden, w_down))
         )
-        y: Any = _fused(_Products(into, out_of), rows, *weights)
+        run: Any = functools.partial(_fused, _Products(into, out_of))
     else:
-        y = _unfused(rows, *weights, recipe=recipe, implementation=implementation)
+        how: Any = {"recipe": recipe, "implementation": implementation}
+        run = functools.partial(_unfused, **how)
+    y = (jax.checkpoint(run) if recipe.residual == "recompute" else run)(rows, *weights)
     return y.reshape(*x.shape[:-1], w_down.shape[1])
 
 
