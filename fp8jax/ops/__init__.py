@@ -6,7 +6,6 @@ from fp8jax.ops._dot_general import dot_general
 from fp8jax.ops._einsum import einsum
 from fp8jax.ops._gemm import (
     INPUT_DTYPES,
-    in_contraction_order,
     multiply_operands,
     output_dtype,
     quantize_operand,
@@ -34,7 +33,6 @@ __all__ = [
     "dot_general",
     "einsum",
     "gemm_implementation",
-    "in_contraction_order",
     "multiply_operands",
     "output_dtype",
     "plan",
