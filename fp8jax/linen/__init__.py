@@ -4,6 +4,7 @@ from fp8jax.linen._attention import MultiHeadAttention, MultiHeadDotProductAtten
 from fp8jax.linen._dense import Dense, DenseGeneral
 from fp8jax.linen._einsum import Einsum
 from fp8jax.linen._moe import MoE, balance
+from fp8jax.linen._rms_norm import RMSNormDense
 from fp8jax.linen._swiglu import SwiGLU
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "MoE",
     "MultiHeadAttention",
     "MultiHeadDotProductAttention",
+    "RMSNormDense",
     "SwiGLU",
     "balance",
 ]

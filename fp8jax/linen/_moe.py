@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from fp8jax import ops
-from fp8jax.linen._swiglu import Kernel, SwiGLU
+from fp8jax.linen._parameter import Parameter
+from fp8jax.linen._swiglu import SwiGLU
 from fp8jax.recipes import Recipe
 
 _KERNEL_INIT = nn.initializers.lecun_normal()  # nn.Dense's default.
@@ -129,7 +130,9 @@ class _Experts(nn.Module):
         kernels = []
         for name, side in sides.items():
             shape = (experts, *side)
-            layer: Any = Kernel(shape, self.param_dtype, self.kernel_init, name=name)
+            layer: Any = Parameter(
+                "kernel", shape, self.param_dtype, self.kernel_init, name=name
+            )
             kernels.append(layer())
         return kernels
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from fp8jax import ops
+from fp8jax.linen._parameter import Parameter
 from fp8jax.recipes import Recipe
 
 _KERNEL_INIT = nn.initializers.lecun_normal()  # nn.Dense's default.
@@ -41,7 +42,9 @@ class SwiGLU(nn.Module):
         features = x.shape[-1]
 
         def kernel(name: str, k: int, n: int) -> jax.Array:
-            layer: Any = Kernel((k, n), self.param_dtype, self.kernel_init, name=name)
+            layer: Any = Parameter(
+                "kernel", (k, n), self.param_dtype, self.kernel_init, name=name
+            )
             return layer()
 
         kernels = (
@@ -53,15 +56,3 @@ class SwiGLU(nn.Module):
         return ops.swiglu_mlp(
             *arrays, recipe=self.recipe, implementation=self.implementation
         )
-
-
-class Kernel(nn.Module):
-    """The parameter that a `flax.linen.Dense` of this name would have."""
-
-    shape: tuple[int, ...]
-    param_dtype: jax.typing.DTypeLike
-    kernel_init: nn.initializers.Initializer
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        return self.param("kernel", self.kernel_init, self.shape, self.param_dtype)

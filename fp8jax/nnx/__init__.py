@@ -3,6 +3,7 @@
 from fp8jax.nnx._attention import MultiHeadAttention
 from fp8jax.nnx._linear import Einsum, Linear, LinearGeneral
 from fp8jax.nnx._moe import ExpertLoad, MoE, RouterBias, balance
+from fp8jax.nnx._rms_norm import RMSNormLinear
 from fp8jax.nnx._swiglu import SwiGLU
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "LinearGeneral",
     "MoE",
     "MultiHeadAttention",
+    "RMSNormLinear",
     "RouterBias",
     "SwiGLU",
     "balance",

@@ -7,7 +7,6 @@ from fp8jax.ops._einsum import einsum
 from fp8jax.ops._expert_mlp import expert_mlp
 from fp8jax.ops._gemm import (
     INPUT_DTYPES,
-    in_contraction_order,
     multiply_operands,
     output_dtype,
     quantize_operand,
@@ -20,6 +19,7 @@ from fp8jax.ops._moe import moe
 from fp8jax.ops._permute import Dispatch, dispatch, permute, unpermute
 from fp8jax.ops._product import INPUT_CODES, PRODUCT, WEIGHT_CODES
 from fp8jax.ops._ragged_dot import ragged_dot
+from fp8jax.ops._rms_norm import rms_norm_dot
 from fp8jax.ops._routing import Routing, balanced_bias, check_routing, route
 from fp8jax.ops._spread import Spread, spread, spread_of_mesh, spread_of_sharding
 from fp8jax.ops._static_weight import static_weight_dot
@@ -47,7 +47,6 @@ __all__ = [
     "expert_mlp",
     "gemm_implementation",
     "grouped_implementation",
-    "in_contraction_order",
     "moe",
     "multiply_operands",
     "output_dtype",
@@ -58,6 +57,7 @@ __all__ = [
     "quantized_dot",
     "quantized_ragged_dot",
     "ragged_dot",
+    "rms_norm_dot",
     "route",
     "spread",
     "spread_of_mesh",

@@ -46,7 +46,8 @@ def expert_mlp(
         w_down: `[experts, hidden, n]`, likewise.
         group_sizes: integers `[experts]`, rows of each; their sum is at most all.
         recipe: of all nine GEMMs; `recipes.deepseek_v3()` by default. Its `residual`
-            says what is kept of x and the weights; gate and up are kept as they are.
+            says what is kept of x and the weights; gate and up are kept as they are,
+            or, with `"recompute"`, computed again.
         implementation: as in `fp8jax.ragged_dot`.
 
     Returns:
@@ -78,13 +79,24 @@ def expert_mlp(
     weights = w_gate, w_up, w_down
     in_fp8 = None not in (recipe.fprop, recipe.dgrad, recipe.wgrad)
     if in_fp8 and all(x.dtype == w.dtype for w in weights):
-        return _fused(into, x, *weights, group_sizes.astype(jnp.int32))
+        run: Any = functools.partial(_fused, into)
+    else:
+        run = functools.partial(_unfused, **how)
+    if recipe.residual == "recompute":
+        run = jax.checkpoint(run)
+    return run(x, *weights, group_sizes.astype(jnp.int32))
 
-    def dot(x: jax.Array, w: jax.Array) -> jax.Array:
-        return ragged_dot(x, w, group_sizes, **how)
 
-    gate, up = dot(x, w_gate), dot(x, w_up)
-    return dot(_activation(gate, up), w_down)
+def _unfused(
+    x: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    sizes: jax.Array,
+    **how: Any,
+) -> jax.Array:
+    gate, up = ragged_dot(x, w_gate, sizes, **how), ragged_dot(x, w_up, sizes, **how)
+    return ragged_dot(_activation(gate, up), w_down, sizes, **how)
 
 
 def _activation(gate: jax.Array, up: jax.Array) -> jax.Array:

@@ -91,7 +91,7 @@ def input_codes(
     """x for fprop, and what the recipe keeps of it for wgrad, codes as [k, columns]."""
     fprop, wgrad = product.recipe.fprop, product.recipe.wgrad
     assert fprop is not None
-    if product.recipe.residual == "bf16":
+    if product.recipe.residual != "fp8":
         run = product.once(lambda x: product.quantize(x, fprop.lhs))
         return named_codes(run(x), INPUT_CODES), x
     assert wgrad is not None  # The recipe checks it of residuals in FP8.
@@ -105,7 +105,7 @@ def weight_codes(product: GroupedProduct, w: jax.Array) -> tuple[QTensor, Any]:
     implementation = product.implementation
     assert fprop is not None
 
-    if product.recipe.residual == "bf16":
+    if product.recipe.residual != "fp8":
         run = product.once(
             lambda w: quantize_transposed(w, fprop.rhs, implementation=implementation)
         )

@@ -210,8 +210,8 @@ def _on_devices(
 
 def _notes(policy: Policy, assignments: Sequence[Assignment]) -> tuple[str, ...]:
     notes = []
-    if policy.stats and any(a.dot.scope.in_while for a in assignments):
-        notes.append("Products in loops of unknown length are not measured (stats=).")
+    if policy.stats and any(a.dot.scope.in_condition for a in assignments):
+        notes.append("Products in a loop's condition are not measured (stats=).")
     if policy.stats and any(a.dot.ragged for a in assignments):
         notes.append("Products of rows in groups are not measured (stats=).")
     return tuple(notes)

@@ -367,6 +367,32 @@ def test_expert_mlp_with_a_gemm_out_of_fp8_is_three_products():
     assert "quantize_swiglu" in jaxpr(ops.expert_mlp)
 
 
+def test_recomputing_expert_mlp_keeps_its_input_alone_and_has_the_same_bits():
+    inputs, sizes = expert_arrays(jnp.bfloat16), jnp.array([100, 0, 60, 1, 70])
+    keeping, recomputing = (
+        functools.partial(ops.expert_mlp, recipe=recipes.deepseek_v3(residual=residual))
+        for residual in ("bf16", "recompute")
+    )
+
+    def kept(fn):
+        return {
+            (tuple(x.shape), str(x.dtype))
+            for x in jax.tree.leaves(
+                jax.eval_shape(
+                    lambda *a: jax.vjp(lambda *b: fn(*b, sizes), *a)[1], *inputs
+                )
+            )
+        }
+
+    hidden = ((M, 264), "bfloat16")
+    assert hidden in kept(keeping)
+    assert hidden not in kept(recomputing)
+    assert_same_bits(
+        mlp_gradients(recomputing, sizes, *inputs),
+        mlp_gradients(keeping, sizes, *inputs),
+    )
+
+
 def test_bad_input_of_expert_mlp_is_named():
     x, gate, up, down = expert_arrays(jnp.float32)
     sizes = jnp.ones(G, jnp.int32)
