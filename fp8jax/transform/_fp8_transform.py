@@ -203,11 +203,21 @@ class Fp8Function:
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """As `jax.jit(fn).lower`, for a look at the compiled program."""
-        return self._jit.lower(*self._options.split(args, kwargs))
+        function, call = self._split(args, kwargs)
+        return function.lower(*call)
 
     def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
         """As `jax.jit(fn).trace`, for a look at the rewritten program."""
-        return self._jit.trace(*self._options.split(args, kwargs))
+        function, call = self._split(args, kwargs)
+        return function.trace(*call)
+
+    def _split(self, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...]]:
+        """The jitted function that a call runs, and what it is called with."""
+        call = self._options.split(args, kwargs)
+        if not self._has_nnx(call[0], args, kwargs):
+            return self._jit, call
+        _, function, pure_args = self._pure(args, kwargs)
+        return function._jit, function._options.split(pure_args, {})
 
     def _run(self, key: CallKey, donated: list[Any], kept: list[Any]) -> Any:
         # Runs under jit's trace, so jit's own cache is the transform's.

@@ -85,6 +85,8 @@ def _with_outside(
 ) -> list[Any]:
     """The equation, and before it those of its body that may go there."""
     name, params = eqn.primitive.name, eqn.params
+    if any(hasattr(effect, "input_index") for effect in eqn.effects):
+        return [eqn]  # It says by number which operand it changes.
     if name == "scan":
         before, eqn = _slices_before(eqn, weights, stacks, calls)
         n_consts, _ = _compat.scan_counts(eqn.params)

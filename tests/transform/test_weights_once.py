@@ -221,6 +221,22 @@ def test_weights_of_a_rematted_block_are_quantized_outside_of_it():
     )
 
 
+def test_steps_in_a_scan_quantize_each_step_s_weights_once():
+    one = step_of(scanned(block))
+
+    def train(params, batches):
+        def body(params, x):
+            value, (grads, _) = one(params, x)
+            return jax.tree.map(lambda p, g: p - g, params, grads), value
+
+        return jax.lax.scan(body, params, batches)
+
+    fn = fp8_transform(train, weights=0)
+    found = of_weights(quantizations(fn, STACKED, jnp.stack([X, X])))
+    assert {(name, depth) for name, _, depth in found} == {("quantize_both", 1)}
+    assert sum(found.values()) == WEIGHTS
+
+
 def test_weights_in_a_shard_map_leave_its_scan():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
 
