@@ -18,6 +18,7 @@ from fp8jax.transform._arguments import (
 )
 from fp8jax.transform._carry import carry_codes
 from fp8jax.transform._custom_rules import check_custom_rules, with_custom_rules
+from fp8jax.transform._dedupe import dedupe
 from fp8jax.transform._devices import spread_of_program
 from fp8jax.transform._harvest import harvest
 from fp8jax.transform._hoist import hoist
@@ -241,7 +242,7 @@ class Fp8Function:
         replacer = Replacer(stats)
         jaxpr = carry_codes(rewrite(jaxpr, plan.replacements, replacer))
         jaxpr = hoist(jaxpr, plan.is_weight, replacer.calls)
-        return pair(jaxpr, plan.is_weight, replacer.calls)
+        return dedupe(pair(jaxpr, plan.is_weight, replacer.calls))
 
     def _plan(
         self, key: CallKey, donated: list[Any], kept: list[Any]

@@ -19,6 +19,7 @@ _ENTERED = (
     "checkpoint",
     "closed_call",
     "cond",
+    "eval_jaxpr",
     "jit",
     "pjit",
     "remat",
