@@ -254,7 +254,8 @@ def test_sanitized_program_compares_every_kernel(monkeypatch, capsys):
         return xla.gemm(*args, **static)
 
     monkeypatch.setattr(sanitize, "every_gemm_config", lambda *_: [None])
-    for name in ("gemm", *(n for n in dir(xla) if n.startswith("quantize"))):
+    kernels = dir(sanitize.mosaic_gpu)
+    for name in ("gemm", *(n for n in kernels if n.startswith("quantize"))):
         monkeypatch.setattr(sanitize.mosaic_gpu, name, getattr(xla, name))
     monkeypatch.setattr(sanitize.mosaic_gpu, "multiply", multiply)
     sanitize.run_kernels()
