@@ -20,6 +20,7 @@ _ENTERED = (
     "checkpoint",
     "closed_call",
     "cond",
+    "eval_jaxpr",
     "jit",
     "pjit",
     "remat",

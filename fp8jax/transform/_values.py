@@ -1,8 +1,11 @@
 """What the analysis knows of a value, of a product, and of where it stands."""
 
 import dataclasses
+import functools
 import math
+import operator
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from fp8jax.transform._ragged_form import RAGGED, Ragged
@@ -41,6 +44,17 @@ class Value:
         if self.product or self.cotangent or self.leaves.bit_count() != 1:
             return None
         return self.leaves.bit_length() - 1
+
+
+def joined(values: Sequence[Value]) -> Value:
+    """Depends on all of them; is none of them."""
+    return Value(
+        leaves=functools.reduce(operator.or_, (v.leaves for v in values), 0),
+        number=-1,
+        root=-1,
+        product=any(v.product for v in values),
+        cotangent=any(v.cotangent for v in values),
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
