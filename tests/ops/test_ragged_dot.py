@@ -375,14 +375,10 @@ def test_recomputing_expert_mlp_keeps_its_input_alone_and_has_the_same_bits():
     )
 
     def kept(fn):
-        return {
-            (tuple(x.shape), str(x.dtype))
-            for x in jax.tree.leaves(
-                jax.eval_shape(
-                    lambda *a: jax.vjp(lambda *b: fn(*b, sizes), *a)[1], *inputs
-                )
-            )
-        }
+        found = jax.eval_shape(
+            lambda *a: jax.vjp(lambda *b: fn(*b, sizes), *a)[1], *inputs
+        )
+        return {(tuple(x.shape), str(x.dtype)) for x in jax.tree.leaves(found)}
 
     hidden = ((M, 264), "bfloat16")
     assert hidden in kept(keeping)
