@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from fp8jax import ops
+from fp8jax.quant import QTensor
 from fp8jax.recipes import Recipe
 
 _KERNEL_INIT = nn.initializers.lecun_normal()  # nn.Dense's default.
@@ -19,6 +20,9 @@ class SwiGLU(nn.Module):
     The parameters are those of three `flax.linen.Dense(use_bias=False)` called `gate`,
     `up` and `down`: a checkpoint of a block written with those loads into this one.
     `fp8jax.ops.swiglu_mlp` says what is fused, and when it is not.
+
+    For inference all three kernels may be QTensors, as `Dense`'s may; so may x then, if
+    `dtype` is given.
 
     Attributes:
         hidden_features: Size of what lies between; in and out are as wide as x.
@@ -36,11 +40,11 @@ class SwiGLU(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array | QTensor) -> jax.Array:
         """`[..., features]` to the same, in `dtype` or the common dtype of all."""
         features = x.shape[-1]
 
-        def kernel(name: str, k: int, n: int) -> jax.Array:
+        def kernel(name: str, k: int, n: int) -> Any:
             layer: Any = _Kernel((k, n), self.param_dtype, self.kernel_init, name=name)
             return layer()
 
@@ -49,10 +53,15 @@ class SwiGLU(nn.Module):
             kernel("up", features, self.hidden_features),
             kernel("down", self.hidden_features, features),
         )
+        name = "fp8jax.linen.SwiGLU"
+        how = {"recipe": self.recipe, "implementation": self.implementation}
+        ops.check_quantized_input(name, x, self.dtype, *kernels)
+        if any(isinstance(w, QTensor) for w in kernels):
+            dtype = self.dtype or x.dtype
+            x = x if isinstance(x, QTensor) else x.astype(dtype)
+            return ops.static_weight_swiglu(name, x, *kernels, out_dtype=dtype, **how)
         arrays: Any = promote_dtype(x, *kernels, dtype=self.dtype)
-        return ops.swiglu_mlp(
-            *arrays, recipe=self.recipe, implementation=self.implementation
-        )
+        return ops.swiglu_mlp(*arrays, **how)
 
 
 class _Kernel(nn.Module):
@@ -63,5 +72,13 @@ class _Kernel(nn.Module):
     kernel_init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self) -> jax.Array:
+    def __call__(self) -> jax.Array | QTensor:
+        kernel = self.get_variable("params", "kernel")
+        if isinstance(kernel, QTensor):
+            if kernel.shape != self.shape:
+                raise ValueError(
+                    f"fp8jax.linen.SwiGLU takes {self.name}/kernel of shape "
+                    f"{self.shape}, got a QTensor of {kernel.shape}."
+                )
+            return kernel
         return self.param("kernel", self.kernel_init, self.shape, self.param_dtype)

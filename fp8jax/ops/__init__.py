@@ -16,7 +16,11 @@ from fp8jax.ops._gemm import (
 from fp8jax.ops._layout import Layout, Operand, plan
 from fp8jax.ops._product import INPUT_CODES, PRODUCT, WEIGHT_CODES
 from fp8jax.ops._spread import Spread, spread, spread_of_mesh, spread_of_sharding
-from fp8jax.ops._static_weight import static_weight_dot
+from fp8jax.ops._static_weight import (
+    check_quantized_input,
+    static_weight_dot,
+    static_weight_swiglu,
+)
 from fp8jax.ops._swiglu import swiglu_mlp
 
 __all__ = [
@@ -30,6 +34,7 @@ __all__ = [
     "Operand",
     "Spread",
     "attention_products",
+    "check_quantized_input",
     "dot_general",
     "einsum",
     "gemm_implementation",
@@ -44,6 +49,7 @@ __all__ = [
     "spread_of_mesh",
     "spread_of_sharding",
     "static_weight_dot",
+    "static_weight_swiglu",
     "swiglu_mlp",
     "takes_own_product",
 ]

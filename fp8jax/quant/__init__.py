@@ -1,5 +1,6 @@
 """Quantized arrays: `QuantSpec` says how, `quantize` makes a `QTensor`."""
 
+from fp8jax.quant._place import contraction_minor
 from fp8jax.quant._qtensor import QTensor
 from fp8jax.quant._quantize import (
     quantize,
@@ -19,6 +20,7 @@ __all__ = [
     "TILE_128X1",
     "QTensor",
     "QuantSpec",
+    "contraction_minor",
     "moments",
     "quantize",
     "quantize_both",
