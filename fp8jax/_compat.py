@@ -94,6 +94,13 @@ def with_scan_slices(params: dict[str, Any], count: int) -> dict[str, Any]:
     return _with_scan_operands(params, 0, count)
 
 
+def with_call_operands(params: dict[str, Any], count: int) -> dict[str, Any]:
+    """The parameters of a remat or a call with `count` more operands, the last ones."""
+    if not isinstance(params.get("prevent_cse"), tuple):
+        return dict(params)
+    return {**params, "prevent_cse": (*params["prevent_cse"], *[True] * count)}
+
+
 def _with_scan_operands(params: dict[str, Any], consts: int, xs: int) -> dict[str, Any]:
     from jax._src import flattree  # pyright: ignore (since 0.12)
 

@@ -1,4 +1,4 @@
-"""Where a QTensor's codes lie in memory, which its shape does not tell."""
+"""Where codes and scales lie in memory, which a QTensor's shape does not tell."""
 
 import functools
 
@@ -9,7 +9,7 @@ from fp8jax.quant._qtensor import QTensor
 
 
 def contraction_minor(kernel: QTensor) -> QTensor:
-    """The same QTensor `[..., k, n]`, its codes in memory as `[..., n, k]`.
+    """The same QTensor `[..., k, n]`, in memory as `[..., n, k]`: codes and scales.
 
     8-bit matrix units read both operands with the contraction last. An array that lies
     so is what a product of `kernel.T` reads as it is; in JAX's own order each product
@@ -28,8 +28,7 @@ def contraction_minor(kernel: QTensor) -> QTensor:
         return kernel
     sides = range(kernel.ndim)
     layout = Layout((*sides[:-2], sides[-1], sides[-2]))
-    data = _laid_out(Format(layout, kernel.data.sharding))(kernel.data)
-    return QTensor(data, kernel.scale, kernel.tile)
+    return jax.tree.map(lambda x: _laid_out(Format(layout, x.sharding))(x), kernel)
 
 
 @functools.lru_cache(maxsize=256)

@@ -14,7 +14,8 @@ from typing import Any
 from fp8jax import _compat
 from fp8jax.transform._inline import inline_calls
 from fp8jax.transform._interpreter import Flow, rewrite
-from fp8jax.transform._plan import Plan, Policy
+from fp8jax.transform._plan import Plan
+from fp8jax.transform._policy import Policy
 from fp8jax.transform._replace import Replacer
 from fp8jax.transform._rule_call import RuleCall
 from fp8jax.transform._rules import RULES, opaque

@@ -36,6 +36,8 @@ from fp8jax.transform._plan import (
     specs_of,
 )
 from fp8jax.transform._rule_call import RuleCall
+from fp8jax.transform._stored import StaticDot
+from fp8jax.transform._stored_calls import static_equations
 
 # Equal ones of one value are known to be equal: each layer may cast its input itself.
 _VIEWS = ("convert_element_type", "reshape", "transpose")
@@ -112,6 +114,8 @@ class _InJaxpr:
             eqns, results = self._calls(what, eqn, *eqn.invars)
             assert eqns[-1].outvars == results, "one call gives all results"
             return [*eqns[:-1], eqns[-1].replace(outvars=eqn.outvars)]
+        if isinstance(what, StaticDot):
+            return static_equations(eqn, what, self._calls, self._codes)
         if isinstance(what, QuantizedDot) and not what.split:
             eqns = self._shared(eqn, what)
         else:

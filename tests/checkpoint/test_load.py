@@ -68,7 +68,8 @@ def test_flax_kernels_lie_in_memory_as_in_the_file(path):
     kernel = params["model"]["layers"]["0"]["up"]["kernel"]
     plain = checkpoint.quantize_params({"kernel": jnp.ones((128, 256))})["kernel"]
     for q in (kernel, plain):
-        assert q.data.format.layout.major_to_minor == (1, 0)
+        for x in (q.data, q.scale):
+            assert x.format.layout.major_to_minor == (1, 0)
 
 
 def test_what_was_loaded_outlives_the_file(path, tensors):

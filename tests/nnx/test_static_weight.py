@@ -217,4 +217,6 @@ def test_program_takes_codes_in_the_order_they_lie_in(params, x):
     kernel = fp8jax.quant.contraction_minor(params["kernel"])
     variables = {"params": {**params, "kernel": kernel}}
     hlo = jax.jit(layer.apply).lower(variables, x).compile().as_text()
-    assert f"f8e4m3fn[{IN},{OUT}]{{0,1}}" in hlo.splitlines()[0]
+    layouts = hlo.splitlines()[0]
+    assert f"f8e4m3fn[{IN},{OUT}]{{0,1}}" in layouts
+    assert "f32[2,2]{0,1}" in layouts
