@@ -1,5 +1,7 @@
 """Layers whose kernel is a QTensor, in NNX and in Linen alike."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,8 @@ from flax import nnx
 import fp8jax
 import fp8jax.linen
 import fp8jax.nnx
-from fp8jax import recipes
+from benchmarks import inference
+from fp8jax import _compat, _dispatch, recipes
 
 IN, OUT = 200, 160  # No multiples of a tile.
 SPEC = fp8jax.QuantSpec(tile=(128, 128), scale="fp32")
@@ -220,3 +223,57 @@ def test_program_takes_codes_in_the_order_they_lie_in(params, x):
     layouts = hlo.splitlines()[0]
     assert f"f8e4m3fn[{IN},{OUT}]{{0,1}}" in layouts
     assert "f32[2,2]{0,1}" in layouts
+
+
+@pytest.fixture
+def decoder():
+    """Two layers of a 7B decoder at m = 1: a program and its arguments' types."""
+    step = inference.Step(2, inference.SIZES, inference.FUSED)
+
+    def codes(w):
+        if w.ndim < 2:
+            return w
+        return jax.eval_shape(
+            lambda w: fp8jax.quantize(w, SPEC, implementation="xla"), w
+        )
+
+    run, leaves = step.jit(jax.tree.map(codes, step.shapes))
+    x = jax.ShapeDtypeStruct((1, inference.SIZES.width), jnp.bfloat16)
+    weights = sum(w.size for w in jax.tree.leaves(step.shapes) if w.ndim == 2)
+    return run, (leaves, x), weights
+
+
+def test_layers_of_a_7b_model_are_given_a_byte_a_weight(decoder):
+    run, arguments, weights = decoder
+    assert weights == 2 * 4096 * (6144 + 4096 + 3 * 14336)
+    with jax.numpy_dtype_promotion("standard"):
+        memory = run.lower(*arguments).compile().memory_analysis()
+    # Scales are 4 bytes in 16384; norms are 4 vectors in BF16.
+    assert 0 <= memory.argument_size_in_bytes - weights * (1 + 4 / 16384) < 2**16
+
+
+@pytest.mark.skipif(_compat.JAX_VERSION < (0, 11), reason="GPU kernels need JAX 0.11")
+def test_layers_of_a_7b_model_inflate_no_weight_on_a_gpu(decoder, monkeypatch):
+    run, arguments, _ = decoder
+    monkeypatch.setattr(_dispatch, "check_available", lambda name: None)
+    with jax.numpy_dtype_promotion("standard"):
+        traced = run.trace(*arguments)
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # As NumPy would count them: the smallest weight is 4096x4096.
+    large = {
+        kind
+        for sides, kind in re.findall(r"tensor<((?:\d+x)+)(\w+)>", program)
+        if np.prod([int(side) for side in sides.split("x")[:-1]]) >= 4096**2
+    }
+    assert large == {"f8E4M3FN"}
+    # Nothing reads them but our kernels and the transpositions before those, which
+    # change no order in memory if `contraction_minor` laid the codes out.
+    readers = {
+        operation
+        for operation, operands in re.findall(
+            r"= (?:stablehlo\.)?(\S+) .*: \(?(tensor<[^)]*)\)? ->", program
+        )
+        if re.search(r"<\d{4,}x\d{4,}xf8E4M3FN>", operands)
+    }
+    assert readers <= {"transpose", "custom_call", "call"}
+    assert "transpose" in readers
