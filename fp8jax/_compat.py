@@ -96,9 +96,18 @@ def with_scan_slices(params: dict[str, Any], count: int) -> dict[str, Any]:
 
 def with_call_operands(params: dict[str, Any], count: int) -> dict[str, Any]:
     """The parameters of a remat or a call with `count` more operands, the last ones."""
-    if not isinstance(params.get("prevent_cse"), tuple):
+    kinds = params.get("prevent_cse")
+    if not isinstance(kinds, tuple):
         return dict(params)
-    return {**params, "prevent_cse": (*params["prevent_cse"], *[True] * count)}
+    return {**params, "prevent_cse": (*kinds, *[True] * count)}
+
+
+def with_some_call_operands(params: dict[str, Any], stays: list[int]) -> dict[str, Any]:
+    """The parameters of a remat or a call with some of its operands."""
+    kinds = params.get("prevent_cse")
+    if not isinstance(kinds, tuple):
+        return dict(params)
+    return {**params, "prevent_cse": tuple(kinds[i] for i in stays)}
 
 
 def _with_scan_operands(params: dict[str, Any], consts: int, xs: int) -> dict[str, Any]:
@@ -168,7 +177,7 @@ class TracingContext:
     def of(cls, eqn: Any) -> "TracingContext":
         mesh = eqn.ctx.cur_abstract_mesh
         manual = getattr(mesh, "manual_axes", ())
-        if not manual and not is_explicit(eqn.outvars[0].aval):
+        if not manual and not any(is_explicit(v.aval) for v in eqn.outvars):
             return cls(None, False)
         return cls(mesh, any(varying_axes(v.aval) for v in eqn.invars))
 

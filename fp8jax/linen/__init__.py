@@ -3,6 +3,7 @@
 from fp8jax.linen._attention import MultiHeadAttention, MultiHeadDotProductAttention
 from fp8jax.linen._dense import Dense, DenseGeneral
 from fp8jax.linen._einsum import Einsum
+from fp8jax.linen._rms_norm import RMSNormDense
 from fp8jax.linen._swiglu import SwiGLU
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "Einsum",
     "MultiHeadAttention",
     "MultiHeadDotProductAttention",
+    "RMSNormDense",
     "SwiGLU",
 ]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from fp8jax import ops
+from fp8jax.linen._parameter import Parameter
 from fp8jax.quant import QTensor
 from fp8jax.recipes import Recipe
 
@@ -45,7 +46,9 @@ class SwiGLU(nn.Module):
         features = x.shape[-1]
 
         def kernel(name: str, k: int, n: int) -> Any:
-            layer: Any = _Kernel((k, n), self.param_dtype, self.kernel_init, name=name)
+            layer: Any = Parameter(
+                "kernel", (k, n), self.param_dtype, self.kernel_init, name=name
+            )
             return layer()
 
         kernels = (
@@ -62,23 +65,3 @@ class SwiGLU(nn.Module):
             return ops.static_weight_swiglu(name, x, *kernels, out_dtype=dtype, **how)
         arrays: Any = promote_dtype(x, *kernels, dtype=self.dtype)
         return ops.swiglu_mlp(*arrays, **how)
-
-
-class _Kernel(nn.Module):
-    """The parameter that a `flax.linen.Dense` of this name would have."""
-
-    shape: tuple[int, int]
-    param_dtype: jax.typing.DTypeLike
-    kernel_init: nn.initializers.Initializer
-
-    @nn.compact
-    def __call__(self) -> jax.Array | QTensor:
-        kernel = self.get_variable("params", "kernel")
-        if isinstance(kernel, QTensor):
-            if kernel.shape != self.shape:
-                raise ValueError(
-                    f"fp8jax.linen.SwiGLU takes {self.name}/kernel of shape "
-                    f"{self.shape}, got a QTensor of {kernel.shape}."
-                )
-            return kernel
-        return self.param("kernel", self.kernel_init, self.shape, self.param_dtype)

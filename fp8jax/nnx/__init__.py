@@ -2,6 +2,14 @@
 
 from fp8jax.nnx._attention import MultiHeadAttention
 from fp8jax.nnx._linear import Einsum, Linear, LinearGeneral
+from fp8jax.nnx._rms_norm import RMSNormLinear
 from fp8jax.nnx._swiglu import SwiGLU
 
-__all__ = ["Einsum", "Linear", "LinearGeneral", "MultiHeadAttention", "SwiGLU"]
+__all__ = [
+    "Einsum",
+    "Linear",
+    "LinearGeneral",
+    "MultiHeadAttention",
+    "RMSNormLinear",
+    "SwiGLU",
+]

@@ -6,7 +6,6 @@ from fp8jax.ops._dot_general import dot_general
 from fp8jax.ops._einsum import einsum
 from fp8jax.ops._gemm import (
     INPUT_DTYPES,
-    in_contraction_order,
     multiply_operands,
     output_dtype,
     quantize_operand,
@@ -15,6 +14,7 @@ from fp8jax.ops._gemm import (
 )
 from fp8jax.ops._layout import Layout, Operand, plan
 from fp8jax.ops._product import INPUT_CODES, PRODUCT, WEIGHT_CODES
+from fp8jax.ops._rms_norm import rms_norm_dot
 from fp8jax.ops._spread import Spread, spread, spread_of_mesh, spread_of_sharding
 from fp8jax.ops._static_weight import (
     check_quantized_input,
@@ -38,13 +38,13 @@ __all__ = [
     "dot_general",
     "einsum",
     "gemm_implementation",
-    "in_contraction_order",
     "multiply_operands",
     "output_dtype",
     "plan",
     "quantize_operand",
     "quantize_operand_both",
     "quantized_dot",
+    "rms_norm_dot",
     "spread",
     "spread_of_mesh",
     "spread_of_sharding",

@@ -64,8 +64,8 @@ def quantize_along(
     """`[free, contraction]` codes of a matrix that stores its contraction as it likes.
 
     Args:
-        x: matrix.
-        contraction: its contracted dimension, 0 or 1.
+        x: matrix, or several: `[*batch, rows, columns]`.
+        contraction: its contracted dimension, 0 (rows) or 1 (columns).
         spec: for the `[free, contraction]` orientation.
         implementation: as in `quantize`.
     """
@@ -84,7 +84,7 @@ def quantize_both_ways(
     """`quantize_along` one side of a matrix and along the other, in one read of it.
 
     Args:
-        x: matrix.
+        x: matrix, or several.
         contraction: the dimension that the first result contracts, 0 or 1.
         spec: of the first result, `[free, contraction]`.
         spec_t: of the second, `[contraction, free]`.
@@ -148,18 +148,9 @@ def _whole(
     implementation: str | None,
 ) -> jax.Array:
     q_lhs, q_rhs = (
-        _once(
-            functools.partial(
-                quantize_along,
-                contraction=operand.contraction,
-                spec=spec,
-                implementation=implementation,
-            ),
-            operand,
-        )(operand.arrange(x))
-        for x, operand, spec in (
-            (lhs, layout.lhs, specs[0]),
-            (rhs, layout.rhs, specs[1]),
+        quantize_operand(x, operand, spec, implementation)
+        for x, operand, spec in zip(
+            (lhs, rhs), (layout.lhs, layout.rhs), specs, strict=True
         )
     )
     return multiply_operands(q_lhs, q_rhs, layout, out_dtype, implementation)
@@ -189,51 +180,45 @@ def _split(
 def quantize_operand(
     x: jax.Array, operand: Operand, spec: QuantSpec, implementation: str | None
 ) -> QTensor:
-    """The first half of a product: codes of one operand, where they are stored.
+    """The first half of a product: codes of one operand, `[*batch, free, contraction]`.
 
     Args:
         x: as `dot_general` takes it.
         operand: how it becomes `[*batch, rows, columns]`.
-        spec: for that orientation, `operand.stored` of the one that a recipe gives.
+        spec: for the `[free, contraction]` orientation.
         implementation: as in `quantize`.
 
     Raises:
         TypeError: When differentiated.
     """
-    run = functools.partial(quantize, spec=spec, implementation=implementation)
-    return _once(run, operand)(operand.arrange(x))
+
+    def run(x: jax.Array) -> QTensor:
+        return quantize_along(x, operand.contraction, spec, implementation)
+
+    return refuse_derivatives(run, _NO_GRADIENT)(operand.arrange(x))
 
 
 def quantize_operand_both(
     x: jax.Array,
     operand: Operand,
-    specs: tuple[QuantSpec, QuantSpec],
+    spec: QuantSpec,
+    spec_t: QuantSpec,
     implementation: str | None,
 ) -> tuple[QTensor, QTensor]:
-    """`quantize_operand` by two specs, in one read of `x`."""
+    """`quantize_operand` for two products, which contract one side and the other.
+
+    In one read of `x`, where the two specs differ in their tiles alone.
+
+    Args:
+        x, operand, spec, implementation: as in `quantize_operand`.
+        spec_t: of the second result, `[*batch, contraction, free]`.
+    """
 
     def run(x: jax.Array) -> tuple[QTensor, QTensor]:
-        first, second = specs
-        # One of them runs along the rows: the other is that of the transpose.
-        if first.tile[1] == 1 or second.tile[0] == 1:
-            q, q_t = quantize_both(x, second, first.T, implementation=implementation)
-            return q_t.T, q
-        q, q_t = quantize_both(x, first, second.T, implementation=implementation)
-        return q, q_t.T
+        side = operand.contraction
+        return quantize_both_ways(x, side, spec, spec_t, implementation)
 
-    return _once(run, operand)(operand.arrange(x))
-
-
-def _once(run: Callable[..., Any], operand: Operand) -> Callable[..., Any]:
-    """`run`, for each batch entry, without derivatives."""
-    for _ in operand.shape[:-2]:
-        run = jax.vmap(run)
-    return refuse_derivatives(run, _NO_GRADIENT)
-
-
-def in_contraction_order(q: QTensor, operand: Operand) -> QTensor:
-    """`[*batch, free, contraction]` of an operand's codes as they are stored."""
-    return q if operand.contraction == 1 else q.T
+    return refuse_derivatives(run, _NO_GRADIENT)(operand.arrange(x))
 
 
 def multiply_operands(

@@ -7,8 +7,6 @@ from typing import Any
 import jax
 from jax import lax
 
-from fp8jax.quant import QuantSpec
-
 DimensionNumbers = tuple[
     tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]
 ]
@@ -32,10 +30,6 @@ class Operand:
         if self.permutation != tuple(range(x.ndim)):
             x = lax.transpose(x, self.permutation)
         return x.reshape(self.shape)
-
-    def stored(self, spec: QuantSpec) -> QuantSpec:
-        """`spec`, given for `[free, contraction]`, as rows and columns are stored."""
-        return spec if self.contraction == 1 else spec.T
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,12 +12,15 @@ from jax.ad_checkpoint import checkpoint_name
 from fp8jax.matmul import scaled_matmul
 from fp8jax.ops._derivatives import refuse_derivatives
 from fp8jax.ops._gemm import quantize_along, quantize_both_ways, quantized_dot
-from fp8jax.ops._layout import Operand
+from fp8jax.ops._layout import Operand, plan
 from fp8jax.quant import QTensor, QuantSpec
 from fp8jax.recipes import GemmSpec, Recipe
 
 # What `jax.checkpoint`'s policies know our arrays by: `fp8jax.checkpoint_policies`.
 INPUT_CODES, WEIGHT_CODES, PRODUCT = "fp8jax_input", "fp8jax_weight", "fp8jax_product"
+
+# Of `lax.dot_general`, for x [m, k] and w [k, n].
+MATRICES = (((1,), (0,)), ((), ()))
 
 _ONE_DERIVATIVE = (
     "{name} in FP8 has a gradient, but no forward-mode and no second derivative: "
@@ -85,7 +88,29 @@ class Product:
         )
 
 
-def _named(tree: Any, name: str) -> Any:
+def matrix_product(
+    name: str,
+    shape: tuple[int, ...],
+    w: jax.Array,
+    recipe: Recipe,
+    implementation: str | None,
+) -> Product:
+    """That of x `[m, k]` of this shape and w `[k, n]`, everything in w's dtype."""
+    layout = plan(shape, w.shape, MATRICES, name)
+    return Product(
+        name=name,
+        x=layout.lhs,
+        w=layout.rhs,
+        out_dtype=w.dtype,
+        x_dtype=w.dtype,
+        w_dtype=w.dtype,
+        precision=None,
+        recipe=recipe,
+        implementation=implementation,
+    )
+
+
+def named_codes(tree: Any, name: str) -> Any:
     """`checkpoint_name`, of codes by their bits.
 
     Whatever floats `jax.checkpoint` saves it rounds by `reduce_precision`, which takes
@@ -119,14 +144,14 @@ def _codes(
     fprop, dgrad, wgrad = recipe.fprop, recipe.dgrad, recipe.wgrad
     assert fprop is not None
     spec = getattr(fprop, operand)
-    if recipe.residual == "bf16":
+    if recipe.residual != "fp8":
         run = product.once(lambda x: product.quantize(x, side, spec))
-        return _named(run(x), name), x
+        return named_codes(run(x), name), x
     assert dgrad is not None  # The recipe checks it of residuals in FP8.
     assert wgrad is not None
     spec_t = wgrad.lhs if operand == "lhs" else dgrad.rhs
     run = product.once(lambda x: product.quantize_both(x, side, spec, spec_t))
-    return _named(run(x), name)
+    return named_codes(run(x), name)
 
 
 def multiply(product: Product, q_x: QTensor, q_w: QTensor) -> jax.Array:

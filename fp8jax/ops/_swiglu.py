@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 from fp8jax.ops._dot_general import dot_general
 from fp8jax.ops._gemm import check_inputs
-from fp8jax.ops._layout import plan
 from fp8jax.ops._product import (
+    MATRICES,
     Product,
     dgrad_of,
     input_codes,
+    matrix_product,
     multiply,
     weight_codes,
     wgrad_input,
@@ -21,8 +22,6 @@ from fp8jax.ops._product import (
 from fp8jax.ops._spread import Spread, spread
 from fp8jax.quant import quantize_swiglu, quantize_swiglu_gradient
 from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
-
-_MATRICES = (((1,), (0,)), ((), ()))
 
 
 def swiglu_mlp(
@@ -50,7 +49,8 @@ def swiglu_mlp(
         w_gate, w_up: `[k, hidden]`, likewise.
         w_down: `[hidden, n]`, likewise.
         recipe: of all nine GEMMs; `recipes.deepseek_v3()` by default. Its `residual`
-            says what is kept of x and the weights; gate and up are kept as they are.
+            says what is kept of x and the weights; gate and up are kept as they are,
+            or, with `"recompute"`, computed again.
         implementation: as in `fp8jax.dot_general`.
 
     Returns:
@@ -88,12 +88,14 @@ def swiglu_mlp(
     if in_fp8 and one_device and all(x.dtype == w.dtype for w in weights):
         hidden = (len(rows), w_down.shape[0])
         into, out_of = (
-            _product(shape, w, recipe, implementation)
+            matrix_product(name, shape, w, recipe, implementation)
             for shape, w in ((rows.shape, w_gate), (hidden, w_down))
         )
-        y: Any = _fused(_Products(into, out_of), rows, *weights)
+        run: Any = functools.partial(_fused, _Products(into, out_of))
     else:
-        y = _unfused(rows, *weights, recipe=recipe, implementation=implementation)
+        how: Any = {"recipe": recipe, "implementation": implementation}
+        run = functools.partial(_unfused, **how)
+    y = (jax.checkpoint(run) if recipe.residual == "recompute" else run)(rows, *weights)
     return y.reshape(*x.shape[:-1], w_down.shape[1])
 
 
@@ -101,7 +103,7 @@ def _unfused(
     x: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array, **how: Any
 ) -> jax.Array:
     def dot(x: jax.Array, w: jax.Array) -> jax.Array:
-        return dot_general(x, w, _MATRICES, **how)
+        return dot_general(x, w, MATRICES, **how)
 
     gate, up = dot(x, w_gate), dot(x, w_up)
     h = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
@@ -113,23 +115,6 @@ class _Products(NamedTuple):
 
     into: Product
     out_of: Product
-
-
-def _product(
-    shape: tuple[int, ...], w: jax.Array, recipe: Recipe, implementation: str | None
-) -> Product:
-    layout = plan(shape, w.shape, _MATRICES, "swiglu_mlp")
-    return Product(
-        name="swiglu_mlp",
-        x=layout.lhs,
-        w=layout.rhs,
-        out_dtype=w.dtype,
-        x_dtype=w.dtype,
-        w_dtype=w.dtype,
-        precision=None,
-        recipe=recipe,
-        implementation=implementation,
-    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

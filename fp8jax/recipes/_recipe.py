@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from fp8jax.quant import QuantSpec
 
-Residual = Literal["bf16", "fp8"]
+Residual = Literal["bf16", "fp8", "recompute"]
 
 _CONTRACTION_TILE = 128
 
@@ -58,7 +58,10 @@ class Recipe:
             codes that wgrad and dgrad will read, made by the read of `x` and `W` that
             makes the forward pass's: half the bytes and the same bits (of products
             split over devices, with power-of-two scales only), at the cost of an array
-            of codes more where `x` is kept for something else anyway.
+            of codes more where `x` is kept for something else anyway. `"recompute"` is
+            for blocks of several products: the block's input as it came and nothing
+            between them, which the backward pass computes again; of one product, and in
+            `fp8_transform`, it is `"bf16"`.
 
     Raises:
         ValueError: If gradients have 128x128 tiles, or `"fp8"` residuals have a GEMM

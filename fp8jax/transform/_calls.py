@@ -35,12 +35,19 @@ def marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Quantize:
-    """A marked call that quantizes an operand, as `spec` says of its stored order."""
+    """A marked call that quantizes an operand: its codes and scales.
+
+    Attributes:
+        operand: which sides of the array are contracted.
+        spec: for `[free, contraction]`, as which the codes come.
+        implementation: as in `fp8jax.dot_general`.
+        is_early: whether it is to be an `EARLY` call.
+    """
 
     operand: ops.Operand
     spec: QuantSpec
     implementation: str | None
-    is_early: bool = False  # Whether it is to be an `EARLY` call.
+    is_early: bool = False
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         name = EARLY.removeprefix(ops.MARK) if self.is_early else "quantize"
@@ -50,35 +57,45 @@ class Quantize:
         q = ops.quantize_operand(x, self.operand, self.spec, self.implementation)
         return q.data, q.scale
 
+    @property
+    def matrix(self) -> ops.Operand:
+        """The same for operands that are the same matrix, whichever side contracts."""
+        return dataclasses.replace(self.operand, contraction=1)
+
+    @property
+    def other_tiles(self) -> QuantSpec:
+        """The same for specs that differ in their tiles alone."""
+        return dataclasses.replace(self.spec, tile=(1, 1))
+
+    def stacked(self, length: int) -> "Quantize":
+        """Of `length` such arrays, stacked: their codes, stacked."""
+        old = self.operand
+        permutation = (0, *(1 + dim for dim in old.permutation))
+        shape = (length, *old.shape)
+        operand = dataclasses.replace(old, permutation=permutation, shape=shape)
+        return dataclasses.replace(self, operand=operand)
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeBoth:
-    """A marked call that quantizes one operand in two ways: two codes and scales."""
+    """A marked call that makes the codes and scales of two, in one read of x.
 
-    ways: tuple[Quantize, Quantize]
+    Attributes:
+        one, other: of one matrix, one along its rows and one along its columns.
+    """
+
+    one: Quantize
+    other: Quantize
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
         return marked("quantize_both", self._run)(x)
 
     def _run(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        one, other = self.ways
-        specs = one.spec, other.spec
-        both = ops.quantize_operand_both(x, one.operand, specs, one.implementation)
+        one, other = self.one, self.other
+        both = ops.quantize_operand_both(
+            x, one.operand, one.spec, other.spec, one.implementation
+        )
         return tuple(a for q in both for a in (q.data, q.scale))
-
-
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    """Codes and scales as stored, brought to `[free, contraction]`: no marked call."""
-
-    operand: ops.Operand
-    tile: tuple[int, int]
-
-    def __call__(
-        self, data: jax.Array, scale: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        q = ops.in_contraction_order(QTensor(data, scale, self.tile), self.operand)
-        return q.data, q.scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +187,9 @@ class Moments:
         return marked("moments", self._run)(x, data, scale)
 
     def _run(self, x: jax.Array, data: jax.Array, scale: jax.Array) -> jax.Array:
-        x = self.quantize.operand.arrange(x)
+        operand = self.quantize.operand
+        x = operand.arrange(x)
+        x = x if operand.contraction == 1 else x.mT
         return moments(x, QTensor(data, scale, self.quantize.spec.tile))
 
 
@@ -189,6 +208,17 @@ class Statistics:
 
     def _run(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         return jnp.stack([lhs, rhs] if self.first == "lhs" else [rhs, lhs])
+
+
+@dataclasses.dataclass(frozen=True)
+class Collect:
+    """A marked call that has moments collected: `Statistics` made elsewhere."""
+
+    def __call__(self, pair: jax.Array) -> jax.Array:
+        return marked("statistics", self._run)(pair)
+
+    def _run(self, pair: jax.Array) -> jax.Array:
+        return pair
 
 
 @dataclasses.dataclass(frozen=True)

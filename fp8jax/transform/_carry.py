@@ -17,8 +17,8 @@ from fp8jax.transform._interpreter import (
     sub_jaxprs,
     with_sub_jaxprs,
 )
-
-_VIEWS = ("convert_element_type", "reshape", "squeeze", "transpose")
+from fp8jax.transform._stacks import without_slices
+from fp8jax.transform._views import chain_of, views_in, without_unread
 
 
 def carry_codes(jaxpr: Any) -> Any:
@@ -76,21 +76,14 @@ def _early_calls(scan: Any) -> list[_Early]:
     body = _compat.open_jaxpr(scan.params["jaxpr"])
     before = sum(_compat.scan_counts(scan.params))
     stacked = dict(zip(body.invars[before:], scan.invars[before:], strict=True))
-    views = {
-        eqn.outvars[0]: eqn
-        for eqn in body.eqns
-        if eqn.primitive.name in _VIEWS and len(eqn.invars) == 1
-    }
+    views = views_in(body.eqns)
     found = []
     for eqn in body.eqns:
         if str(eqn.params.get("name", "")) != EARLY:
             continue
-        chain, x = [eqn], eqn.invars[0]
-        while x in views:
-            chain.insert(0, views[x])
-            x = views[x].invars[0]
+        x, chain = chain_of(eqn.invars[0], views)
         if isinstance(stacked.get(x), core.Var):
-            found.append(_Early(stacked[x], x, tuple(chain)))
+            found.append(_Early(stacked[x], x, (*chain, eqn)))
     return found
 
 
@@ -122,25 +115,10 @@ def _carried(forward: Any, backward: Any, early: _Early) -> tuple[Any, Any]:
     inner = _compat.open_jaxpr(backward.params["jaxpr"])
     stays = [eqn for eqn in inner.eqns if eqn is not call]
     invars, operands = [*inner.invars, *call.outvars], [*backward.invars, *stacked]
-    stays = _without_dead_views(stays, early, inner.outvars)
-    read = {x for eqn in stays for x in eqn.invars if isinstance(x, core.Var)}
-    more = len(stacked)
-    if early.slice not in read and not any(early.slice is x for x in inner.outvars):
-        index = invars.index(early.slice)
-        del invars[index], operands[index]
-        more -= 1
-    params = _compat.with_scan_slices(backward.params, more)
+    stays = without_unread(stays, inner.outvars)
+    params = _compat.with_scan_slices(backward.params, len(stacked))
     params["jaxpr"] = _compat.with_parts(
         backward.params["jaxpr"], eqns=stays, invars=invars
     )
-    return new_forward, backward.replace(params=params, invars=operands)
-
-
-def _without_dead_views(eqns: list[Any], early: _Early, outvars: list[Any]) -> list:
-    """A body without the views that led to nothing but the call."""
-    for view in reversed(early.eqns[:-1]):
-        read = {x for e in eqns for x in e.invars if isinstance(x, core.Var)}
-        result = view.outvars[0]
-        if result not in read and not any(result is x for x in outvars):
-            eqns = [eqn for eqn in eqns if eqn is not view]
-    return eqns
+    new_backward = backward.replace(params=params, invars=operands)
+    return new_forward, without_slices(new_backward, [early.slice])

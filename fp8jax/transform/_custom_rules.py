@@ -12,17 +12,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fp8jax import _compat
+from fp8jax.transform._harvest import harvest
 from fp8jax.transform._inline import inline_calls
 from fp8jax.transform._interpreter import Flow, rewrite
+from fp8jax.transform._pair import pair
 from fp8jax.transform._plan import Plan
 from fp8jax.transform._policy import Policy
 from fp8jax.transform._replace import Replacer
+from fp8jax.transform._report import Row
+from fp8jax.transform._roles import Role
 from fp8jax.transform._rule_call import RuleCall
 from fp8jax.transform._rules import RULES, opaque
 from fp8jax.transform._values import Dot, HandWritten, Position, Value
 
 LEFT = "hand-written VJP, named in custom_rules but left as it is: "
-UNMEASURED = "Products in functions named in custom_rules are not measured (stats=)."
 
 # Their order is that of rows in the report, which tells of the rule alone: the function
 # itself runs where nothing is differentiated, and the rule's first half does the same.
@@ -70,6 +73,7 @@ def with_custom_rules(plan: Plan, flow: Flow, policy: Policy, decide: Decide) ->
     matched: set[str] = set()
     replacements = dict(plan.replacements)
     rows = dict(zip(sorted(flow.dots), plan.report.rows, strict=True))
+    measured = _measured(sorted(flow.dots), plan.report.rows)
     unmatched_rules = plan.report.unmatched_rules
     rewritten: dict[Any, RuleCall] = {}
     traced: dict[int, RuleCall | str] = {}
@@ -97,14 +101,14 @@ def with_custom_rules(plan: Plan, flow: Flow, policy: Policy, decide: Decide) ->
             r for r in unmatched_rules if r in part.report.unmatched_rules
         )
         if part.replacements:
+            names = _measured(positions, part.report.rows) if policy.stats else {}
             # Equal calls are one object, so that layers share one jaxpr.
-            key = id(site.eqn), tuple(sorted(part.replacements.items(), key=_position))
+            ordered = tuple(sorted(part.replacements.items(), key=_position))
+            key = id(site.eqn), ordered, tuple(sorted(names.items()))
             if key not in rewritten:
-                rewritten[key] = _rewritten(call, part.replacements)
+                rewritten[key] = _rewritten(call, part.replacements, names)
             replacements[position] = rewritten[key]
-    notes = plan.report.notes
-    if policy.stats and rewritten:
-        notes = (*notes, UNMEASURED)
+            measured[position] = rewritten[key].measured
     report = dataclasses.replace(
         plan.report,
         rows=tuple(rows[p] for p in sorted(rows)),
@@ -112,9 +116,19 @@ def with_custom_rules(plan: Plan, flow: Flow, policy: Policy, decide: Decide) ->
         unmatched_custom_rules=tuple(
             p for p in policy.custom_rules if p not in matched
         ),
-        notes=notes,
     )
-    return dataclasses.replace(plan, replacements=replacements, report=report)
+    names = tuple(name for p in sorted(measured) for name in measured[p])
+    return dataclasses.replace(
+        plan, replacements=replacements, measured=names, report=report
+    )
+
+
+def _measured(
+    positions: Sequence[Position], rows: Sequence[Row]
+) -> dict[Position, tuple[tuple[str, Role], ...]]:
+    """Path and role of what is measured at each position that has a product in FP8."""
+    pairs = zip(positions, rows, strict=True)
+    return {p: ((row.path, row.role),) for p, row in pairs if row.tiles}
 
 
 def _traced(eqn: Any) -> RuleCall | str:
@@ -170,13 +184,25 @@ def _planned(
     return positions, decide(dots, True, (call.forward, call.backward))
 
 
-def _rewritten(call: RuleCall, replacements: Mapping[Position, Any]) -> RuleCall:
-    replacer = Replacer()
-    parts = {}
-    for i, name in enumerate(_PARTS):
+def _rewritten(
+    call: RuleCall,
+    replacements: Mapping[Position, Any],
+    names: Mapping[Position, tuple[tuple[str, Role], ...]],
+) -> RuleCall:
+    """The call with replacements, measured where `names` tells of any products."""
+    parts, moments = {}, {}
+    for i, part in enumerate(_PARTS):
+        measured = [x for p in sorted(names) if p[0] == i for x in names[p]]
+        # As of any forward function, what is measured is fprop alone.
+        replacer = Replacer(bool(measured) and part != "backward")
         own = {p[1:]: what for p, what in replacements.items() if p[0] == i}
-        parts[name] = rewrite(getattr(call, name), own, replacer)
-    return dataclasses.replace(call, **parts)
+        jaxpr = rewrite(getattr(call, part), own, replacer)
+        nothing = [False] * len(_compat.open_jaxpr(jaxpr).invars)
+        parts[part] = pair(jaxpr, nothing, replacer.calls)
+        if part != "backward":
+            parts[part], where = harvest(parts[part])
+            moments[part] = tuple(zip(measured, where, strict=True))
+    return dataclasses.replace(call, **parts, moments=moments)
 
 
 def _position(item: tuple[Position, Any]) -> Position:

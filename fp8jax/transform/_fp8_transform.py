@@ -34,6 +34,7 @@ from fp8jax.transform._leaves import (
     positional_names,
     weight_mask,
 )
+from fp8jax.transform._pair import pair
 from fp8jax.transform._plan import Plan, make_plan
 from fp8jax.transform._policy import Policy
 from fp8jax.transform._replace import Replacer
@@ -244,7 +245,10 @@ class Fp8Function:
 
     def _rewritten(self, jaxpr: Any, plan: Plan, stats: bool) -> Any:
         """The program with its products replaced, each code made where it is best."""
-        return hoist(carry_codes(rewrite(jaxpr, plan.replacements, Replacer(stats))))
+        replacer = Replacer(stats)
+        jaxpr = carry_codes(rewrite(jaxpr, plan.replacements, replacer))
+        jaxpr = hoist(jaxpr, plan.is_weight, replacer.calls)
+        return pair(jaxpr, plan.is_weight, replacer.calls)
 
     def _plan(
         self, key: CallKey, donated: list[Any], kept: list[Any]

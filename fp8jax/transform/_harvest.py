@@ -1,7 +1,8 @@
 """Brings results of equations in nested jaxprs out as results of the whole program.
 
-A scan stacks them over its iterations, a branch that is not taken gives zeros, and the
-body of a `shard_map` adds them up over its devices; loops of unknown length keep them.
+A scan stacks them over its iterations, a loop of unknown length adds them up, a branch
+that is not taken gives zeros, and the body of a `shard_map` adds them up over its
+devices. What decides whether such a loop goes on keeps its own.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from jax import lax
 from jax.extend import core
 
 from fp8jax import _compat, ops
-from fp8jax.quant import MOMENTS
+from fp8jax.quant import MOMENTS, sum_moments
 from fp8jax.transform._calls import STATISTICS
 from fp8jax.transform._interpreter import (
     moved_to,
@@ -21,6 +22,7 @@ from fp8jax.transform._interpreter import (
     sub_jaxprs,
     with_sub_jaxprs,
 )
+from fp8jax.transform._values import HAND_WRITTEN_CALLS
 
 Found = list[Any]  # Variables; None for what cannot be brought out.
 
@@ -66,7 +68,7 @@ def harvest(jaxpr: Any) -> tuple[Any, list[int | None]]:
         name = str(eqn.params.get("name", ""))
         if name == STATISTICS:
             return [eqn], [eqn.outvars[0]]
-        if name.startswith(ops.MARK):
+        if name.startswith(ops.MARK) or eqn.primitive.name in HAND_WRITTEN_CALLS:
             return [eqn], []
         visited = [visit(jaxpr) for jaxpr in sub_jaxprs(eqn)]
         count = sum(len(where) for _, where in visited)
@@ -79,6 +81,11 @@ def harvest(jaxpr: Any) -> tuple[Any, list[int | None]]:
             return _with_those_of_branches(eqn, visited)
         if primitive == "shard_map":
             return _with_those_of(eqn, _summed(*visited[0], eqn), visited[0][1])
+        if primitive == "while":
+            (body, where), (_, in_cond) = visited
+            if any(i is not None for i in where):
+                new, found = _with_those_of_while(eqn, body, where)
+                return new, [*found, *[None] * len(in_cond)]
         return [eqn], [None] * count
 
     return visit(jaxpr)
@@ -100,6 +107,38 @@ def _with_those_of(
     return [new], [None if i is None else more[i] for i in where]
 
 
+def _with_those_of_while(
+    eqn: Any, jaxpr: Any, where: Sequence[int | None]
+) -> tuple[list[Any], Found]:
+    """The loop carries the moments of all iterations so far."""
+    own = len(eqn.outvars)
+    inner = _compat.open_jaxpr(jaxpr)
+    eqns, totals, before, inits = list(inner.eqns), [], [], []
+    sums_before = [core.Var(v.aval) for v in inner.outvars[own:]]
+    for old, v in zip(sums_before, inner.outvars[own:], strict=True):
+        with _compat.TracingContext.of(eqn).entered():
+            traced = jax.make_jaxpr(lambda *x: sum_moments(x))(old.aval, v.aval)
+        made, total = splice(_compat.open_jaxpr(traced), [old, v], moved_to(eqn))
+        eqns += made
+        totals += total
+        made, init = _zeros_like(v, eqn)
+        before += made
+        inits += init
+    body = _compat.with_parts(
+        jaxpr,
+        invars=[*inner.invars, *sums_before],
+        eqns=eqns,
+        outvars=[*inner.outvars[:own], *totals],
+    )
+    cond = eqn.params["cond_jaxpr"]
+    unread = [core.Var(v.aval) for v in sums_before]
+    invars = [*_compat.open_jaxpr(cond).invars, *unread]
+    more = [core.Var(v.aval) for v in sums_before]
+    new = with_sub_jaxprs(eqn, [body, _compat.with_parts(cond, invars=invars)])
+    new = new.replace(invars=[*eqn.invars, *inits], outvars=[*eqn.outvars, *more])
+    return [*before, new], [None if i is None else more[i] for i in where]
+
+
 def _with_those_of_branches(
     eqn: Any, visited: Sequence[tuple[Any, list[int | None]]]
 ) -> tuple[list[Any], Found]:
@@ -114,8 +153,7 @@ def _with_those_of_branches(
                 outvars += those
                 continue
             for v in those:  # Nothing was counted: all are zero.
-                zeros = _compat.open_jaxpr(jax.make_jaxpr(_zeros_like(v))())
-                made, outs = splice(zeros, (), moved_to(eqn))
+                made, outs = _zeros_like(v, eqn)
                 eqns += made
                 outvars += outs
         branches.append(_compat.with_parts(jaxpr, eqns=eqns, outvars=outvars))
@@ -128,8 +166,17 @@ def _with_those_of_branches(
     return [new], found
 
 
-def _zeros_like(v: Any) -> Any:
-    return lambda: jnp.zeros(v.aval.shape, v.aval.dtype)
+def _zeros_like(v: Any, place: Any) -> tuple[list[Any], list[Any]]:
+    """Equations for zeros of a variable's type, and them."""
+
+    def zeros() -> jax.Array:
+        x = jnp.zeros(v.aval.shape, v.aval.dtype)
+        varying = tuple(_compat.varying_axes(v.aval))
+        return lax.pcast(x, varying, to="varying") if varying else x
+
+    with _compat.TracingContext.of(place).entered():
+        traced = _compat.open_jaxpr(jax.make_jaxpr(zeros)())
+    return splice(traced, (), moved_to(place))
 
 
 def _summed(jaxpr: Any, where: Sequence[int | None], eqn: Any) -> Any:

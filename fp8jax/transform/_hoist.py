@@ -1,9 +1,11 @@
-"""Takes quantizations of what a loop does not change out of the loop.
+"""Takes quantizations of weights out of the loops and remat bodies around them.
 
-A scan over microbatches closes over its weights: their codes are made once, before it.
+A scan over microbatches closes over its weights, and a scan over layers reads a slice
+of each: their codes are made once, before the loop, and a scan over layers then reads
+slices of the codes, forward as backward.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.extend import core
@@ -15,100 +17,206 @@ from fp8jax.transform._interpreter import (
     sub_jaxprs,
     with_sub_jaxprs,
 )
-
-_QUANTIZATIONS = tuple(
-    f"{ops.MARK}{name}" for name in ("quantize", "quantize_both", "moments")
+from fp8jax.transform._make_calls import Calls
+from fp8jax.transform._stacks import Stacks, without_inputs, without_slices
+from fp8jax.transform._views import (
+    chain_of,
+    read_by,
+    read_in,
+    views_in,
+    without_unread,
 )
-# What may lie between a weight and its codes, and between codes and a product.
-_VIEWS = ("convert_element_type", "reshape", "squeeze", "transpose")
+from fp8jax.transform._weight_flags import Flags, add_results, flagged, inner_flags
+
+_MOMENTS = f"{ops.MARK}moments"
+# Their operands are those of their one jaxpr.
+_CALLS = ("checkpoint", "closed_call", "remat", "remat2")
 
 
-def hoist(jaxpr: Any) -> Any:
-    """The same program, with loop-invariant quantizations before their loops."""
-    done: dict[int, Any] = {}
+def hoist(jaxpr: Any, is_weight: Sequence[bool], calls: Calls) -> Any:
+    """The same program, with quantizations where they run once.
 
-    def visit(jaxpr: Any) -> Any:
-        if id(jaxpr) not in done:
-            old = list(_compat.open_jaxpr(jaxpr).eqns)
-            new = [made for eqn in old for made in _eqns(eqn)]
-            is_same = list(map(id, old)) == list(map(id, new))
-            done[id(jaxpr)] = jaxpr if is_same else _compat.with_parts(jaxpr, eqns=new)
-        return done[id(jaxpr)]
+    What a loop does not change leaves it. Slices of stacked arrays do only if those are
+    weights: the codes of all of an activation's would be one more thing to keep.
 
-    def _eqns(eqn: Any) -> list[Any]:
-        if _name(eqn).startswith(ops.MARK):
-            return [eqn]
+    Args:
+        jaxpr: the program.
+        is_weight: for each input, whether it is a parameter.
+        calls: those in the program.
+    """
+    done: dict[tuple[int, Flags], Any] = {}
+
+    def visit(jaxpr: Any, flags: Flags) -> Any:
+        key = id(jaxpr), flags
+        if key not in done:
+            done[key] = _visit(jaxpr, flags)
+        return done[key]
+
+    def _visit(jaxpr: Any, flags: Flags) -> Any:
+        old = list(_compat.open_jaxpr(jaxpr).eqns)
+        weights = flagged(jaxpr, flags)
+        stacks = Stacks()
+        eqns: list[Any] = []
+        for eqn in old:
+            made = _with_outside(_with_visited(eqn, weights), weights, stacks, calls)
+            for new in made:
+                add_results(new, weights)
+            weights.update(stacks.found_in(made[-1], weights))
+            eqns += made
+        if list(map(id, old)) == list(map(id, eqns)):
+            return jaxpr
+        results = _compat.open_jaxpr(jaxpr).outvars
+        return _compat.with_parts(jaxpr, eqns=stacks.without_unread(eqns, results))
+
+    def _with_visited(eqn: Any, weights: set[Any]) -> Any:
+        if str(eqn.params.get("name", "")).startswith(ops.MARK):
+            return eqn
         subs = sub_jaxprs(eqn)
-        visited = [visit(sub) for sub in subs]
-        if any(a is not b for a, b in zip(subs, visited, strict=True)):
-            eqn = with_sub_jaxprs(eqn, visited)
-        return _before_loop(eqn) if eqn.primitive.name == "scan" else [eqn]
+        visited = list(map(visit, subs, inner_flags(eqn, weights)))
+        if all(a is b for a, b in zip(subs, visited, strict=True)):
+            return eqn
+        return with_sub_jaxprs(eqn, visited)
 
-    return visit(jaxpr)
-
-
-def _name(eqn: Any) -> str:
-    return str(eqn.params.get("name", ""))
+    return visit(jaxpr, tuple(is_weight))
 
 
-def _before_loop(scan: Any) -> list[Any]:
-    """The scan, and before it the equations of its body that may go there."""
-    n_consts, _ = _compat.scan_counts(scan.params)
-    body = _compat.open_jaxpr(scan.params["jaxpr"])
-    consts = body.invars[:n_consts]
-    moved = _invariant(body, consts)
-    if not moved:
-        return [scan]
-    stays = [eqn for eqn in body.eqns if not any(eqn is m for m in moved)]
-    made = dict.fromkeys(v for eqn in moved for v in eqn.outvars)
-    needed = list(
-        dict.fromkeys(
-            x
-            for x in (*(x for eqn in stays for x in eqn.invars), *body.outvars)
-            if isinstance(x, core.Var) and x in made
-        )
-    )
-    program = body.replace(
-        invars=consts, outvars=needed, eqns=moved, constvars=(), effects=frozenset()
-    )
-    eqns, values = splice(program, scan.invars[:n_consts], moved_to(scan))
-    invars = [*consts, *needed, *body.invars[n_consts:]]
-    jaxpr = _compat.with_parts(scan.params["jaxpr"], invars=invars, eqns=stays)
-    params = {**_compat.with_scan_consts(scan.params, len(needed)), "jaxpr": jaxpr}
-    operands = [*scan.invars[:n_consts], *values, *scan.invars[n_consts:]]
-    return [*eqns, scan.replace(params=params, invars=operands)]
+def _with_outside(
+    eqn: Any, weights: set[Any], stacks: Stacks, calls: Calls
+) -> list[Any]:
+    """The equation, and before it those of its body that may go there."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":
+        before, eqn = _slices_before(eqn, weights, stacks, calls)
+        n_consts, _ = _compat.scan_counts(eqn.params)
+        names = range(n_consts), (n_consts, n_consts)
+        made, eqn = _before(eqn, *names, _compat.with_scan_consts, calls)
+        return [*before, *made, eqn]
+    if name == "while":
+        n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+        places = range(n_cond, n_cond + n_body), (n_body, n_cond + n_body)
+        made, eqn = _before(eqn, *places, _with_while_consts, calls)
+        return [*made, eqn]
+    if name in _CALLS:
+        known = [i for i, x in enumerate(eqn.invars) if _is_in(x, weights)]
+        end = len(eqn.invars), len(eqn.invars)
+        made, eqn = _before(eqn, known, end, _compat.with_call_operands, calls)
+        return [*made, _without_unread_operands(eqn) if made else eqn]
+    return [eqn]
 
 
-def _invariant(body: Any, consts: Sequence[Any]) -> list[Any]:
-    """Quantizations of constants, with the views before and after them, in order."""
-    views: dict[Any, Any] = {}  # Of constants: the equation that makes it.
-    known, moved = set(consts), []
-    codes: set[Any] = set()
+def _without_unread_operands(call: Any) -> Any:
+    body = _compat.open_jaxpr(sub_jaxprs(call)[0])
+    read = read_in(body)
+    stays = [i for i, v in enumerate(body.invars) if v in read]
+    params = _compat.with_some_call_operands(call.params, stays)
+    return without_inputs(call.replace(params=params), set(body.invars) - read)
 
-    def is_known(x: Any) -> bool:
-        return isinstance(x, core.Literal) or x in known or x in views or x in codes
 
-    def take(x: Any) -> None:
-        """Moves the views that lead to `x`."""
-        eqn = views.pop(x, None) if isinstance(x, core.Var) else None
-        if eqn is not None:
-            known.update(eqn.outvars)
-            for y in eqn.invars:
-                take(y)
-            moved.append(eqn)
+def _is_in(x: Any, variables: set[Any]) -> bool:
+    return isinstance(x, core.Var) and x in variables
 
-    for eqn in body.eqns:
-        if not all(map(is_known, eqn.invars)):
+
+def _with_while_consts(params: dict[str, Any], count: int) -> dict[str, Any]:
+    return {**params, "body_nconsts": params["body_nconsts"] + count}
+
+
+def _before(
+    eqn: Any,
+    operands: Sequence[int],
+    end: tuple[int, int],
+    with_more: Any,
+    calls: Calls,
+) -> tuple[list[Any], Any]:
+    """Equations of the body that read nothing but some operands, and what is left.
+
+    Args:
+        eqn: a loop or a call; its body is the first of its jaxprs.
+        operands: which may be read, each by the body as it is.
+        end: where more may be inserted, among the body's inputs and the operands.
+        with_more: of parameters and a number, those for so many more operands.
+        calls: those in the program.
+    """
+    body = _compat.open_jaxpr(sub_jaxprs(eqn)[0])
+    inside, outside = end
+    first = outside - inside  # A `while` has its condition's operands before.
+    sources = {body.invars[i - first]: eqn.invars[i] for i in operands}
+    views = views_in(body.eqns)
+    values: dict[Any, Any] = {}  # Of a variable of the body, what stands for it.
+    made, moved = [], []
+    for old in body.eqns:
+        is_moments = str(old.params.get("name", "")) == _MOMENTS
+        if not is_moments and calls.quantization(old) is None:
             continue
-        if _name(eqn) in _QUANTIZATIONS:
-            for x in eqn.invars:
-                take(x)
-            moved.append(eqn)
-            codes.update(eqn.outvars)
-        elif eqn.primitive.name in _VIEWS and eqn.invars:
-            if any(isinstance(x, core.Var) and x in codes for x in eqn.invars):
-                moved.append(eqn)
-                codes.update(eqn.outvars)
-            else:
-                views.update(dict.fromkeys(eqn.outvars, eqn))
-    return moved
+        x, *codes = old.invars
+        root, chain = chain_of(x, views) if isinstance(x, core.Var) else (x, [])
+        if not _is_in(root, set(sources)) or not all(v in values for v in codes):
+            continue
+        program = body.replace(
+            invars=[root, *codes],
+            eqns=[*chain, old],
+            outvars=old.outvars,
+            constvars=(),
+            effects=frozenset(),
+        )
+        inputs = [sources[root], *(values[v] for v in codes)]
+        new, results = splice(program, inputs, moved_to(eqn))
+        values.update(zip(old.outvars, results, strict=True))
+        made += new
+        moved.append(old)
+    return made, _given(eqn, values, moved, end, with_more)
+
+
+def _slices_before(
+    scan: Any, weights: set[Any], stacks: Stacks, calls: Calls
+) -> tuple[list[Any], Any]:
+    """As `_before`, of slices of stacked weights."""
+    body = _compat.open_jaxpr(scan.params["jaxpr"])
+    start = sum(_compat.scan_counts(scan.params))
+    pairs = zip(body.invars[start:], scan.invars[start:], strict=True)
+    sources = {v: x for v, x in pairs if _is_in(x, weights)}
+    if not sources or not scan.params["length"]:
+        return [], scan
+    views = views_in(body.eqns)
+    values: dict[Any, Any] = {}
+    made, moved = [], []
+    for old in body.eqns:
+        quantize, x = calls.quantization(old), (*old.invars, None)[0]
+        if quantize is None or not isinstance(x, core.Var):
+            continue
+        root, chain = chain_of(x, views)
+        if root not in sources:
+            continue
+        new, stack = stacks.views_of(sources[root], chain, scan)
+        call = quantize.stacked(scan.params["length"])
+        codes, results = calls(call, old, stack)
+        values.update(zip(old.outvars, results, strict=True))
+        made += [*new, *(code.replace(**moved_to(scan)(code)) for code in codes)]
+        moved.append(old)
+    end = len(body.invars), len(scan.invars)
+    given = _given(scan, values, moved, end, _compat.with_scan_slices)
+    return made, without_slices(given, sources) if moved else scan
+
+
+def _given(
+    eqn: Any,
+    values: Mapping[Any, Any],
+    moved: Sequence[Any],
+    end: tuple[int, int],
+    with_more: Any,
+) -> Any:
+    """An equation whose body reads `values` in the place of making them."""
+    if not moved:
+        return eqn
+    subs = sub_jaxprs(eqn)
+    body = _compat.open_jaxpr(subs[0])
+    gone = set(map(id, moved))
+    stays = [old for old in body.eqns if id(old) not in gone]
+    stays = without_unread(stays, body.outvars)
+    read = read_by(stays, body.outvars)
+    values = {v: x for v, x in values.items() if v in read}
+    inside, outside = end
+    invars = [*body.invars[:inside], *values, *body.invars[inside:]]
+    operands = [*eqn.invars[:outside], *values.values(), *eqn.invars[outside:]]
+    subs[0] = _compat.with_parts(subs[0], invars=invars, eqns=stays)
+    params = with_more(eqn.params, len(values))
+    return with_sub_jaxprs(eqn.replace(params=params, invars=operands), subs)

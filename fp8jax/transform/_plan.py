@@ -153,8 +153,8 @@ def _on_devices(
 
 
 def _notes(policy: Policy, assignments: Sequence[Assignment]) -> tuple[str, ...]:
-    if policy.stats and any(a.dot.scope.in_while for a in assignments):
-        return ("Products in loops of unknown length are not measured (stats=).",)
+    if policy.stats and any(a.dot.scope.in_condition for a in assignments):
+        return ("Products in a loop's condition are not measured (stats=).",)
     return ()
 
 

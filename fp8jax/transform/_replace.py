@@ -5,30 +5,26 @@ product of codes, so that products of the same value share its codes. In a forwa
 function it becomes one call of `ops.dot_general`, which brings its gradients along.
 """
 
-import collections
 import dataclasses
-import functools
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
-from jax.extend import core
 
 from fp8jax import _compat, ops
 from fp8jax.quant import QuantSpec
 from fp8jax.transform._calls import (
+    Collect,
     Layer,
     Measure,
     Moments,
     Multiply,
     Product,
     Quantize,
-    QuantizeBoth,
     Statistics,
-    Turn,
 )
-from fp8jax.transform._interpreter import moved_to, splice
+from fp8jax.transform._make_calls import Calls
 from fp8jax.transform._plan import (
     LayerDot,
     QuantizedDot,
@@ -38,12 +34,8 @@ from fp8jax.transform._plan import (
 from fp8jax.transform._rule_call import RuleCall
 from fp8jax.transform._stored import StaticDot
 from fp8jax.transform._stored_calls import static_equations
-
-# Equal ones of one value are known to be equal: each layer may cast its input itself.
-_VIEWS = ("convert_element_type", "reshape", "transpose")
-
-
-_Pass = Literal["forward", "backward"]
+from fp8jax.transform._values import SIDES, Side
+from fp8jax.transform._views import name_of, views_in
 
 
 class Replacer:
@@ -51,8 +43,11 @@ class Replacer:
 
     Called with a jaxpr it gives the function that replaces the `dot_general`s there: of
     an equation and what it is to become, it makes the equations standing in for it.
-    They call `jax.jit` functions whose names start with `ops.MARK`; the last one has
-    the old one's result, and all keep its name stack, source line and context.
+    They are calls of `_calls`, or of a rule; one has the old one's results, and all
+    keep its name stack, source line and context.
+
+    Attributes:
+        calls: which those are.
     """
 
     def __init__(self, statistics: bool = False):
@@ -61,14 +56,12 @@ class Replacer:
             statistics: whether each product comes with a call of `STATISTICS`.
         """
         self._statistics = statistics
-        # Equal calls share one jaxpr, and so one function of the compiled program. Not
-        # beyond one program: tracing depends on the mesh and on JAX's configuration.
-        self._trace = functools.cache(_traced)
+        self.calls = Calls()
 
     def __call__(
         self, jaxpr: Any, planned: Mapping[int, Replacement | RuleCall]
     ) -> Callable[[Any, Replacement | RuleCall], list[Any]]:
-        return _InJaxpr(jaxpr, planned, self._trace, self._statistics).replace
+        return _InJaxpr(jaxpr, planned, self.calls, self._statistics).replace
 
 
 class _InJaxpr:
@@ -78,42 +71,25 @@ class _InJaxpr:
         self,
         jaxpr: Any,
         planned: Mapping[int, Replacement | RuleCall],
-        trace: Callable[..., Any],
+        calls: Calls,
         statistics: bool,
     ):
-        self._trace = trace
+        self._calls = calls
         self._statistics = statistics
         eqns = _compat.open_jaxpr(jaxpr).eqns
-        self._views = {
-            eqn.outvars[0]: eqn
-            for eqn in eqns
-            if eqn.primitive.name in _VIEWS and len(eqn.invars) == 1
-        }
+        self._views = views_in(eqns)
         self._codes: dict[Hashable, list[Any]] = {}
-        # How each value is to be quantized, and in which passes.
-        self._wanted: dict[Hashable, dict[Quantize, set[_Pass]]]
-        self._wanted = collections.defaultdict(lambda: collections.defaultdict(set))
+        # What is needed before the backward pass, by the recipe or by a product.
+        self._early: set[Hashable] = set()
         for index, what in planned.items():
-            if isinstance(what, QuantizedDot) and not what.split:
-                self._note_wanted(eqns[index], what)
-
-    def _note_wanted(self, eqn: Any, what: QuantizedDot) -> None:
-        layout, (lhs, rhs) = _layout(eqn), eqn.invars
-        for side, x, operand, spec in (
-            ("lhs", lhs, layout.lhs, what.lhs_spec),
-            ("rhs", rhs, layout.rhs, what.rhs_spec),
-        ):
-            quantize = _quantization(operand, spec, what.implementation)
-            passes = self._wanted[self._value(x, quantize, eqn)][quantize]
-            passes.add(_pass_of(what))
-            if what.early and side == what.first:
-                passes.add("forward")
+            if isinstance(what, QuantizedDot) and what.early and not what.split:
+                eqn = eqns[index]
+                x, quantize = _operand(eqn, what, what.first)
+                self._early.add(self._key(x, quantize, eqn))
 
     def replace(self, eqn: Any, what: Replacement | RuleCall) -> list[Any]:
         if isinstance(what, RuleCall):
-            eqns, results = self._calls(what, eqn, *eqn.invars)
-            assert eqns[-1].outvars == results, "one call gives all results"
-            return [*eqns[:-1], eqns[-1].replace(outvars=eqn.outvars)]
+            return self._ruled(eqn, what)
         if isinstance(what, StaticDot):
             return static_equations(eqn, what, self._calls, self._codes)
         if isinstance(what, QuantizedDot) and not what.split:
@@ -126,6 +102,16 @@ class _InJaxpr:
         same &= not _compat.is_explicit(out) or result.aval.sharding == out.sharding
         assert same, f"{result.aval} cannot stand in for {out}"
         return [*eqns[:-1], eqns[-1].replace(outvars=eqn.outvars)]
+
+    def _ruled(self, eqn: Any, what: RuleCall) -> list[Any]:
+        """Equations of a function with a gradient rule, and of what it measures."""
+        eqns, results = self._calls(what, eqn, *eqn.invars)
+        assert eqns[-1].outvars == results, "one call gives all results"
+        own = len(eqn.outvars)
+        eqns[-1] = eqns[-1].replace(outvars=[*eqn.outvars, *results[own:]])
+        for moments in results[own:]:
+            eqns += self._calls(Collect(), eqn, moments)[0]
+        return eqns
 
     def _alone(self, eqn: Any, what: Replacement) -> list[Any]:
         """Equations of a product that is one call."""
@@ -140,11 +126,7 @@ class _InJaxpr:
         specs = specs_of(what)
         if not self._statistics or not specs:
             return product
-        layout = _layout(eqn)
-        quantize = (
-            _quantization(layout.lhs, specs[0], what.implementation),
-            _quantization(layout.rhs, specs[1], what.implementation),
-        )
+        quantize = _quantizations(eqn, specs, what.implementation)
         measure = Measure(quantize, what.first)
         spec = jax.sharding.PartitionSpec()
         measured, _ = self._calls(measure, eqn, *eqn.invars, out_spec=spec)
@@ -152,138 +134,70 @@ class _InJaxpr:
 
     def _shared(self, eqn: Any, what: QuantizedDot) -> list[Any]:
         """Equations of a product of codes that other products use, too."""
-        layout, (lhs, rhs) = _layout(eqn), eqn.invars
-        of_lhs = self._quantized(lhs, layout.lhs, what.lhs_spec, what, eqn)
-        of_rhs = self._quantized(rhs, layout.rhs, what.rhs_spec, what, eqn)
-        eqns = [*of_lhs[0], *of_rhs[0]]
+        codes = [self._quantized(side, what, eqn) for side in SIDES]
+        eqns = [made for new, _ in codes for made in new]
         if self._statistics:
-            from_lhs = self._measured(lhs, layout.lhs, what.lhs_spec, what, eqn)
-            from_rhs = self._measured(rhs, layout.rhs, what.rhs_spec, what, eqn)
-            together = Statistics(what.first)
-            pair, _ = self._calls(together, eqn, *from_lhs[1], *from_rhs[1])
-            eqns += [*from_lhs[0], *from_rhs[0], *pair]
+            measured = [self._measured(side, what, eqn) for side in SIDES]
+            eqns += [made for new, _ in measured for made in new]
+            moments = [x for _, found in measured for x in found]
+            eqns += self._calls(Statistics(what.first), eqn, *moments)[0]
         multiply = Multiply(
             what.role,
-            layout,
+            _layout(eqn),
             (what.lhs_spec.tile, what.rhs_spec.tile),
             np.dtype(eqn.outvars[0].aval.dtype),
             what.implementation,
         )
-        return eqns + self._calls(multiply, eqn, *of_lhs[1], *of_rhs[1])[0]
+        operands = [x for _, made in codes for x in made]
+        return eqns + self._calls(multiply, eqn, *operands)[0]
 
     def _quantized(
-        self,
-        x: Any,
-        operand: ops.Operand,
-        spec: QuantSpec,
-        what: QuantizedDot,
-        place: Any,
+        self, side: Side, what: QuantizedDot, place: Any
     ) -> tuple[list[Any], list[Any]]:
-        """Equations for an operand's codes and scales, `[free, contraction]`, and both.
-
-        Codes are kept as stored: a weight's in square tiles serve fprop and dgrad.
-        """
-        quantize = _quantization(operand, spec, what.implementation)
-        value = self._value(x, quantize, place)
-        key = (value, quantize)
-        eqns = []
-        if key not in self._codes:
-            now = [quantize] + [
-                other
-                for other, passes in self._wanted[value].items()
-                if other.spec == quantize.spec.T != quantize.spec
-                and (value, other) not in self._codes
-                and _pass_of(what) in passes
-            ]
-            is_early = "forward" in self._wanted[value][quantize] - {_pass_of(what)}
-            call = dataclasses.replace(quantize, is_early=is_early)
-            if len(now) > 1:
-                call = QuantizeBoth((quantize, now[1]))
-            eqns, codes = self._calls(call, place, x)
-            for i, made in enumerate(now[:2]):
-                self._codes[value, made] = codes[2 * i : 2 * i + 2]
-        turn = Turn(operand, quantize.spec.tile)
-        if (key, turn) not in self._codes:
-            turned, self._codes[key, turn] = self._calls(turn, place, *self._codes[key])
-            eqns += turned
-        return eqns, self._codes[key, turn]
+        """Equations for the codes and scales of an operand, and both."""
+        x, quantize = _operand(place, what, side)
+        key = self._key(x, quantize, place)
+        if key in self._codes:
+            return [], self._codes[key]
+        is_early = key in self._early and what.role != "fprop"
+        call = dataclasses.replace(quantize, is_early=is_early)
+        eqns, self._codes[key] = self._calls(call, place, x)
+        return eqns, self._codes[key]
 
     def _measured(
-        self,
-        x: Any,
-        operand: ops.Operand,
-        spec: QuantSpec,
-        what: QuantizedDot,
-        place: Any,
+        self, side: Side, what: QuantizedDot, place: Any
     ) -> tuple[list[Any], list[Any]]:
         """Equations for the moments of an operand that is quantized, and them."""
-        quantize = _quantization(operand, spec, what.implementation)
-        codes = (self._value(x, quantize, place), quantize)
+        x, quantize = _operand(place, what, side)
+        key = self._key(x, quantize, place)
         eqns = []
-        if (codes, Moments) not in self._codes:
-            made = self._calls(Moments(quantize), place, x, *self._codes[codes])
-            eqns, self._codes[codes, Moments] = made
-        return eqns, self._codes[codes, Moments]
+        if (key, Moments) not in self._codes:
+            made = self._calls(Moments(quantize), place, x, *self._codes[key])
+            eqns, self._codes[key, Moments] = made
+        return eqns, self._codes[key, Moments]
 
-    def _value(self, x: Any, quantize: Quantize, place: Any) -> Hashable:
-        """The same for operands that are the same matrix."""
-        return self._name(x), quantize.operand, quantize.implementation, place.ctx
-
-    def _name(self, x: Any) -> Hashable:
-        """The same for equal views of the same variable."""
-        if isinstance(x, core.Literal):
-            return id(x)
-        view = self._views.get(x)
-        if view is None:
-            return x
-        params = tuple(sorted(view.params.items()))
-        return view.primitive.name, params, self._name(view.invars[0])
-
-    def _calls(
-        self,
-        function: Callable[..., Any],
-        place: Any,
-        *inputs: Any,
-        out_spec: jax.sharding.PartitionSpec | None = None,
-    ) -> tuple[list[Any], list[Any]]:
-        """The equations of `function(*inputs)` in the place of another, and results.
-
-        Where types are explicit, the result's sharding is the other's or `out_spec`.
-        """
-        out_sharding, replaced = None, place.outvars[0].aval
-        if _compat.is_explicit(replaced):
-            mesh, spec = replaced.sharding.mesh, replaced.sharding.spec
-            spec = spec if out_spec is None else out_spec
-            out_sharding = jax.sharding.NamedSharding(mesh, spec)
-        context = _compat.TracingContext.of(place)
-        avals = [x.aval for x in inputs]
-        traced = self._trace(function, context, out_sharding, *avals)
-        return splice(traced, inputs, moved_to(place))
+    def _key(self, x: Any, quantize: Quantize, place: Any) -> Hashable:
+        """The same for operands that are quantized to the same codes."""
+        return name_of(x, self._views), quantize, place.ctx
 
 
-def _pass_of(what: QuantizedDot) -> _Pass:
-    return "forward" if what.role == "fprop" else "backward"
+def _operand(eqn: Any, what: QuantizedDot, side: Side) -> tuple[Any, Quantize]:
+    """A product's operand, and how it is quantized."""
+    lhs, rhs = _quantizations(eqn, (what.lhs_spec, what.rhs_spec), what.implementation)
+    x, y = eqn.invars
+    return (x, lhs) if side == "lhs" else (y, rhs)
+
+
+def _quantizations(
+    eqn: Any, specs: tuple[QuantSpec, ...], implementation: str | None
+) -> tuple[Quantize, Quantize]:
+    layout, (lhs_spec, rhs_spec) = _layout(eqn), specs
+    return (
+        Quantize(layout.lhs, lhs_spec, implementation),
+        Quantize(layout.rhs, rhs_spec, implementation),
+    )
 
 
 def _layout(eqn: Any) -> ops.Layout:
     lhs, rhs = (x.aval.shape for x in eqn.invars)
     return ops.plan(lhs, rhs, eqn.params["dimension_numbers"], "fp8_transform")
-
-
-def _quantization(
-    operand: ops.Operand, spec: QuantSpec, implementation: str | None
-) -> Quantize:
-    """Of an operand as it is stored: turned around, it serves another product."""
-    as_stored = dataclasses.replace(operand, contraction=1)
-    return Quantize(as_stored, operand.stored(spec), implementation)
-
-
-def _traced(
-    function: Callable[..., Any], context: Any, out_sharding: Any, *avals: Any
-) -> Any:
-    if out_sharding is not None:  # Only the result's type is explicit within.
-        function = jax.sharding.auto_axes(function, out_sharding=out_sharding)
-    with context.entered():
-        jaxpr = _compat.open_jaxpr(jax.make_jaxpr(function)(*avals))
-    assert not jaxpr.constvars, "a replacement closes over no array"
-    return jaxpr

@@ -9,11 +9,10 @@ from jax.extend import core
 from fp8jax import _compat, ops
 from fp8jax.transform._interpreter import sub_jaxprs
 from fp8jax.transform._values import Scope
+from fp8jax.transform._weight_flags import add_results, flagged, inner_flags
 
 # Another name for the same bytes.
 _VIEWS = ("name", "reshape", "squeeze", "transpose")
-# Their operands are those of their one jaxpr.
-_CALLS = ("checkpoint", "closed_call", "jit", "pjit", "remat", "remat2", "scan")
 
 
 def residual_bytes(jaxpr: Any, is_weight: Sequence[bool]) -> int:
@@ -32,7 +31,7 @@ def residual_bytes(jaxpr: Any, is_weight: Sequence[bool]) -> int:
 
 def _bytes(jaxpr: Any, is_weight: tuple[bool, ...], scope: Scope) -> int:
     inner = _compat.open_jaxpr(jaxpr)
-    weights = {v for v, known in zip(inner.invars, is_weight, strict=True) if known}
+    weights = flagged(jaxpr, is_weight)
     made: set[Any] = set()  # By forward equations.
     base: dict[Any, Any] = {}
     kept: set[Any] = set()
@@ -41,8 +40,7 @@ def _bytes(jaxpr: Any, is_weight: tuple[bool, ...], scope: Scope) -> int:
         here = scope.at(i, eqn)
         operands = [x for x in eqn.invars if isinstance(x, core.Var)]
         sources = [base.get(x, x) for x in operands]
-        if operands and all(x in weights for x in operands):
-            weights.update(eqn.outvars)
+        add_results(eqn, weights)
         if here.phase == "forward":
             if eqn.primitive.name in _VIEWS:
                 base[eqn.outvars[0]] = sources[0] if sources else eqn.outvars[0]
@@ -52,12 +50,7 @@ def _bytes(jaxpr: Any, is_weight: tuple[bool, ...], scope: Scope) -> int:
             kept.update(x for x in sources if x in made and x not in weights)
         if str(eqn.params.get("name", "")).startswith(ops.MARK):
             continue
-        for sub in sub_jaxprs(eqn):
-            flags = (False,) * len(_compat.open_jaxpr(sub).invars)
-            if eqn.primitive.name in _CALLS:
-                flags = tuple(
-                    not isinstance(x, core.Var) or x in weights for x in eqn.invars
-                )
+        for sub, flags in zip(sub_jaxprs(eqn), inner_flags(eqn, weights), strict=True):
             within = max(within, _bytes(sub, flags, here.inside()))
     return sum(math.prod(v.aval.shape) * _itemsize(v) for v in kept) + within
 

@@ -4,14 +4,18 @@ A `custom_jvp` comes as the `custom_vjp` that JAX's transposition makes of it.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
 
 from fp8jax import _compat
+from fp8jax.quant import MOMENTS, sum_moments
+from fp8jax.transform._statistics import over_iterations
+
+Measured: TypeAlias = tuple[tuple[str, str], int | None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,6 +30,8 @@ class RuleCall:
             of the operands that have some.
         takes: for each operand whether it has a cotangent.
         gives: for each result whether it has one.
+        moments: for `"primal"` and `"forward"`, path and role of each product that is
+            measured there, and which of the moments after its other results those are.
     """
 
     name: str
@@ -34,6 +40,13 @@ class RuleCall:
     backward: Any
     takes: tuple[bool, ...]
     gives: tuple[bool, ...]
+    moments: Mapping[str, Sequence[Measured]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def measured(self) -> tuple[tuple[str, str], ...]:
+        """Path and role of each of the moments after a call's other results."""
+        known = (name for part in self.moments.values() for name, _ in part)
+        return tuple(dict.fromkeys(known))
 
     @classmethod
     def of(cls, eqn: Any) -> "RuleCall":
@@ -68,15 +81,23 @@ class RuleCall:
         return cls(name, primal, forward_jaxpr, backward_jaxpr, takes, gives)
 
     def __call__(self, *operands: jax.Array) -> list[jax.Array]:
+        """The function's results, and the moments of `measured`."""
+        n_results = len(self.gives)
+        # What the rule's second half reads: residuals, then cotangents.
+        n_residuals = len(_compat.open_jaxpr(self.backward).invars) - sum(self.gives)
+
         def primal(*operands: jax.Array) -> list[jax.Array]:
-            return core.jaxpr_as_fun(self.primal)(*operands)
+            made = core.jaxpr_as_fun(self.primal)(*operands)
+            return made[:n_results] + self._totals("primal", made[n_results:])
 
         def forward(*operands: jax.Array) -> Any:
             made = core.jaxpr_as_fun(self.forward)(*operands)
-            return made[: len(self.gives)], made[len(self.gives) :]
+            results, rest = made[:n_results], made[n_results:]
+            residuals, moments = rest[:n_residuals], rest[n_residuals:]
+            return results + self._totals("forward", moments), residuals
 
         def backward(residuals: Any, cotangents: Any) -> Any:
-            given, _ = _parted(cotangents, self.gives)
+            given, _ = _parted(cotangents[:n_results], self.gives)
             made = core.jaxpr_as_fun(self.backward)(*residuals, *given)
             nothing = [None] * self.takes.count(False)
             return tuple(_merged(made, nothing, self.takes))
@@ -85,6 +106,18 @@ class RuleCall:
         function = jax.custom_vjp(primal)
         function.defvjp(forward, backward)
         return function(*operands)
+
+    def _totals(self, part: str, moments: Sequence[jax.Array]) -> list[jax.Array]:
+        """`[2, 6]` of all iterations together, zeros where nothing is measured."""
+        totals = []
+        for name in self.measured:
+            several = [
+                over_iterations(moments[i])
+                for known, i in self.moments[part]
+                if known == name and i is not None
+            ]
+            totals.append(sum_moments(several or [jnp.zeros((2, len(MOMENTS)))]))
+        return totals
 
 
 def _differentiable(variables: Iterable[Any]) -> tuple[bool, ...]:

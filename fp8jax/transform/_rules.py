@@ -232,9 +232,9 @@ def _while(
     body_jaxpr, cond_jaxpr = jaxprs
 
     def body(carry: list[Value]) -> list[Value]:
-        flow.walk(cond_jaxpr, [*cond_consts, *carry], scope.inside(1, in_while=True))
-        inside = scope.inside(0, in_while=True)
-        return flow.walk(body_jaxpr, [*consts, *carry], inside)
+        inside = scope.inside(1, in_condition=True)
+        flow.walk(cond_jaxpr, [*cond_consts, *carry], inside)
+        return flow.walk(body_jaxpr, [*consts, *carry], scope.inside(0))
 
     fixed = _fixed_carries(body_jaxpr, n_body, len(init))
     loop = ("while", frozenset(x.number for x in consts))

@@ -36,11 +36,12 @@ def named_statistics(
 def _together(several: Sequence[jax.Array]) -> jax.Array:
     """Of a weight that is used several times; iterations stay if all have the same."""
     if len({x.shape for x in several}) > 1:
-        several = [_over_iterations(x) for x in several]
+        several = [over_iterations(x) for x in several]
     return sum_moments(several)
 
 
-def _over_iterations(x: jax.Array) -> jax.Array:
+def over_iterations(x: jax.Array) -> jax.Array:
+    """`[2, 6]` moments of all iterations together."""
     return sum_moments(list(x.reshape(-1, *x.shape[-2:])))
 
 

@@ -51,7 +51,7 @@ class Scope:
         times: how often the equation runs, as far as scan lengths tell.
         blocked: why nothing here may be rewritten, if so.
         in_shard_map: whether values are those of one device.
-        in_while: whether a loop of unknown length is around it.
+        in_condition: whether it decides if a loop of unknown length goes on.
     """
 
     position: Position = ()
@@ -59,7 +59,7 @@ class Scope:
     times: int = 1
     blocked: str | None = None
     in_shard_map: bool = False
-    in_while: bool = False
+    in_condition: bool = False
 
     def at(self, index: int, eqn: Any) -> "Scope":
         """The scope of equation `index` of the jaxpr that this scope is about."""
@@ -73,7 +73,7 @@ class Scope:
         times: int = 1,
         blocked: str | None = None,
         in_shard_map: bool = False,
-        in_while: bool = False,
+        in_condition: bool = False,
     ) -> "Scope":
         """The scope of one of this equation's jaxprs."""
         return dataclasses.replace(
@@ -82,7 +82,7 @@ class Scope:
             times=self.times * times,
             blocked=self.blocked or blocked,
             in_shard_map=self.in_shard_map or in_shard_map,
-            in_while=self.in_while or in_while,
+            in_condition=self.in_condition or in_condition,
         )
 
     @property
@@ -90,13 +90,16 @@ class Scope:
         return phase_of(self.stack)
 
 
-def phase_of(stack: str) -> Phase:
+def phase_of(stack: str, phase: Phase = "outside") -> Phase:
     """The pass that an equation of this name stack belongs to.
 
     `jvp(` marks the forward pass, `transpose(jvp(` the backward pass, and
     `rematted_computation`, or a `jvp(` within the backward pass, a recomputation.
+
+    Args:
+        stack: the names.
+        phase: of what is around it, if those names are not in the stack.
     """
-    phase: Phase = "outside"
     for part in stack.split("/"):
         if "transpose(jvp(" in part:  # A mere `transpose(` is a linear solver's.
             phase = "backward"

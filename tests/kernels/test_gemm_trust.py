@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import fp8jax
 from fp8jax.kernels import mosaic_gpu, xla
+from fp8jax.kernels.mosaic_gpu._common import swizzled
 from fp8jax.testing import (
     assert_same_bits,
     every_gemm_config,
@@ -233,17 +236,58 @@ def unscaled(kind, m, n):
     return codes[0], lhs_scale, codes[1], rhs_scale
 
 
+def summed_by_the_tensor_core(lhs, rhs):
+    """The product of [64, k] and [64, k] transposed, in the accumulator of wgmma alone.
+
+    XLA's own product would not do: it is free to sum pieces of k in float32.
+    """
+    rows, k = lhs.shape
+
+    def body(lhs, rhs, out, lhs_smem, rhs_smem, out_smem, arrived):
+        def accumulate(acc):
+            @pl.loop(0, k // 128)
+            def _chunk(i):
+                columns = pl.ds(i * 128, 128)
+                plgpu.copy_gmem_to_smem(lhs.at[:, columns], lhs_smem, arrived)
+                plgpu.copy_gmem_to_smem(rhs.at[:, columns], rhs_smem, arrived)
+                plgpu.barrier_wait(arrived)
+                plgpu.wgmma(acc, lhs_smem, rhs_smem.T)
+                plgpu.wgmma_wait(0)
+
+            return acc[...]
+
+        acc = plgpu.ACC((rows, rows), jnp.float32)
+        out_smem[...] = pl.run_scoped(accumulate, acc)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_smem, out)
+        plgpu.wait_smem_to_gmem(0)
+
+    codes = plgpu.SMEM((rows, 128), lhs.dtype, transforms=swizzled(128, 128))
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((rows, rows), jnp.float32),
+        scratch_types={
+            "lhs_smem": codes,
+            "rhs_smem": codes,
+            "out_smem": plgpu.SMEM(
+                (rows, rows), jnp.float32, transforms=swizzled(32, 128)
+            ),
+            "arrived": plgpu.Barrier(num_arrivals=2),
+        },
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+    )(lhs, rhs)
+
+
 @pytest.mark.gpu
 @each_kind
 @pytest.mark.parametrize("every", [4096, K])
 def test_a_gemm_that_promotes_rarely_fails_the_promotion_test(kind, every):
-    args = unscaled(kind, 256, 256)
-
-    def product(lhs, rhs):  # XLA's own, of which the tensor core sums all.
-        dims = (((1,), (1,)), ((), ()))
-        return lax.dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32)
-
-    broken = functools.partial(promoted_rarely, every=every, product=product)
+    args = unscaled(kind, 64, 64)
+    broken = functools.partial(
+        promoted_rarely, every=every, product=summed_by_the_tensor_core
+    )
     assert worst_error(jax.jit(broken)(*args), args, kind) > 5 * PROMOTED_ERROR
     out = jax.jit(gemm(kind, "float32"))(*args)
     assert worst_error(out, args, kind) < PROMOTED_ERROR

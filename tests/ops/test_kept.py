@@ -51,6 +51,30 @@ def test_gated_mlp_keeps_its_input_and_what_is_activated_alone():
     assert kept_bytes_a_token(ops.swiglu_mlp, *weights) == 2 * (K + 2 * HIDDEN)
     fp8 = kept_bytes_a_token(functools.partial(ops.swiglu_mlp, recipe=recipe), *weights)
     assert fp8 == K * (1 + 4 / 128) + 2 * 2 * HIDDEN
+    recipe = recipes.deepseek_v3(residual="recompute")
+    again = functools.partial(ops.swiglu_mlp, recipe=recipe)
+    assert kept_bytes_a_token(again, *weights) == 2 * K
+
+
+@pytest.mark.parametrize("recipe", [recipes.deepseek_v3, recipes.blocked_wgrad])
+def test_recomputed_block_has_the_bits_of_one_that_keeps(recipe):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = (128, K), (K, HIDDEN), (K, HIDDEN), (HIDDEN, K)
+    args = [jax.random.normal(*a) for a in zip(keys, shapes, strict=True)]
+
+    def gradients(residual):
+        mlp = functools.partial(ops.swiglu_mlp, recipe=recipe(residual=residual))
+        return jax.jit(jax.grad(lambda *a: mlp(*a).sum(), range(4)))(*args)
+
+    assert_same_bits(gradients("recompute"), gradients("bf16"))
+
+
+def test_recomputing_in_a_single_product_is_keeping_it():
+    bf16, again = (
+        kept_bytes_a_token(functools.partial(dot, residual=r), weight(K, N))
+        for r in ("bf16", "recompute")
+    )
+    assert bf16 == again
 
 
 def calls(fn, *args):

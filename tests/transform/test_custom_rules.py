@@ -366,13 +366,67 @@ def test_rules_that_ask_what_is_differentiated_are_left():
     assert (row.status, "symbolic_zeros" in row.reason) == ("skipped", True)
 
 
-def test_products_of_named_functions_are_not_measured():
+def with_statistics(fn):
+    """The statistics of a forward function, differentiated and not."""
+
+    def differentiated(params, x):
+        def total(params):
+            y, stats = fn(params, x)
+            return y.sum(), stats
+
+        return jax.grad(total, has_aux=True)(params)[1]
+
+    return jax.jit(differentiated)(PARAMS, X), fn(PARAMS, X)[1]
+
+
+def test_forward_products_of_named_functions_are_measured_like_any_other():
+    def plain(w, x):
+        return x @ w
+
     forward = functools.partial(model, clipped)
+    named = fp8_transform(forward, custom_rules=["clipped"], stats=True)
+    got = with_statistics(named)
+    # The rule's first half and the function itself.
+    chex.assert_trees_all_equal(*got)
+    wanted = with_statistics(fp8_transform(functools.partial(model, plain), stats=True))
+    chex.assert_trees_all_close(got, wanted, rtol=1e-5)
+    assert {path: set(roles) for path, roles in got[0].items()} == {
+        "a": {"fprop"},
+        "b": {"fprop"},
+    }
+
+
+def test_named_functions_in_a_scan_are_measured_by_iteration():
+    def forward(params, x):
+        def body(x, w):
+            return jnp.tanh(clipped(w, x)), None
+
+        return jax.lax.scan(body, x, params["w"])[0]
+
+    w = jnp.stack([PARAMS["a"][:, :D], 2 * PARAMS["a"][:, D:]])
     fn = fp8_transform(forward, custom_rules=["clipped"], stats=True)
-    assert "custom_rules" in str(fn.report(PARAMS, X))
-    out, stats = fn(PARAMS, X)
-    assert set(stats) == {"b"}
-    assert out.shape == X.shape
+    _, stats = fn({"w": w}, X)
+    amax = stats["w"]["fprop"]["amax"]
+    chex.assert_trees_all_equal(amax[:, 1], jnp.abs(w).max((1, 2)))
+
+
+def test_measured_products_of_a_function_s_rule_alone_count_where_it_runs():
+    @jax.custom_vjp
+    def lean(w, x):  # Its rule computes more than the function itself.
+        return jnp.sin(x)
+
+    lean.defvjp(
+        lambda w, x: (jnp.sin(x) + 0 * (x @ w)[:, :D], (w, x)),
+        lambda residuals, dy: (jnp.zeros_like(residuals[0]), dy),
+    )
+
+    def forward(params, x):
+        return lean(params["a"], x) @ params["b"][:D]
+
+    fn = fp8_transform(forward, custom_rules=["lean"], stats=True)
+    differentiated, alone = with_statistics(fn)
+    assert np.isfinite(differentiated["a"]["fprop"]["sqnr_db"]).all()
+    assert np.isnan(alone["a"]["fprop"]["sqnr_db"]).all()
 
 
 def test_second_derivative_and_forward_mode_are_refused():

@@ -125,7 +125,7 @@ def test_fp8_residuals_of_scanned_layers_are_stacked_as_codes():
     assert saved == pytest.approx(wanted, rel=1e-6)
     chex.assert_trees_all_equal(codes(STACKED, X), kept(STACKED, X))
     program = str(codes.trace(STACKED, X).jaxpr)
-    stacked = f"f8_e4m3fn[3,{TOKENS},{HIDDEN}]"
+    stacked = f"f8_e4m3fn[3,{HIDDEN},{TOKENS}]"
     assert stacked in program
     assert stacked not in str(kept.trace(STACKED, X).jaxpr)
 

@@ -7,7 +7,7 @@ from typing import Literal
 CHUNK = 128  # Columns of the contraction between two promotions.
 SMEM_BYTES = 227 * 1024  # What one CTA may use on Hopper.
 _RESERVED_BYTES = 1024  # Barriers and what Mosaic keeps for itself.
-OUT_SLOTS = 2  # Output slices of a warpgroup in flight to global memory.
+OUT_SLOTS = 3  # Output slices of a warpgroup in flight to global memory.
 OUT_SLICE_BYTES = 64  # Bytes of an output row that one slice spans.
 
 

@@ -417,13 +417,14 @@ def _store(
     """Rounds and stores, or adds, a warpgroup's block, a slice of columns at a time."""
     piece, width = acc[0].shape[1], OUT_SLICE_BYTES // jnp.dtype(out.dtype).itemsize
     slices = len(acc) * piece // width
-    # The next block starts at slot 0 again, so each must be used equally often.
-    num_slots = math.gcd(OUT_SLOTS, slices)
     assert piece % width == 0
     for i in range(slices):
-        # The slice that used this slot last has left shared memory.
-        plgpu.wait_smem_to_gmem(num_slots - 1, wait_read_only=True)
-        slot = slots.at[wg, i % num_slots]
+        # What used this slot last has left shared memory: of the block before, which is
+        # long ago, everything; of this one, all but the latest slices.
+        if i == 0 or i >= OUT_SLOTS:
+            in_flight = OUT_SLOTS - 1 if i else 0
+            plgpu.wait_smem_to_gmem(in_flight, wait_read_only=True)
+        slot = slots.at[wg, i % OUT_SLOTS]
         source, start = divmod(i * width, piece)
         values = acc[source][:, start : start + width]
         rows, columns = pl.ds(row, config.wg_m), pl.ds(column + i * width, width)

@@ -1,0 +1,145 @@
+"""Makes codes of one matrix once, and two ways in one call where both are needed."""
+
+import collections
+import dataclasses
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from jax.extend import core
+
+from fp8jax import _compat, ops
+from fp8jax.transform._calls import Quantize, QuantizeBoth
+from fp8jax.transform._interpreter import sub_jaxprs, with_sub_jaxprs
+from fp8jax.transform._make_calls import Calls
+from fp8jax.transform._values import Phase, phase_of
+from fp8jax.transform._views import Views, name_of, views_in, without_unread
+from fp8jax.transform._weight_flags import Flags, add_results, flagged, inner_flags
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Made:
+    """A quantization in a jaxpr: `way` of a value, where, and in which pass."""
+
+    eqn: Any
+    way: Quantize
+    is_early: bool
+    is_weight: bool
+    in_backward: bool
+
+    def goes_with(self, later: "_Made") -> bool:
+        """Whether both are to be made in one call, where this one is.
+
+        The codes of the later one are then kept from here on. A weight's are meant to
+        be, and so are those that the recipe keeps; in square tiles both are the same.
+        """
+        one, other = self.way, later.way
+        if one.operand == other.operand or one.other_tiles != other.other_tiles:
+            return False
+        same_codes = one.spec == other.spec.T
+        same_pass = self.in_backward == later.in_backward
+        return same_pass or self.is_weight or later.is_early or same_codes
+
+
+def pair(jaxpr: Any, is_weight: Sequence[bool], calls: Calls) -> Any:
+    """The same program, with equal quantizations merged and others paired.
+
+    Args:
+        jaxpr: the program.
+        is_weight: for each input, whether it is a parameter.
+        calls: those in the program.
+    """
+    done: dict[tuple[int, Flags, Phase], Any] = {}
+
+    def visit(jaxpr: Any, flags: Flags, phase: Phase) -> Any:
+        key = id(jaxpr), flags, phase
+        if key not in done:
+            done[key] = _visit(jaxpr, flags, phase)
+        return done[key]
+
+    def _visit(jaxpr: Any, flags: Flags, phase: Phase) -> Any:
+        inner = _compat.open_jaxpr(jaxpr)
+        weights = flagged(jaxpr, flags)
+        views = views_in(inner.eqns)
+        found: dict[Hashable, list[_Made]] = collections.defaultdict(list)
+        eqns = []
+        for old in inner.eqns:
+            here = phase_of(str(old.source_info.name_stack), phase)
+            eqn = _with_visited(old, weights, here)
+            add_results(eqn, weights)
+            way = calls.quantization(eqn)
+            if way is not None:
+                made = _made(eqn, way, weights, here)
+                found[_value(made, views)].append(made)
+            eqns.append(eqn)
+        new: dict[int, list[Any]] = {}  # By `id` of the equation, what it becomes.
+        env: dict[Any, Any] = {}
+        for several in found.values():
+            _together(several, calls, new, env)
+        if not new and all(a is b for a, b in zip(inner.eqns, eqns, strict=True)):
+            return jaxpr
+
+        def read(x: Any) -> Any:
+            return x if isinstance(x, core.Literal) else env.get(x, x)
+
+        eqns = [made for eqn in eqns for made in new.get(id(eqn), [eqn])]
+        if env:
+            eqns = [eqn.replace(invars=[read(x) for x in eqn.invars]) for eqn in eqns]
+        outvars = [read(x) for x in inner.outvars]
+        eqns = without_unread(eqns, outvars) if new else eqns
+        return _compat.with_parts(jaxpr, eqns=eqns, outvars=outvars)
+
+    def _with_visited(eqn: Any, weights: set[Any], phase: Phase) -> Any:
+        if str(eqn.params.get("name", "")).startswith(ops.MARK):
+            return eqn
+        subs = sub_jaxprs(eqn)
+        flags = inner_flags(eqn, weights)
+        visited = [visit(*both, phase) for both in zip(subs, flags, strict=True)]
+        if all(a is b for a, b in zip(subs, visited, strict=True)):
+            return eqn
+        return with_sub_jaxprs(eqn, visited)
+
+    return visit(jaxpr, tuple(is_weight), "outside")
+
+
+def _made(eqn: Any, way: Quantize, weights: set[Any], phase: Phase) -> _Made:
+    return _Made(
+        eqn,
+        dataclasses.replace(way, is_early=False),
+        way.is_early,
+        is_weight=all(v in weights for v in eqn.outvars),
+        in_backward=phase in ("recompute", "backward"),
+    )
+
+
+def _value(made: _Made, views: Views) -> Hashable:
+    """The same for quantizations of the same matrix."""
+    way = made.way
+    name = name_of(made.eqn.invars[0], views)
+    return name, way.matrix, way.implementation, made.eqn.ctx
+
+
+def _together(
+    several: Sequence[_Made],
+    calls: Calls,
+    new: dict[int, list[Any]],
+    env: dict[Any, Any],
+) -> None:
+    """Fills in what becomes of the quantizations of one matrix, and of their codes."""
+    first_of: dict[Quantize, _Made] = {}
+    for made in several:
+        first = first_of.setdefault(made.way, made)
+        if first is not made:
+            env.update(zip(made.eqn.outvars, first.eqn.outvars, strict=True))
+            new[id(made.eqn)] = []
+    left = list(first_of.values())
+    while left:
+        one = left.pop(0)
+        other = next((made for made in left if one.goes_with(made)), None)
+        if other is None:
+            continue
+        left.remove(other)
+        both = QuantizeBoth(one.way, other.way)
+        eqns, _ = calls(both, one.eqn, one.eqn.invars[0])
+        results = [*one.eqn.outvars, *other.eqn.outvars]
+        new[id(one.eqn)] = [*eqns[:-1], eqns[-1].replace(outvars=results)]
+        new[id(other.eqn)] = []

@@ -1,0 +1,70 @@
+"""Views: equations that give the numbers of their one operand in another form."""
+
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+from jax.extend import core
+
+VIEWS = ("convert_element_type", "reshape", "slice", "squeeze", "transpose")
+
+Views: TypeAlias = dict[Any, Any]  # Of a variable, the equation that makes it.
+
+
+def is_view(eqn: Any) -> bool:
+    """Whether the equation is one, of a single variable."""
+    return (
+        eqn.primitive.name in VIEWS
+        and len(eqn.invars) == 1
+        and isinstance(eqn.invars[0], core.Var)
+    )
+
+
+def views_in(eqns: Iterable[Any]) -> Views:
+    """Those among a jaxpr's equations."""
+    return {eqn.outvars[0]: eqn for eqn in eqns if is_view(eqn)}
+
+
+def name_of(x: Any, views: Mapping[Any, Any]) -> Hashable:
+    """The same for equal views of the same variable.
+
+    Equal ones of one value are known to be equal: each layer may cast its input itself.
+    """
+    if isinstance(x, core.Literal):
+        return id(x)
+    view = views.get(x)
+    if view is None:
+        return x
+    params = tuple(sorted(view.params.items()))
+    return view.primitive.name, params, name_of(view.invars[0], views)
+
+
+def chain_of(x: Any, views: Mapping[Any, Any]) -> tuple[Any, list[Any]]:
+    """The variable that `x` is a view of, and the views in between, in order."""
+    chain: list[Any] = []
+    while x in views:
+        chain.insert(0, views[x])
+        x = views[x].invars[0]
+    return x, chain
+
+
+def read_by(eqns: Iterable[Any], results: Iterable[Any]) -> set[Any]:
+    """The variables that equations read, or that are results."""
+    atoms = (*(x for eqn in eqns for x in eqn.invars), *results)
+    return {x for x in atoms if isinstance(x, core.Var)}
+
+
+def read_in(jaxpr: Any) -> set[Any]:
+    """The variables that a jaxpr without constants reads or returns."""
+    return read_by(jaxpr.eqns, jaxpr.outvars)
+
+
+def without_unread(eqns: list[Any], results: Iterable[Any]) -> list[Any]:
+    """The equations without views that nothing reads."""
+    read = read_by((), results)
+    stays = []
+    for eqn in reversed(eqns):
+        if is_view(eqn) and eqn.outvars[0] not in read:
+            continue
+        stays.append(eqn)
+        read |= read_by((eqn,), ())
+    return stays[::-1]
