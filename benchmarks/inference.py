@@ -84,6 +84,7 @@ class Block(nnx.Module):
             return x + self.mlp(h)
         gate, up = (fp8_linear(layer, h) for layer in (self.mlp.gate, self.mlp.up))
         q_h, _ = quant.quantize_swiglu(gate, up, spec_t=None, implementation="xla")
+        assert q_h is not None
         return x + fp8_linear(self.mlp.down, q_h)
 
     def normalized(self, norm: nnx.RMSNorm, x: jax.Array) -> Any:

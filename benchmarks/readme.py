@@ -22,6 +22,7 @@ PEAK_TFLOPS = 1979  # Dense FP8 of an H100 or H200, by the data sheet.
 PEAK_RATIO = 2.0  # Of FP8's peak to BF16's.
 MEMORY_GBPS = 4800  # Of an H200, by the data sheet.
 QUANTIZE_SHAPE = ("16384", "7168")
+FP8_ROLES = ("fprop", "recompute", "dgrad", "wgrad")
 DECODE = ("16", "7168", "16384")  # m, n, k in README.md.
 
 Rows = list[dict[str, str]]
@@ -93,6 +94,7 @@ def every_row() -> list[str]:
         *layer_table(read("layer")),
         *decode_table(read("decode")),
         *quantize_table(read("quantize")),
+        *transform_table(read("transform")),
     ]
 
 
@@ -243,6 +245,35 @@ def quantize_table(rows: Rows) -> list[str]:
             [
                 [r["what"], r["fp8jax"], r["xla"], r["copy"]]
                 for r in quantize_rows(rows)
+            ],
+        ),
+    ]
+
+
+def transform_table(rows: Rows) -> list[str]:
+    if not rows:
+        return []
+    head = ["step", "products", "in FP8, by role", "left", "of the FLOPs"]
+    device, jax = rows[0]["device"], rows[0]["jax"]
+    return [
+        "`fp8_transform` of a small decoder's step (scan over layers, remat, Adam; "
+        f"{device}, JAX {jax}): what is in FP8; its analysis beside the step's "
+        "compilation; a call beside one of the jitted step, nothing in FP8 in either.",
+        table(
+            [*head, "analysis, ms", "of compilation", "call, us", "of the plain one"],
+            [
+                [
+                    r["framework"],
+                    r["products"],
+                    ", ".join(f"{r[role]} {role}" for role in FP8_ROLES),
+                    f"{r['attention']} attention, {r['head']} head",
+                    f"{float(r['fraction']):.1%}",
+                    r["analysis_ms"],
+                    f"{float(r['analysis_share']):.1%}",
+                    r["wrapped_us"],
+                    f"{float(r['dispatch_ratio']):.2f}",
+                ]
+                for r in rows
             ],
         ),
     ]

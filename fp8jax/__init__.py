@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fp8jax import checkpoint_policies, numerics, recipes
 from fp8jax._version import __version__
 from fp8jax.matmul import scaled_matmul
-from fp8jax.ops import dot_general
+from fp8jax.ops import dot_general, ragged_dot
 from fp8jax.quant import (
     BLOCK_128X128,
     TILE_1X128,
@@ -47,6 +47,7 @@ __all__ = [
     "numerics",
     "quantize",
     "quantize_both",
+    "ragged_dot",
     "recipes",
     "requantize",
     "scaled_matmul",

@@ -46,9 +46,15 @@ def jaxpr_consts(jaxpr: Any) -> tuple[Any, ...]:
 def with_parts(jaxpr: Any, **parts: Any) -> Any:
     """`jaxpr` with other `eqns`, `invars` or `outvars`; constants stay."""
     inner = open_jaxpr(jaxpr)
+    # What JAX has to lower before it compiles, such as `searchsorted` from 0.12 on.
+    parts["is_high"] = inner.is_high or any(map(_is_high, parts.get("eqns", ())))
     if inner is jaxpr:
         return jaxpr.replace(**parts)
     return jaxpr.replace(jaxpr=inner.replace(**parts))
+
+
+def _is_high(eqn: Any) -> bool:
+    return eqn.primitive.is_high(*(x.aval for x in eqn.invars), **eqn.params)
 
 
 def function_name(call: Any) -> str:

@@ -25,7 +25,10 @@ _TABLE: dict[str, tuple[str, ...]] = {
     "quantize_rms_norm": ("mosaic_gpu", "xla"),
     "quantize_swiglu": ("mosaic_gpu", "xla"),
     "quantize_swiglu_gradient": ("mosaic_gpu", "xla"),
+    "quantize_grouped": ("xla",),
     "gemm": ("mosaic_gpu", "xla"),
+    "grouped_gemm": ("xla",),
+    "grouped_gemm_k": ("xla",),
 }
 
 

@@ -58,5 +58,9 @@ def test_code_in_the_docs_about_checkpoints_runs(tmp_path, monkeypatch):
     run_blocks("docs/checkpoints.md")
 
 
+def test_code_in_the_docs_about_layers_runs():
+    run_blocks("docs/layers.md")
+
+
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150

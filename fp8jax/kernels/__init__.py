@@ -3,8 +3,11 @@
 from fp8jax.kernels._available import check_available
 from fp8jax.kernels._contract import (
     Gemm,
+    GroupedGemm,
+    GroupedGemmK,
     Quantize,
     QuantizeBoth,
+    QuantizeGrouped,
     QuantizeRmsNorm,
     QuantizeSwiglu,
     QuantizeSwigluGradient,
@@ -12,8 +15,11 @@ from fp8jax.kernels._contract import (
 
 __all__ = [
     "Gemm",
+    "GroupedGemm",
+    "GroupedGemmK",
     "Quantize",
     "QuantizeBoth",
+    "QuantizeGrouped",
     "QuantizeRmsNorm",
     "QuantizeSwiglu",
     "QuantizeSwigluGradient",

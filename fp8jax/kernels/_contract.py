@@ -144,3 +144,83 @@ class Gemm(Protocol):
         rhs_tile: Tile,
         out_dtype: jax.typing.DTypeLike,
     ) -> jax.Array: ...
+
+
+class QuantizeGrouped(Protocol):
+    """`x [m, k]`, whose rows lie in groups, and `x.T`, of which no tile spans two.
+
+    `group_sizes`, int32 [g] in device memory, says how many rows each group has, the
+    first group's first. Any may be 0, and rows may be left over. Returns what
+    `Directions` names: the codes of x, as `Quantize` gives them in tiles of `tile`,
+    all rows alike; None where `tile` is. Then those of x.T in tiles of `tile_t`, whose
+    second side is 128, with every group in columns of its own:
+
+        data_t [k, 128 c], scale_t [ceil(k / tile_t[0]), c],
+        c = fp8jax.numerics.count_group_blocks(m, g, 128) = p + (m - p) // 128,
+        p = min(g, m)
+
+    Group i begins at column `128 * sum(ceil(group_sizes[:i] / 128))`. Its codes and
+    scales are those of its own rows; columns that hold no row have zeros, and a tile
+    with nothing else the scale 1.
+    """
+
+    def __call__(
+        self,
+        x: jax.Array,
+        group_sizes: jax.Array,
+        *,
+        tile: Tile | None,
+        tile_t: Tile,
+        dtype: jax.typing.DTypeLike,
+        scale: ScaleKind,
+        eps: float,
+    ) -> Directions: ...
+
+
+class GroupedGemm(Protocol):
+    """Each row of `lhs [m, k]` times its group's matrix of `rhs [g, n, k]`, transposed.
+
+    Rows lie in groups as `group_sizes`, int32 [g], says. Scales of the lhs are as in
+    `Gemm`, those of the rhs [g, ceil(n / rhs_tile[0]), ceil(k / 128)]. Row i of the
+    result [m, n] is the row that `Gemm` gives for its group; rows of no group are zero
+    whatever the lhs holds there.
+
+    The bits are `Gemm`'s, too, but for XLA's: it may add a chunk in another order in a
+    matrix of another size.
+    """
+
+    def __call__(
+        self,
+        lhs: jax.Array,
+        lhs_scale: jax.Array,
+        rhs: jax.Array,
+        rhs_scale: jax.Array,
+        group_sizes: jax.Array,
+        *,
+        lhs_tile: Tile,
+        rhs_tile: Tile,
+        out_dtype: jax.typing.DTypeLike,
+    ) -> jax.Array: ...
+
+
+class GroupedGemmK(Protocol):
+    """For each group, `Gemm` of its own columns of `lhs [m, t]` and `rhs [n, t]`.
+
+    Both are in the columns that `QuantizeGrouped` gives x.T, and `group_sizes`, int32
+    [g], is what it took. Returns [g, m, n]; zeros for a group without rows. With
+    `accumulate`, float32 [g, m, n], it is float32 and added to it.
+    """
+
+    def __call__(
+        self,
+        lhs: jax.Array,
+        lhs_scale: jax.Array,
+        rhs: jax.Array,
+        rhs_scale: jax.Array,
+        group_sizes: jax.Array,
+        accumulate: jax.Array | None = None,
+        *,
+        lhs_tile: Tile,
+        rhs_tile: Tile,
+        out_dtype: jax.typing.DTypeLike,
+    ) -> jax.Array: ...

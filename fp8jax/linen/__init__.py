@@ -3,6 +3,7 @@
 from fp8jax.linen._attention import MultiHeadAttention, MultiHeadDotProductAttention
 from fp8jax.linen._dense import Dense, DenseGeneral
 from fp8jax.linen._einsum import Einsum
+from fp8jax.linen._moe import MoE, balance
 from fp8jax.linen._rms_norm import RMSNormDense
 from fp8jax.linen._swiglu import SwiGLU
 
@@ -10,8 +11,10 @@ __all__ = [
     "Dense",
     "DenseGeneral",
     "Einsum",
+    "MoE",
     "MultiHeadAttention",
     "MultiHeadDotProductAttention",
     "RMSNormDense",
     "SwiGLU",
+    "balance",
 ]

@@ -73,6 +73,7 @@ class Dense(nn.Dense):
         kernel = self.get_variable("params", "kernel")
         ops.check_quantized_input(name, inputs, self.dtype, kernel)
         if not isinstance(kernel, QTensor):
+            assert not isinstance(inputs, QTensor)
             return super().__call__(inputs)
         if not isinstance(self.dot_general, ops.ByRecipe):
             raise ValueError(
@@ -85,13 +86,15 @@ class Dense(nn.Dense):
                 f"{kernel.shape}."
             )
         bias = self.get_variable("params", "bias") if self.use_bias else None
-        array = None if isinstance(inputs, QTensor) else inputs
-        array, bias = self.promote_dtype(array, bias, dtype=self.dtype)
+        x: Any = None if isinstance(inputs, QTensor) else inputs
+        x, bias = self.promote_dtype(x, bias, dtype=self.dtype)
+        x = inputs if x is None else x
+        dtype: Any = self.dtype if isinstance(x, QTensor) else x.dtype
         y = ops.static_weight_dot(
             name,
-            inputs if array is None else array,
+            x,
             kernel,
-            out_dtype=self.dtype if array is None else array.dtype,
+            out_dtype=dtype,
             recipe=self.recipe,
             implementation=self.implementation,
         )

@@ -60,7 +60,7 @@ class SwiGLU(nn.Module):
         how = {"recipe": self.recipe, "implementation": self.implementation}
         ops.check_quantized_input(name, x, self.dtype, *kernels)
         if any(isinstance(w, QTensor) for w in kernels):
-            dtype = self.dtype or x.dtype
+            dtype = x.dtype if self.dtype is None else self.dtype
             x = x if isinstance(x, QTensor) else x.astype(dtype)
             return ops.static_weight_swiglu(name, x, *kernels, out_dtype=dtype, **how)
         arrays: Any = promote_dtype(x, *kernels, dtype=self.dtype)

@@ -1,6 +1,15 @@
 """Products of quantized arrays."""
 
 from fp8jax._dispatch import MARK
+from fp8jax.matmul._grouped import grouped_matmul, grouped_wgrad
+from fp8jax.matmul._grouped_implementation import grouped_implementation
 from fp8jax.matmul._scaled_matmul import gemm_implementation, scaled_matmul
 
-__all__ = ["MARK", "gemm_implementation", "scaled_matmul"]
+__all__ = [
+    "MARK",
+    "gemm_implementation",
+    "grouped_implementation",
+    "grouped_matmul",
+    "grouped_wgrad",
+    "scaled_matmul",
+]

@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fp8jax import _dispatch, numerics
+from fp8jax.matmul._checks import (
+    CONTRACTION_TILE,
+    check_contraction,
+    check_matrix,
+    check_out,
+)
 from fp8jax.quant import QTensor, QuantSpec
-
-_OUT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-_CONTRACTION_TILE = 128
 
 
 def scaled_matmul(
@@ -47,41 +50,10 @@ def scaled_matmul(
 
     Error: float32 accumulation of exact products, then one rounding to `out_dtype`.
     """
-    for name, q in (("lhs", lhs), ("rhs", rhs)):
-        if not isinstance(q, QTensor):
-            raise ValueError(f"scaled_matmul takes QTensors, got {name}={type(q)}.")
-        q.check("scaled_matmul")
-        if q.ndim != 2:
-            raise ValueError(
-                "scaled_matmul takes matrices (vmap it over more), got "
-                f"{name}.shape={q.shape}."
-            )
-        if q.tile[1] != _CONTRACTION_TILE:
-            raise ValueError(
-                f"scaled_matmul takes tiles of {_CONTRACTION_TILE} along the "
-                f"contraction, which is last, got {name}.tile={q.tile}."
-            )
-    if lhs.shape[1] != rhs.shape[1]:
-        raise ValueError(
-            "scaled_matmul contracts the last dimensions, [m, k] with [n, k], got "
-            f"{lhs.shape} and {rhs.shape}."
-        )
-    if np.dtype(out_dtype) not in [np.dtype(d) for d in _OUT_DTYPES]:
-        raise ValueError(
-            "scaled_matmul takes out_dtype bfloat16, float16 or float32, got "
-            f"{out_dtype}."
-        )
-    out_shape = (lhs.shape[0], rhs.shape[0])
-    if accumulate is not None and (
-        np.dtype(out_dtype) != np.float32
-        or accumulate.dtype != np.float32
-        or accumulate.shape != out_shape
-    ):
-        raise ValueError(
-            "scaled_matmul takes accumulate as the product's shape in float32, and "
-            f"out_dtype float32 with it, got {accumulate.dtype}{accumulate.shape} for "
-            f"{np.dtype(out_dtype)}{out_shape}."
-        )
+    name = "scaled_matmul"
+    check_matrix(name, lhs=lhs, rhs=rhs)
+    check_contraction(name, lhs, rhs)
+    check_out(name, out_dtype, accumulate, (lhs.shape[0], rhs.shape[0]))
     return _dispatch.call(
         "gemm",
         lhs.data,
@@ -109,7 +81,7 @@ def gemm_implementation(
     Raises:
         NotImplementedError: If the implementation asked for cannot run here.
     """
-    shape = (_CONTRACTION_TILE, _CONTRACTION_TILE)
+    shape = (CONTRACTION_TILE, CONTRACTION_TILE)
     arrays = []
     for spec in (lhs_spec, rhs_spec):
         scales = numerics.scale_shape(shape, spec.tile)

@@ -2,14 +2,19 @@
 
 from fp8jax.nnx._attention import MultiHeadAttention
 from fp8jax.nnx._linear import Einsum, Linear, LinearGeneral
+from fp8jax.nnx._moe import ExpertLoad, MoE, RouterBias, balance
 from fp8jax.nnx._rms_norm import RMSNormLinear
 from fp8jax.nnx._swiglu import SwiGLU
 
 __all__ = [
     "Einsum",
+    "ExpertLoad",
     "Linear",
     "LinearGeneral",
+    "MoE",
     "MultiHeadAttention",
     "RMSNormLinear",
+    "RouterBias",
     "SwiGLU",
+    "balance",
 ]

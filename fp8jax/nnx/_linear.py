@@ -89,6 +89,7 @@ class Linear(nnx.Linear):
         kernel = self.kernel.get_value()
         ops.check_quantized_input(name, inputs, self.dtype, kernel)
         if not isinstance(kernel, QTensor):
+            assert not isinstance(inputs, QTensor)
             return super().__call__(inputs, out_sharding)
         if "dot_general" in vars(self) or out_sharding is not None:
             raise ValueError(
@@ -96,14 +97,15 @@ class Linear(nnx.Linear):
                 f"out_sharding, got {vars(self).get('dot_general')} and {out_sharding}."
             )
         bias = None if self.bias is None else self.bias[...]
-        array = None if isinstance(inputs, QTensor) else inputs
-        array, bias = self.promote_dtype((array, bias), dtype=self.dtype)
+        x: Any = None if isinstance(inputs, QTensor) else inputs
+        x, bias = self.promote_dtype((x, bias), dtype=self.dtype)
+        x = inputs if x is None else x
+        dtype: Any = self.dtype if isinstance(x, QTensor) else x.dtype
         y = ops.static_weight_dot(
             name,
-            inputs if array is None else array,
+            x,
             kernel,
-            out_dtype=self.preferred_element_type
-            or (self.dtype if array is None else array.dtype),
+            out_dtype=self.preferred_element_type or dtype,
             recipe=self.recipe,
             implementation=self.implementation,
         )

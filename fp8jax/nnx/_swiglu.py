@@ -1,5 +1,7 @@
 """A gated MLP in FP8 whose activation is quantized as it is computed."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -64,15 +66,14 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: jax.Array | QTensor) -> jax.Array:
         """`[..., features]` to the same, in `dtype` or the common dtype of all."""
-        kernels = [
-            layer.kernel.get_value() for layer in (self.gate, self.up, self.down)
-        ]
+        layers = self.gate, self.up, self.down
+        kernels: list[Any] = [layer.kernel.get_value() for layer in layers]
         name = "fp8jax.nnx.SwiGLU"
         how = {"recipe": self.recipe, "implementation": self.implementation}
         ops.check_quantized_input(name, x, self.dtype, *kernels)
         if any(isinstance(w, QTensor) for w in kernels):
-            dtype = self.dtype or x.dtype
+            dtype = x.dtype if self.dtype is None else self.dtype
             x = x if isinstance(x, QTensor) else x.astype(dtype)
             return ops.static_weight_swiglu(name, x, *kernels, out_dtype=dtype, **how)
-        arrays = promote_dtype((x, *kernels), dtype=self.dtype)
+        arrays: Any = promote_dtype((x, *kernels), dtype=self.dtype)
         return ops.swiglu_mlp(*arrays, **how)

@@ -1,7 +1,13 @@
-"""What an FP8 number means: formats, rounding, tiles and error measures."""
+"""What an FP8 number means: formats, rounding, tiles, groups and error measures."""
 
 from fp8jax.numerics._errors import cosine_similarity, relative_error, sqnr_db
 from fp8jax.numerics._formats import FP8_DTYPES, is_fp8, max_value
+from fp8jax.numerics._groups import (
+    GroupBlocks,
+    check_group_sizes,
+    count_group_blocks,
+    group_blocks,
+)
 from fp8jax.numerics._rounding import (
     SMALLEST_SCALE,
     ScaleKind,
@@ -23,12 +29,16 @@ from fp8jax.numerics._tiles import (
 __all__ = [
     "FP8_DTYPES",
     "SMALLEST_SCALE",
+    "GroupBlocks",
     "ScaleKind",
     "Tile",
+    "check_group_sizes",
     "cosine_similarity",
+    "count_group_blocks",
     "decode_tiles",
     "encode",
     "expand_scale",
+    "group_blocks",
     "integer_amax",
     "is_fp8",
     "join_tiles",

@@ -1,9 +1,10 @@
 """Operations with gradients, given a recipe."""
 
-from fp8jax.matmul import MARK, gemm_implementation
+from fp8jax.matmul import MARK, gemm_implementation, grouped_implementation
 from fp8jax.ops._by_recipe import ByRecipe, attention_products, takes_own_product
 from fp8jax.ops._dot_general import dot_general
 from fp8jax.ops._einsum import einsum
+from fp8jax.ops._expert_mlp import expert_mlp
 from fp8jax.ops._gemm import (
     INPUT_DTYPES,
     multiply_operands,
@@ -12,9 +13,14 @@ from fp8jax.ops._gemm import (
     quantize_operand_both,
     quantized_dot,
 )
+from fp8jax.ops._grouped_product import RaggedForm, quantized_ragged_dot
 from fp8jax.ops._layout import Layout, Operand, plan
+from fp8jax.ops._moe import moe
+from fp8jax.ops._permute import Dispatch, dispatch, permute, unpermute
 from fp8jax.ops._product import INPUT_CODES, PRODUCT, WEIGHT_CODES
+from fp8jax.ops._ragged_dot import ragged_dot
 from fp8jax.ops._rms_norm import rms_norm_dot
+from fp8jax.ops._routing import Routing, balanced_bias, check_routing, route
 from fp8jax.ops._spread import Spread, spread, spread_of_mesh, spread_of_sharding
 from fp8jax.ops._static_weight import (
     check_quantized_input,
@@ -30,21 +36,34 @@ __all__ = [
     "PRODUCT",
     "WEIGHT_CODES",
     "ByRecipe",
+    "Dispatch",
     "Layout",
     "Operand",
+    "RaggedForm",
+    "Routing",
     "Spread",
     "attention_products",
+    "balanced_bias",
     "check_quantized_input",
+    "check_routing",
+    "dispatch",
     "dot_general",
     "einsum",
+    "expert_mlp",
     "gemm_implementation",
+    "grouped_implementation",
+    "moe",
     "multiply_operands",
     "output_dtype",
+    "permute",
     "plan",
     "quantize_operand",
     "quantize_operand_both",
     "quantized_dot",
+    "quantized_ragged_dot",
+    "ragged_dot",
     "rms_norm_dot",
+    "route",
     "spread",
     "spread_of_mesh",
     "spread_of_sharding",
@@ -52,4 +71,5 @@ __all__ = [
     "static_weight_swiglu",
     "swiglu_mlp",
     "takes_own_product",
+    "unpermute",
 ]

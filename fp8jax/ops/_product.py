@@ -22,7 +22,7 @@ INPUT_CODES, WEIGHT_CODES, PRODUCT = "fp8jax_input", "fp8jax_weight", "fp8jax_pr
 # Of `lax.dot_general`, for x [m, k] and w [k, n].
 MATRICES = (((1,), (0,)), ((), ()))
 
-_ONE_DERIVATIVE = (
+ONE_DERIVATIVE = (
     "{name} in FP8 has a gradient, but no forward-mode and no second derivative: "
     "rounding to FP8 is a step function. For those take recipe=fp8jax.recipes.bf16(), "
     "or apply fp8jax.fp8_transform outside of all differentiation."
@@ -46,7 +46,7 @@ class Product:
 
     def once(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn` of arrays, part of a gradient rule, refusing to be differentiated."""
-        return refuse_derivatives(fn, _ONE_DERIVATIVE.format(name=self.name))
+        return refuse_derivatives(fn, ONE_DERIVATIVE.format(name=self.name))
 
     def plain(self, x: jax.Array, w: jax.Array) -> jax.Array:
         """The product as `lax.dot_general` computes it."""

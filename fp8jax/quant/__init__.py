@@ -1,5 +1,6 @@
 """Quantized arrays: `QuantSpec` says how, `quantize` makes a `QTensor`."""
 
+from fp8jax.quant._grouped import grouped_columns, quantize_grouped
 from fp8jax.quant._place import contraction_minor
 from fp8jax.quant._qtensor import QTensor
 from fp8jax.quant._quantize import (
@@ -21,9 +22,11 @@ __all__ = [
     "QTensor",
     "QuantSpec",
     "contraction_minor",
+    "grouped_columns",
     "moments",
     "quantize",
     "quantize_both",
+    "quantize_grouped",
     "quantize_rms_norm",
     "quantize_swiglu",
     "quantize_swiglu_gradient",

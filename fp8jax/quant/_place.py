@@ -3,6 +3,7 @@
 import functools
 
 import jax
+from jax.core import Tracer
 from jax.experimental.layout import Format, Layout
 
 from fp8jax.quant._qtensor import QTensor
@@ -24,7 +25,7 @@ def contraction_minor(kernel: QTensor) -> QTensor:
         ValueError: If the kernel is no valid QTensor.
     """
     kernel.check("contraction_minor")
-    if isinstance(kernel.data, jax.core.Tracer):
+    if isinstance(kernel.data, Tracer):
         return kernel
     sides = range(kernel.ndim)
     layout = Layout((*sides[:-2], sides[-1], sides[-2]))

@@ -21,6 +21,7 @@ from fp8jax.transform._arguments import (
 )
 from fp8jax.transform._carry import carry_codes
 from fp8jax.transform._custom_rules import check_custom_rules, with_custom_rules
+from fp8jax.transform._dedupe import dedupe
 from fp8jax.transform._devices import spread_of_program
 from fp8jax.transform._harvest import harvest
 from fp8jax.transform._hoist import hoist
@@ -220,11 +221,21 @@ class Fp8Function:
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """As `jax.jit(fn).lower`, for a look at the compiled program."""
-        return self._jit.lower(*self._options.split(args, kwargs))
+        function, call = self._split(args, kwargs)
+        return function.lower(*call)
 
     def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
         """As `jax.jit(fn).trace`, for a look at the rewritten program."""
-        return self._jit.trace(*self._options.split(args, kwargs))
+        function, call = self._split(args, kwargs)
+        return function.trace(*call)
+
+    def _split(self, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...]]:
+        """The jitted function that a call runs, and what it is called with."""
+        call = self._options.split(args, kwargs)
+        if not self._has_nnx(call[0], args, kwargs):
+            return self._jit, call
+        _, function, pure_args = self._pure(args, kwargs)
+        return function._jit, function._options.split(pure_args, {})
 
     def _run(self, key: CallKey, donated: list[Any], kept: list[Any]) -> Any:
         # Runs under jit's trace, so jit's own cache is the transform's.
@@ -248,7 +259,7 @@ class Fp8Function:
         replacer = Replacer(stats)
         jaxpr = carry_codes(rewrite(jaxpr, plan.replacements, replacer))
         jaxpr = hoist(jaxpr, plan.is_weight, replacer.calls)
-        return pair(jaxpr, plan.is_weight, replacer.calls)
+        return dedupe(pair(jaxpr, plan.is_weight, replacer.calls))
 
     def _plan(
         self, key: CallKey, donated: list[Any], kept: list[Any]
@@ -345,16 +356,12 @@ class Fp8Function:
 
 
 def _checked_dtype(dtype: Any) -> np.dtype:
-    try:
-        found = np.dtype(dtype)
-    except TypeError:
-        found = None
-    if found not in ops.INPUT_DTYPES:
-        raise ValueError(
-            "fp8_transform takes weight_dtype bfloat16, float16 or float32, got "
-            f"{dtype!r}."
-        )
-    return found
+    for allowed in ops.INPUT_DTYPES:
+        if dtype == allowed:
+            return allowed
+    raise ValueError(
+        f"fp8_transform takes weight_dtype bfloat16, float16 or float32, got {dtype!r}."
+    )
 
 
 def _is_about_derivatives(error: TypeError) -> bool:

@@ -96,4 +96,4 @@ def _meets(forward: Dot, side: Side, partners: set[tuple[str, int]]) -> bool:
 
 
 def _is_plain(dot: Dot) -> bool:
-    return dot.primitive == "dot_general" and dot.scope.blocked is None
+    return dot.is_product and dot.scope.blocked is None

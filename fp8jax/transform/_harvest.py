@@ -26,7 +26,16 @@ from fp8jax.transform._values import HAND_WRITTEN_CALLS
 
 Found = list[Any]  # Variables; None for what cannot be brought out.
 
-_CALLS = ("checkpoint", "closed_call", "core_call", "jit", "pjit", "remat", "remat2")
+_CALLS = (
+    "checkpoint",
+    "closed_call",
+    "core_call",
+    "eval_jaxpr",
+    "jit",
+    "pjit",
+    "remat",
+    "remat2",
+)
 
 
 def harvest(jaxpr: Any) -> tuple[Any, list[int | None]]:

@@ -11,6 +11,7 @@ from typing import Any
 from jax.extend import core
 
 from fp8jax import _compat, ops
+from fp8jax.transform._dedupe import CALLS
 from fp8jax.transform._interpreter import (
     moved_to,
     splice,
@@ -29,8 +30,6 @@ from fp8jax.transform._views import (
 from fp8jax.transform._weight_flags import Flags, add_results, flagged, inner_flags
 
 _MOMENTS = f"{ops.MARK}moments"
-# Their operands are those of their one jaxpr.
-_CALLS = ("checkpoint", "closed_call", "remat", "remat2")
 
 
 def hoist(jaxpr: Any, is_weight: Sequence[bool], calls: Calls) -> Any:
@@ -96,7 +95,7 @@ def _with_outside(
         places = range(n_cond, n_cond + n_body), (n_body, n_cond + n_body)
         made, eqn = _before(eqn, *places, _with_while_consts, calls)
         return [*made, eqn]
-    if name in _CALLS:
+    if name in CALLS:
         known = [i for i, x in enumerate(eqn.invars) if _is_in(x, weights)]
         end = len(eqn.invars), len(eqn.invars)
         made, eqn = _before(eqn, known, end, _compat.with_call_operands, calls)

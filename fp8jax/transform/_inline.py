@@ -11,14 +11,16 @@ from jax.extend import core
 
 from fp8jax import _compat, ops
 from fp8jax.transform._interpreter import splice, sub_jaxprs, with_sub_jaxprs
+from fp8jax.transform._ragged_form import RAGGED
 from fp8jax.transform._values import HAND_WRITTEN_CALLS
 
-_PRODUCTS = ("dot_general",)
+_PRODUCTS = ("dot_general", RAGGED)
 # Constructs whose jaxprs may change; all others stay as they came.
 _ENTERED = (
     "checkpoint",
     "closed_call",
     "cond",
+    "eval_jaxpr",
     "jit",
     "pjit",
     "remat",

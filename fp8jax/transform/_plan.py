@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ class LayerDot:
         return other_side(self.weight)
 
 
-Replacement = QuantizedDot | LayerDot | StaticDot
+Replacement = QuantizedDot | LayerDot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Plan:
         is_weight: for each leaf of the arguments, whether it is a parameter.
     """
 
-    replacements: Mapping[Position, Replacement | RuleCall]
+    replacements: Mapping[Position, Replacement | StaticDot | RuleCall]
     measured: tuple[tuple[str, Role], ...]
     report: Report
     whole_step: bool
@@ -75,7 +76,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class _Verdict:
-    replacement: Replacement | None
+    replacement: Replacement | StaticDot | None
     reason: str = ""
 
 
@@ -101,7 +102,7 @@ def make_plan(
     """
     obstacles = _layer_obstacles(assignments)
     replacements, rows, measured = {}, [], []
-    kernel_of = functools.cache(ops.gemm_implementation)  # It traces a GEMM each time.
+    kernel_of = functools.cache(_implementation)  # It traces a GEMM each time.
     for a in assignments:
         of_dot = stored.of_dots.get(a.dot.position)
         if of_dot and not whole_step:
@@ -112,7 +113,8 @@ def make_plan(
         if verdict.replacement is not None:
             replacements[a.dot.position] = verdict.replacement
         rows.append(row := _row(a, leaves, verdict, kernel_of))
-        if row.tiles and not isinstance(verdict.replacement, StaticDot):
+        is_static = isinstance(verdict.replacement, StaticDot)
+        if row.tiles and not is_static and a.dot.ragged is None:
             measured.append((row.path, row.role))
     matched = {
         policy.rule_for(leaves[layer].path, role, *_features(a))
@@ -143,19 +145,24 @@ def _on_devices(
     if not dot.scope.in_shard_map:
         why_xla = SPLIT if spread == ops.Spread.MANY else why_xla
         is_explicit = _compat.is_explicit(dot.out_aval)
-        if isinstance(what, QuantizedDot) and (spread or is_explicit):
+        if dot.ragged is not None:
+            why_xla = SPLIT if spread else why_xla
+        elif isinstance(what, QuantizedDot) and (spread or is_explicit):
             what = dataclasses.replace(what, split=True)
     if why_xla and what.implementation is None:
-        if _kernel(what, specs_of(what), kernel_of) not in ("", "xla"):
+        if _kernel(what, dot, kernel_of) not in ("", "xla"):
             reason = "; ".join(filter(None, (reason, why_xla)))
         what = dataclasses.replace(what, implementation="xla")
     return _Verdict(what, reason)
 
 
 def _notes(policy: Policy, assignments: Sequence[Assignment]) -> tuple[str, ...]:
+    notes = []
     if policy.stats and any(a.dot.scope.in_condition for a in assignments):
-        return ("Products in a loop's condition are not measured (stats=).",)
-    return ()
+        notes.append("Products in a loop's condition are not measured (stats=).")
+    if policy.stats and any(a.dot.ragged for a in assignments):
+        notes.append("Products of rows in groups are not measured (stats=).")
+    return tuple(notes)
 
 
 def _layer_obstacles(assignments: Sequence[Assignment]) -> dict[int, str]:
@@ -197,7 +204,7 @@ def _unsupported(dot: Dot) -> str:
     """Why no GEMM in FP8 can stand in for this product."""
     if dot.scope.blocked:
         return dot.scope.blocked
-    if dot.primitive != "dot_general":
+    if not dot.is_product:
         return f"{dot.primitive}: no FP8 kernel for it yet"
     for aval in (dot.lhs_aval, dot.rhs_aval, dot.out_aval):
         dtype = aval.dtype
@@ -210,12 +217,25 @@ def _unsupported(dot: Dot) -> str:
     if dot.has_batch:
         return "batch dimensions"
     if _compat.is_explicit(dot.out_aval):
+        if dot.ragged is not None:
+            return "ragged_dot with explicit sharding"
         sharding = dot.out_aval.sharding
         if set(sharding.mesh.axis_types) != {jax.sharding.AxisType.Explicit}:
             return "explicit sharding on a mesh of several axis types"
         if sharding.spec.unreduced:
             return "explicit sharding with unreduced axes"
     return ""
+
+
+def _another_form(a: Assignment) -> str:
+    """Why a product of rows in groups is none of those that have a kernel, if so."""
+    ragged = a.dot.ragged
+    if ragged is None:
+        return ""
+    is_wgrad = a.role == "wgrad"
+    if is_wgrad == (ragged.form == "wgrad") and (is_wgrad or a.side == "rhs"):
+        return ""
+    return f"ragged_dot: a {a.role} whose weight is no matrix for each group"
 
 
 def _decide(
@@ -229,9 +249,9 @@ def _decide(
     if dot.primitive == MARKED:
         return _Verdict(None, "by fp8jax itself")
     if a.role == "other" or a.weight is None:
-        product = dot.primitive == "dot_general" and not dot.scope.blocked
+        product = dot.is_product and not dot.scope.blocked
         return _Verdict(None, _why_other(a, leaves) if product else _unsupported(dot))
-    reason = _unsupported(dot)
+    reason = _unsupported(dot) or _another_form(a)
     if reason:
         return _Verdict(None, reason)
     choices: set[tuple[GemmSpec | None, str]] = set()
@@ -280,7 +300,7 @@ def _quantized(
     # The named side is the weight, second in its recipe, but wgrad's activation, first.
     named, other = (gemm.lhs, gemm.rhs) if a.role == "wgrad" else (gemm.rhs, gemm.lhs)
     specs = (named, other) if a.side == "lhs" else (other, named)
-    early = residual == "fp8" and a.role == "wgrad"
+    early = residual == "fp8" and a.role == "wgrad" and a.dot.ragged is None
     dot = QuantizedDot(a.role, *specs, policy.implementation, _first(a), early=early)
     return _Verdict(dot)
 
@@ -304,7 +324,7 @@ def _row(
         status="skipped" if not specs and dot.primitive != MARKED else "fp8",
         reason=verdict.reason,
         tiles=describe_tiles(*(spec.tile for spec in specs)),
-        kernel=_kernel(verdict.replacement, specs, kernel_of),
+        kernel=_kernel(verdict.replacement, dot, kernel_of),
         count=dot.scope.times * dot.batch,
         flops=dot.total_flops,
     )
@@ -324,7 +344,7 @@ def _path(a: Assignment, leaves: Sequence[Leaf]) -> str:
     return " | ".join(dict.fromkeys(leaves[layer].path for layer in layers))
 
 
-def specs_of(replacement: Replacement | None) -> tuple[QuantSpec, ...]:
+def specs_of(replacement: Replacement | StaticDot | None) -> tuple[QuantSpec, ...]:
     """Of both operands of the product that is in FP8 here, if one is."""
     if isinstance(replacement, StaticDot):
         return replacement.specs
@@ -338,10 +358,17 @@ def specs_of(replacement: Replacement | None) -> tuple[QuantSpec, ...]:
 
 
 def _kernel(
-    replacement: Replacement | None,
-    specs: tuple[QuantSpec, ...],
-    kernel_of: Callable[..., str],
+    replacement: Replacement | StaticDot | None, dot: Dot, kernel_of: Callable[..., str]
 ) -> str:
+    specs = specs_of(replacement)
     if replacement is None or not specs:
         return ""
-    return kernel_of(*specs, replacement.implementation)
+    form = None if dot.ragged is None else dot.ragged.form
+    return kernel_of(form, *specs, replacement.implementation)
+
+
+def _implementation(form: ops.RaggedForm | None, *how: Any) -> str:
+    if form is None:
+        return ops.gemm_implementation(*how)
+    op = "grouped_wgrad" if form == "wgrad" else "grouped_matmul"
+    return ops.grouped_implementation(op, *how)

@@ -31,6 +31,7 @@ from fp8jax.transform._plan import (
     Replacement,
     specs_of,
 )
+from fp8jax.transform._ragged import is_ragged, ragged_call
 from fp8jax.transform._rule_call import RuleCall
 from fp8jax.transform._stored import StaticDot
 from fp8jax.transform._stored_calls import static_equations
@@ -59,8 +60,8 @@ class Replacer:
         self.calls = Calls()
 
     def __call__(
-        self, jaxpr: Any, planned: Mapping[int, Replacement | RuleCall]
-    ) -> Callable[[Any, Replacement | RuleCall], list[Any]]:
+        self, jaxpr: Any, planned: Mapping[int, Replacement | StaticDot | RuleCall]
+    ) -> Callable[[Any, Replacement | StaticDot | RuleCall], list[Any]]:
         return _InJaxpr(jaxpr, planned, self.calls, self._statistics).replace
 
 
@@ -70,7 +71,7 @@ class _InJaxpr:
     def __init__(
         self,
         jaxpr: Any,
-        planned: Mapping[int, Replacement | RuleCall],
+        planned: Mapping[int, Replacement | StaticDot | RuleCall],
         calls: Calls,
         statistics: bool,
     ):
@@ -87,12 +88,14 @@ class _InJaxpr:
                 x, quantize = _operand(eqn, what, what.first)
                 self._early.add(self._key(x, quantize, eqn))
 
-    def replace(self, eqn: Any, what: Replacement | RuleCall) -> list[Any]:
+    def replace(self, eqn: Any, what: Replacement | StaticDot | RuleCall) -> list[Any]:
         if isinstance(what, RuleCall):
             return self._ruled(eqn, what)
         if isinstance(what, StaticDot):
             return static_equations(eqn, what, self._calls, self._codes)
-        if isinstance(what, QuantizedDot) and not what.split:
+        if is_ragged(eqn):
+            eqns, _ = self._calls(ragged_call(eqn, what), eqn, *eqn.invars)
+        elif isinstance(what, QuantizedDot) and not what.split:
             eqns = self._shared(eqn, what)
         else:
             eqns = self._alone(eqn, what)

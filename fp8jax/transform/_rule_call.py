@@ -13,9 +13,10 @@ from jax.extend import core
 
 from fp8jax import _compat
 from fp8jax.quant import MOMENTS, sum_moments
+from fp8jax.transform._roles import Role
 from fp8jax.transform._statistics import over_iterations
 
-Measured: TypeAlias = tuple[tuple[str, str], int | None]
+Measured: TypeAlias = tuple[tuple[str, Role], int | None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ class RuleCall:
     moments: Mapping[str, Sequence[Measured]] = dataclasses.field(default_factory=dict)
 
     @property
-    def measured(self) -> tuple[tuple[str, str], ...]:
+    def measured(self) -> tuple[tuple[str, Role], ...]:
         """Path and role of each of the moments after a call's other results."""
         known = (name for part in self.moments.values() for name, _ in part)
         return tuple(dict.fromkeys(known))

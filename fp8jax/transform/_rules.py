@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import math
-import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from fp8jax import _compat, numerics, ops
 from fp8jax.transform._interpreter import Flow, FlowRule, sub_jaxprs
+from fp8jax.transform._loop_rules import scan_rule, while_rule
+from fp8jax.transform._ragged_form import of_marked, ragged_of
 from fp8jax.transform._values import (
     HAND_WRITTEN_CALLS,
     MARKED,
@@ -18,6 +19,7 @@ from fp8jax.transform._values import (
     Scope,
     Side,
     Value,
+    joined,
 )
 
 OURS = "inside a function of fp8jax"
@@ -67,7 +69,7 @@ def elementwise(
     flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
     """What is known of any primitive: results depend on all operands."""
-    value = _joined(operands)
+    value = joined(operands)
     if scope.phase == "backward":
         value = dataclasses.replace(value, cotangent=True)
     if any(hasattr(v.aval, "inner_aval") for v in eqn.invars):
@@ -81,7 +83,7 @@ def opaque(
 ) -> list[Value]:
     """A primitive we do not enter: products in its jaxprs are only reported."""
     number = flow.number("unknown", scope.position)
-    unknown = dataclasses.replace(_joined(operands), number=number, root=number)
+    unknown = dataclasses.replace(joined(operands), number=number, root=number)
     reason = f"inside {eqn.primitive.name}: not handled, left as it is"
     for i, jaxpr in enumerate(sub_jaxprs(eqn)):
         inputs = [unknown] * len(_compat.open_jaxpr(jaxpr).invars)
@@ -118,7 +120,7 @@ def _broadcast(
 def _slice(
     flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
-    return _numbered(flow, eqn, operands, _joined(operands))
+    return _numbered(flow, eqn, operands, joined(operands))
 
 
 def _dot_general(
@@ -133,8 +135,10 @@ def _ragged_dot(
     flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
     lhs, rhs = (v.aval for v in eqn.invars[:2])
+    ragged = ragged_of(eqn)
     # Each of m rows meets one group's matrix; the group dimension leads.
-    _record(flow, eqn, operands, scope, flops=2 * lhs.size * rhs.shape[-1])
+    flops = 2 * lhs.size * rhs.shape[-1] if ragged is None else None
+    _record(flow, eqn, operands, scope, flops=flops, ragged=ragged)
     return _product(flow, eqn, operands, scope)
 
 
@@ -182,7 +186,8 @@ def _marked(
     fp8 = [i for i, v in enumerate(eqn.invars) if v.aval.dtype in numerics.FP8_DTYPES]
     if len(fp8) == 2:
         blocked = _blocked_side([(eqn.invars[i], eqn.invars[i + 1]) for i in fp8])
-        known = {"primitive": MARKED, "blocked": blocked}
+        ragged = of_marked([eqn.invars[i].aval for i in fp8], eqn.outvars[0].aval)
+        known = {"primitive": MARKED, "blocked": blocked, "ragged": ragged}
         _record(flow, eqn, operands, scope, pair=fp8, **known)
         return _product(flow, eqn, operands, scope)
     jaxprs = sub_jaxprs(eqn)
@@ -194,52 +199,10 @@ def _marked(
 def _blocked_side(pairs: Sequence[tuple[Any, Any]]) -> Side | None:
     """Of two pairs of codes and scales, the one with fewer scale rows than rows."""
     for side, (data, scale) in zip(SIDES, pairs, strict=True):
-        if scale.aval.ndim == 2 and scale.aval.shape[0] < data.aval.shape[0]:
+        rows, scales = data.aval.shape[:-1], scale.aval.shape[:-1]
+        if len(rows) == len(scales) > 0 and scales[-1] < rows[-1]:
             return side
     return None
-
-
-def _scan(flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope) -> list[Value]:
-    n_consts, n_carry = _compat.scan_counts(eqn.params)
-    length, jaxpr = eqn.params["length"], eqn.params["jaxpr"]
-    consts = list(operands[:n_consts])
-    init = list(operands[n_consts : n_consts + n_carry])
-    stacked = operands[n_consts + n_carry :]
-    # Iterations are not told apart: a loop's own operands number its carries, so that
-    # a recomputed loop has the numbers of the original.
-    loop = (length, frozenset(x.number for x in stacked))
-    steps = [_unstacked(flow, x) for x in stacked]
-
-    def body(carry: list[Value]) -> list[Value]:
-        return flow.walk(jaxpr, [*consts, *carry, *steps], scope.inside(times=length))
-
-    fixed = _fixed_carries(jaxpr, n_consts, n_carry)
-    carry, results = _fixpoint(flow, body, init, fixed, ("carry", *loop))
-    return [
-        *_after_loop(flow, carry, fixed),
-        *(_stacked(flow, y) for y in results[n_carry:]),
-    ]
-
-
-def _while(
-    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
-) -> list[Value]:
-    n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    cond_consts = list(operands[:n_cond])
-    consts = list(operands[n_cond : n_cond + n_body])
-    init = list(operands[n_cond + n_body :])
-    jaxprs = sub_jaxprs(eqn)  # The body comes first in the alphabet.
-    body_jaxpr, cond_jaxpr = jaxprs
-
-    def body(carry: list[Value]) -> list[Value]:
-        inside = scope.inside(1, in_condition=True)
-        flow.walk(cond_jaxpr, [*cond_consts, *carry], inside)
-        return flow.walk(body_jaxpr, [*consts, *carry], scope.inside(0))
-
-    fixed = _fixed_carries(body_jaxpr, n_body, len(init))
-    loop = ("while", frozenset(x.number for x in consts))
-    carry, _ = _fixpoint(flow, body, init, fixed, loop)
-    return _after_loop(flow, carry, fixed)
 
 
 def _cond(flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope) -> list[Value]:
@@ -258,76 +221,7 @@ def _chosen(flow: Flow, index: Value, values: Sequence[Value]) -> Value:
         return informed.pop()
     ordered = sorted(informed, key=lambda v: v.number)
     number = flow.number("cond", *(v.number for v in ordered))
-    return dataclasses.replace(_joined([index, *ordered]), number=number, root=number)
-
-
-def _fixed_carries(jaxpr: Any, n_consts: int, n_carry: int) -> list[bool]:
-    """Which carries a loop's body returns as they came."""
-    inner = _compat.open_jaxpr(jaxpr)
-    carried = inner.invars[n_consts : n_consts + n_carry]
-    returned = inner.outvars[:n_carry]
-    return [a is b for a, b in zip(carried, returned, strict=True)]
-
-
-def _fixpoint(
-    flow: Flow,
-    body: Callable[[list[Value]], list[Value]],
-    init: list[Value],
-    fixed: list[bool],
-    loop: tuple[Hashable, ...],
-) -> tuple[list[Value], list[Value]]:
-    """Carries that no further iteration changes, and that iteration's results."""
-    carry = []
-    for i, (x, is_fixed) in enumerate(zip(init, fixed, strict=True)):
-        number = x.number if is_fixed else flow.number(*loop, i, x.number)
-        root = x.root if is_fixed else number
-        carry.append(dataclasses.replace(x, number=number, root=root))
-    while True:  # Ends: knowledge only grows, and there is finitely much of it.
-        results = body(carry)
-        grown = [
-            dataclasses.replace(_joined([c, r]), number=c.number, root=c.root)
-            for c, r in zip(carry, results, strict=False)
-        ]
-        if grown == carry:
-            return carry, results
-        carry = grown
-
-
-def _after_loop(flow: Flow, carry: list[Value], fixed: list[bool]) -> list[Value]:
-    values = []
-    for x, is_fixed in zip(carry, fixed, strict=True):
-        number = x.number if is_fixed else flow.number("last", x.number)
-        root = x.root if is_fixed else number
-        values.append(dataclasses.replace(x, number=number, root=root))
-    return values
-
-
-def _stacked(flow: Flow, x: Value) -> Value:
-    return _renumbered(x, functools.partial(_inverse, flow, "stack", "slice"))
-
-
-def _unstacked(flow: Flow, x: Value) -> Value:
-    return _renumbered(x, functools.partial(_inverse, flow, "slice", "stack"))
-
-
-def _inverse(flow: Flow, name: str, inverse: str, number: int) -> int:
-    key = flow.key(number)
-    return key[1] if key[0] == inverse else flow.number(name, number)
-
-
-def _renumbered(x: Value, f: Callable[[int], int]) -> Value:
-    return dataclasses.replace(x, number=f(x.number), root=f(x.root))
-
-
-def _joined(values: Sequence[Value]) -> Value:
-    """Depends on all of them; is none of them."""
-    return Value(
-        leaves=functools.reduce(operator.or_, (v.leaves for v in values), 0),
-        number=-1,
-        root=-1,
-        product=any(v.product for v in values),
-        cotangent=any(v.cotangent for v in values),
-    )
+    return dataclasses.replace(joined([index, *ordered]), number=number, root=number)
 
 
 def _product(
@@ -393,7 +287,7 @@ RULES: dict[str, FlowRule] = {
     "dot_general": _dot_general,
     "ragged_dot": _ragged_dot,
     "ragged_dot_general": _ragged_dot,
-    "scan": _scan,
+    "scan": scan_rule,
     "shard_map": _shard_map,
-    "while": _while,
+    "while": while_rule,
 }

@@ -75,13 +75,14 @@ def _reads(eqn: Any, made: dict[Any, Any]) -> bool:
 
 def _of_entries(eqn: Any, made: dict[Any, Any]) -> list[Any]:
     """Equations for entries of a stack that is made of codes; none if it is not so."""
-    source = eqn.invars[0] if eqn.invars else None
+    source: Any = eqn.invars[0] if eqn.invars else None
     if not isinstance(source, core.Var) or source not in made:
         return []
     call, inputs = Dequantize.of(made[source]), made[source].invars
-    before = eqn.invars[0].aval.ndim - 2  # Sides of the stack.
+    before = source.aval.ndim - 2  # Sides of the stack.
     name, params = eqn.primitive.name, eqn.params
     matrix = source.aval.shape[before:]
+    out: Any = eqn.outvars[0].aval
 
     def take(x: jax.Array, indices: Any) -> jax.Array:
         sides = x.shape[before:]
@@ -95,7 +96,7 @@ def _of_entries(eqn: Any, made: dict[Any, Any]) -> list[Any]:
 
     if not (
         (name == "squeeze" and max(params["dimensions"], default=0) < before)
-        or (name == "slice" and eqn.outvars[0].aval.shape[before:] == matrix)
+        or (name == "slice" and out.shape[before:] == matrix)
         or (name == "dynamic_slice" and params["slice_sizes"][before:] == matrix)
     ):
         return []
@@ -144,6 +145,7 @@ def _with_codes(eqn: Any, made: dict[Any, Any]) -> Any:
 def _traced(eqn: Any, is_sliced: bool) -> Any:
     """The dequantization of what a body sees, as a jaxpr of its own."""
     call = Dequantize.of(eqn)
+    assert call is not None
     avals = [
         jax.ShapeDtypeStruct(v.aval.shape[is_sliced:], v.aval.dtype) for v in eqn.invars
     ]

@@ -117,7 +117,7 @@ class StoredOperands:
     """
 
     of_dots: Mapping[Position, Mapping[Side, Stored]]
-    inflated: frozenset[int | None]
+    inflated: frozenset[int]
 
     @classmethod
     def of(cls, jaxpr: Any) -> "StoredOperands":
@@ -131,7 +131,7 @@ class StoredOperands:
 class _Walk:
     def __init__(self) -> None:
         self.of_dots: dict[Position, Mapping[Side, Stored]] = {}
-        self.inflated: set[int | None] = set()
+        self.inflated: set[int] = set()
 
     def visit(self, jaxpr: Any, position: Position, leaves: Mapping[Any, int]) -> None:
         stored: dict[Any, Stored] = {}
@@ -150,7 +150,7 @@ class _Walk:
                 if read:
                     self.of_dots[(*position, i)] = {SIDES[j]: x for j, x in read}
             else:
-                self.inflated |= {x.leaf for _, x in read}
+                self.inflated |= {x.leaf for _, x in read if x.leaf is not None}
                 for number, (sub, slots) in enumerate(bodies(eqn)):
                     invars = _compat.open_jaxpr(sub).invars
                     outer = [eqn.invars[slot] for slot in slots]

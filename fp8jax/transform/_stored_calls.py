@@ -106,10 +106,11 @@ def static_equations(
             the variables of its results.
         codes: made in this jaxpr so far; one activation is quantized once.
     """
-    shapes = [x.aval.shape for x in eqn.invars]
-    layout = ops.plan(*shapes, eqn.params["dimension_numbers"], "fp8_transform")
+    lhs, rhs = eqn.invars
+    numbers = eqn.params["dimension_numbers"]
+    layout = ops.plan(lhs.aval.shape, rhs.aval.shape, numbers, "fp8_transform")
     first = what.first == "lhs"
-    x, operand = (eqn.invars[0], layout.lhs) if first else (eqn.invars[1], layout.rhs)
+    x, operand = (lhs, layout.lhs) if first else (rhs, layout.rhs)
     rows = _Rows(operand, what.spec, what.implementation)
     key = (x, rows, eqn.ctx)
     eqns = []

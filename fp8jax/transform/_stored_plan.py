@@ -42,7 +42,7 @@ def static_dot(
     dot = a.dot
     if reason := obstacle(dot):
         return left(reason)
-    if len(stored) > 1 or a.side not in stored or a.weight is None:
+    if len(stored) > 1 or a.side is None or a.weight is None or a.side not in stored:
         return left("none of its operands is known to be an activation")
     if _compat.is_explicit(dot.out_aval):
         return left("explicit sharding")

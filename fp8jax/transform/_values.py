@@ -1,9 +1,14 @@
 """What the analysis knows of a value, of a product, and of where it stands."""
 
 import dataclasses
+import functools
 import math
+import operator
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
+
+from fp8jax.transform._ragged_form import RAGGED, Ragged
 
 Position = tuple[int, ...]  # equation, sub-jaxpr, equation, ..., equation
 Phase = Literal["outside", "forward", "recompute", "backward"]
@@ -39,6 +44,17 @@ class Value:
         if self.product or self.cotangent or self.leaves.bit_count() != 1:
             return None
         return self.leaves.bit_length() - 1
+
+
+def joined(values: Sequence[Value]) -> Value:
+    """Depends on all of them; is none of them."""
+    return Value(
+        leaves=functools.reduce(operator.or_, (v.leaves for v in values), 0),
+        number=-1,
+        root=-1,
+        product=any(v.product for v in values),
+        cotangent=any(v.cotangent for v in values),
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -134,6 +150,7 @@ class Dot:
         dimension_numbers: as in `jax.lax.dot_general`; None for other primitives.
         blocked: for our own products, the operand in tiles of more than one row.
         flops: of one run, for a primitive that is no plain product of two operands.
+        ragged: what it is as a product of rows in groups, if it is one.
     """
 
     scope: Scope
@@ -146,6 +163,7 @@ class Dot:
     dimension_numbers: Any = None
     blocked: Side | None = None
     flops: int | None = None
+    ragged: Ragged | None = None
 
     @property
     def position(self) -> Position:
@@ -159,7 +177,7 @@ class Dot:
 
     def free(self, side: Side) -> int:
         """Size of an operand's dimensions that are neither contracted nor batched."""
-        sizes = self.lhs_aval.size, self.rhs_aval.size, self.out_aval.size
+        sizes = self._sizes
         if side == "rhs":
             sizes = sizes[1], sizes[0], sizes[2]
         mine, others, out = sizes
@@ -168,8 +186,25 @@ class Dot:
 
     @property
     def contraction(self) -> int:
-        sizes = self.lhs_aval.size * self.rhs_aval.size
-        return math.isqrt(sizes // max(self.out_aval.size * self.batch, 1))
+        lhs, rhs, out = self._sizes
+        return math.isqrt(lhs * rhs // max(out * self.batch, 1))
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        """Elements of the operands and the result, as if there were one group."""
+        lhs, rhs, out = self.lhs_aval.size, self.rhs_aval.size, self.out_aval.size
+        if self.ragged is None:
+            return lhs, rhs, out
+        if self.ragged.form == "wgrad":
+            return lhs, rhs, out // self.ragged.groups
+        return lhs, rhs // self.ragged.groups, out
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is one that may be in FP8."""
+        return self.primitive == "dot_general" or (
+            self.ragged is not None and self.primitive == RAGGED
+        )
 
     @property
     def batch(self) -> int:

@@ -20,6 +20,7 @@ from benchmarks import (
     plot_m,
     quantize,
     sanitize,
+    transform,
 )
 from fp8jax.kernels import mosaic_gpu, xla
 
@@ -47,6 +48,23 @@ def on_cpu(monkeypatch, tmp_path):
 def run(monkeypatch, module, arguments=""):
     monkeypatch.setattr(sys, "argv", ["benchmark", *arguments.split()])
     module.main()
+
+
+def test_transform(on_cpu, monkeypatch):
+    monkeypatch.setattr(transform, "ANALYSES", 1)
+    # What XLA takes its time for: to compile the step, and to compile and run two.
+    monkeypatch.setattr(transform, "_compile", transform._analyze)
+    times = {"plain": 100.0, "wrapped": 105.0}
+    monkeypatch.setattr(_harness, "alternate", lambda contenders, **_: times)
+    cases = {"plain": transform.CASES["plain"]}
+    monkeypatch.setattr(transform, "CASES", cases)
+    with jax.numpy_dtype_promotion("standard"):
+        run(monkeypatch, transform, "--commit abc")
+    (row,) = rows(on_cpu / "transform.csv")
+    assert (row["framework"], row["products"], row["fprop"]) == ("plain", "26", "4")
+    assert float(row["fraction"]) > 0.9
+    assert row["dispatch_ratio"] == "1.050"
+    assert row["commit"] == "abc"
 
 
 def rows(path):

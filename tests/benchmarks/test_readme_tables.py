@@ -76,6 +76,18 @@ def test_the_plot_is_linked_once_it_is_there(results):
     assert "(benchmarks/results/gemm_by_m.png)" in "\n".join(readme.summary())
 
 
+def test_a_transformed_step_has_its_roles_and_shares(results):
+    roles = {"fprop": "4", "recompute": "3", "dgrad": "4", "wgrad": "4"}
+    row = {"framework": "plain", "products": "26", **roles, "head": "3"}
+    row |= {"attention": "8", "fraction": "0.9231", "device": "cpu", "jax": "0.10.2"}
+    row |= {"analysis_ms": "240", "analysis_share": "0.0260", "wrapped_us": "4000"}
+    write(results / "transform.csv", [row | {"dispatch_ratio": "1.049"}])
+    assert (
+        "| plain | 26 | 4 fprop, 3 recompute, 4 dgrad, 4 wgrad | 8 attention, 3 head | "
+        "92.3% | 240 | 2.6% | 4000 | 1.05 |"
+    ) in "\n".join(readme.every_row())
+
+
 @pytest.mark.usefixtures("results")
 def test_every_row_is_there_and_a_missing_contender_is_an_empty_cell():
     text = "\n".join(readme.every_row())

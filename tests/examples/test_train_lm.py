@@ -61,6 +61,7 @@ def corpus(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def program():
     """The example as a module; its flags leave absl's registry with it."""
+    sys.path.insert(0, str(PROGRAM.parent))  # As for a program that is run.
     spec = importlib.util.spec_from_file_location("train_lm", PROGRAM)
     assert spec is not None
     assert spec.loader is not None
@@ -68,10 +69,12 @@ def program():
     sys.modules["train_lm"] = module  # Where dataclasses look their module up.
     before = set(flags.FLAGS)
     spec.loader.exec_module(module)
+    module.own_flags = set(flags.FLAGS) - before
     yield module
-    for name in set(flags.FLAGS) - before:
+    for name in module.own_flags:
         delattr(flags.FLAGS, name)
     del sys.modules["train_lm"]
+    sys.path.remove(str(PROGRAM.parent))
 
 
 @pytest.fixture
@@ -79,8 +82,8 @@ def parse(program):
     """Parses flags from their defaults, however often."""
 
     def parse(*argv: str) -> list[str]:
-        for flag in flags.FLAGS.flags_by_module_dict()["train_lm"]:
-            flag.unparse()
+        for name in program.own_flags:
+            flags.FLAGS[name].unparse()
         return program.parse_flags(["train_lm", *argv])
 
     return parse
@@ -219,7 +222,7 @@ class TestRefusals:
 class TestText:
     def test_standard_library_is_found_and_split(self, program, parse):
         parse()
-        train, heldout = program.load_text(program.PRESETS["cpu"])
+        train, heldout = program.byte_lm.load_text("train_lm", None, 128)
         assert train.size > 10e6
         assert 0.02 < heldout.size / (train.size + heldout.size) < 0.1
 
@@ -228,18 +231,21 @@ class TestText:
             (tmp_path / name).mkdir()
             for path in corpus.iterdir():
                 (tmp_path / name / path.name).write_bytes(path.read_bytes())
-        once, twice = program.read_corpus(corpus), program.read_corpus(tmp_path)
+        once, twice = (
+            program.byte_lm.read_corpus(corpus),
+            program.byte_lm.read_corpus(tmp_path),
+        )
         assert [side.size for side in twice] == [2 * side.size for side in once]
         assert all(side.size > 0 for side in once)
 
     def test_installed_packages_are_not_learned(self, program, tmp_path):
         (tmp_path / "site-packages").mkdir()
         (tmp_path / "site-packages" / "m.py").write_text("x = 1")
-        assert [side.size for side in program.read_corpus(tmp_path)] == [0, 0]
+        assert [side.size for side in program.byte_lm.read_corpus(tmp_path)] == [0, 0]
 
     def test_batches_are_windows_of_the_text_and_repeat_by_seed(self, program):
         text = jnp.arange(200, dtype=jnp.uint8)
-        draw = lambda seed, step: program.draw_batch(  # noqa: E731
+        draw = lambda seed, step: program.byte_lm.draw_batch(  # noqa: E731
             text, jax.random.key(seed), step, batch=64, seq_len=5
         )
         batch = draw(0, 3)
@@ -252,14 +258,16 @@ class TestText:
 
     def test_last_byte_can_be_drawn(self, program):
         text = jnp.arange(7, dtype=jnp.uint8)
-        batch = program.draw_batch(text, jax.random.key(0), 0, batch=64, seq_len=5)
+        batch = program.byte_lm.draw_batch(
+            text, jax.random.key(0), 0, batch=64, seq_len=5
+        )
         assert np.max(batch) == 6
         assert np.min(batch) == 0
 
     def test_heldout_windows_span_the_text(self, program):
         text = np.arange(10_000) % 251
-        batches = program.heldout_batches(text, program.PRESETS["cpu"])
         config = program.PRESETS["cpu"]
+        batches = program.byte_lm.heldout_batches(text, config.batch, config.seq_len)
         chex.assert_shape(batches, (None, config.batch, config.seq_len + 1))
         assert batches[0, 0, 0] == text[0]
         assert batches[-1, -1, -1] == text[-1]

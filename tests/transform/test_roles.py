@@ -249,6 +249,32 @@ def test_gradient_accumulation_by_scan_is_classified_within():
     assert {row.count for row in report.rows} == {2}
 
 
+@pytest.mark.parametrize("loop", ["scan", "while"])
+def test_train_steps_in_a_loop_are_classified_though_they_change_the_parameters(loop):
+    def one(params, x):
+        grads = jax.grad(lambda p: jnp.mean(jnp.tanh(x @ p["a"]) @ p["b"]))(params)
+        return jax.tree.map(lambda p, g: p - g, params, grads)
+
+    def train(params, batches):
+        if loop == "scan":
+            body = lambda params, x: (one(params, x), None)  # noqa: E731
+            return jax.lax.scan(body, params, batches)[0]
+        body = lambda i, params: one(params, batches[i])  # noqa: E731
+        return jax.lax.fori_loop(0, jnp.int32(len(batches)), body, params)
+
+    params = {"a": jnp.ones((D, D)), "b": jnp.ones((D, 2 * D))}
+    fn = fp8_transform(train)
+    rows = fn.report(params, jnp.ones((2, 64, D))).rows
+    assert {(r.path, r.role, r.status) for r in rows} == {
+        ("a", "fprop", "fp8"),
+        ("b", "fprop", "fp8"),
+        ("b", "wgrad", "fp8"),
+        ("b", "dgrad", "fp8"),
+        ("a", "wgrad", "fp8"),
+    }
+    assert {r.count for r in rows} == {2 if loop == "scan" else 1}
+
+
 def test_recurrence_pairs_both_weights_that_share_a_cotangent():
     def forward(params, xs):
         def cell(h, x):

@@ -192,6 +192,47 @@ def test_weights_leave_a_scan_over_microbatches_around_a_scan_over_layers():
     chex.assert_trees_all_close(fn(STACKED, batches), wanted, rtol=2.0**-7, atol=1e-7)
 
 
+def test_weights_leave_scans_in_scans_one_after_the_other():
+    grouped = jax.tree.map(lambda w: jnp.stack([w, w / 2, w + 1e-2]), STACKED)
+
+    def grouped_layers(block):
+        return lambda groups, x: jax.lax.scan(
+            lambda x, layers: (scanned(block, remat=True)(layers, x), None), x, groups
+        )[0]
+
+    fn = fp8_transform(step_of(grouped_layers(block)), weights=0)
+    found = quantizations(fn, grouped, X)
+    shapes = {w.shape for w in jax.tree.leaves(grouped)}
+    of_stacks = [key for key in found if key[1] in shapes]
+    assert len(of_stacks) == WEIGHTS
+    assert {(name, depth) for name, _, depth in of_stacks} == {("quantize_both", 0)}
+    assert not of_weights(found)
+    for eqn in scans(fn.trace(grouped, X).jaxpr):
+        assert len(set(eqn.invars)) == len(eqn.invars), "codes are sliced once"
+    inside = jax.jit(step_of(grouped_layers(fp8_transform(block))))
+    chex.assert_trees_all_equal(fn(grouped, X), inside(grouped, X))
+
+
+def test_weights_of_two_scans_are_quantized_once():
+    run = scanned(block)
+    fn = fp8_transform(step_of(lambda params, x: run(params, run(params, x))))
+    assert sum(of_weights(quantizations(fn, STACKED, X)).values()) == WEIGHTS
+
+
+def test_weights_of_a_branch_are_quantized_where_it_is_taken():
+    def forward(params, x):
+        def body(x, layer):
+            return jax.lax.cond(x[0, 0] > 0, lambda x: block(layer, x), jnp.sin, x), ()
+
+        return jax.lax.scan(body, x, params)[0]
+
+    fn = fp8_transform(step_of(forward), weights=0)
+    found = of_weights(quantizations(fn, STACKED, X))
+    assert {depth for _, _, depth in found} == {1}
+    # In the forward branch, and in the backward one.
+    assert sum(found.values()) == 2 * WEIGHTS
+
+
 def test_weights_leave_loops_of_unknown_length():
     def step(params, x, steps):
         one = step_of(unrolled(block))
@@ -219,6 +260,22 @@ def test_weights_of_a_rematted_block_are_quantized_outside_of_it():
         fn(STACKED, X),
         jax.jit(step_of(unrolled(jax.checkpoint(fp8_transform(block)))))(STACKED, X),
     )
+
+
+def test_steps_in_a_scan_quantize_each_step_s_weights_once():
+    one = step_of(scanned(block))
+
+    def train(params, batches):
+        def body(params, x):
+            value, (grads, _) = one(params, x)
+            return jax.tree.map(lambda p, g: p - g, params, grads), value
+
+        return jax.lax.scan(body, params, batches)
+
+    fn = fp8_transform(train, weights=0)
+    found = of_weights(quantizations(fn, STACKED, jnp.stack([X, X])))
+    assert {(name, depth) for name, _, depth in found} == {("quantize_both", 1)}
+    assert sum(found.values()) == WEIGHTS
 
 
 def test_weights_in_a_shard_map_leave_its_scan():

@@ -1,14 +1,22 @@
 """The kernels in `jnp`: the oracle, and what runs where no FP8 tensor core is."""
 
 from fp8jax.kernels.xla._gemm import gemm
+from fp8jax.kernels.xla._grouped import (
+    grouped_gemm,
+    grouped_gemm_k,
+    quantize_grouped,
+)
 from fp8jax.kernels.xla._quantize import quantize, quantize_both
 from fp8jax.kernels.xla._rms_norm import quantize_rms_norm
 from fp8jax.kernels.xla._swiglu import quantize_swiglu, quantize_swiglu_gradient
 
 __all__ = [
     "gemm",
+    "grouped_gemm",
+    "grouped_gemm_k",
     "quantize",
     "quantize_both",
+    "quantize_grouped",
     "quantize_rms_norm",
     "quantize_swiglu",
     "quantize_swiglu_gradient",

@@ -47,8 +47,27 @@ def gemm(
             rhs_tile=lhs_tile,
             out_dtype=out_dtype,
         ).T
+    chunks = -(-lhs.shape[1] // PROMOTION_INTERVAL)
+    tiles = lhs_tile, rhs_tile
+    out = sum_of_chunks(lhs, lhs_scale, rhs, rhs_scale, 0, chunks, tiles)
+    out = out.astype(out_dtype)
+    return out if accumulate is None else accumulate + out
+
+
+def sum_of_chunks(
+    lhs: jax.Array,
+    lhs_scale: jax.Array,
+    rhs: jax.Array,
+    rhs_scale: jax.Array,
+    first: jax.Array | int,
+    end: jax.Array | int,
+    tiles: tuple[numerics.Tile, numerics.Tile],
+) -> jax.Array:
+    """The product's share of the chunks of k from `first` up to `end`, float32 [m, n].
+
+    Operands, scales and the tiles of lhs and rhs are those of `gemm`.
+    """
     (m, k), n = lhs.shape, rhs.shape[0]
-    chunks = -(-k // PROMOTION_INTERVAL)
     edge = -k % PROMOTION_INTERVAL
     lhs, rhs = (jnp.pad(x, ((0, 0), (0, edge))) for x in (lhs, rhs))
 
@@ -58,13 +77,12 @@ def gemm(
         partial = _code_product(l_codes, r_codes)
         l_scale = _columns(lhs_scale, chunk, 1)[:, 0]
         r_scale = _columns(rhs_scale, chunk, 1)[:, 0]
-        l_scale = numerics.expand_scale(l_scale, m, lhs_tile[0])
-        r_scale = numerics.expand_scale(r_scale, n, rhs_tile[0])
+        l_scale = numerics.expand_scale(l_scale, m, tiles[0][0])
+        r_scale = numerics.expand_scale(r_scale, n, tiles[1][0])
         return acc + partial * (l_scale[:, None] * r_scale[None, :])
 
     acc = _varying_like(jnp.zeros((m, n), jnp.float32), lhs, lhs_scale, rhs, rhs_scale)
-    out = lax.fori_loop(0, chunks, promote, acc).astype(out_dtype)
-    return out if accumulate is None else accumulate + out
+    return lax.fori_loop(first, end, promote, acc)
 
 
 def _varying_like(x: jax.Array, *others: jax.Array) -> jax.Array:

@@ -1,0 +1,185 @@
+"""The gated MLP of a mixture of experts, each token by its expert's weights."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fp8jax.ops._grouped_product import (
+    GroupedProduct,
+    dgrad_of,
+    input_codes,
+    multiply,
+    weight_codes,
+    wgrad_input,
+    wgrad_of,
+)
+from fp8jax.ops._ragged_dot import grouped_product, ragged_dot
+from fp8jax.quant import quantize_swiglu
+from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
+
+
+def expert_mlp(
+    x: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    recipe: Recipe | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    r"""`fp8jax.ops.swiglu_mlp` of each group's rows: nine grouped GEMMs in FP8.
+
+    $$y_e = (silu(x_e W_{g,e}) \odot (x_e W_{u,e})) W_{d,e}$$
+
+    x is quantized once for gate and up, and h goes to FP8 as it is computed. Gate and
+    up are kept for the backward pass, which makes h and its gradients from them again.
+
+    With a recipe that leaves a GEMM out of FP8, or arrays of several dtypes, it is
+    three `fp8jax.ragged_dot` and the activation, in float32, between them.
+
+    Args:
+        x: `[rows, k]`, bfloat16, float16 or float32, the first expert's rows first.
+        w_gate, w_up: `[experts, k, hidden]`, likewise.
+        w_down: `[experts, hidden, n]`, likewise.
+        group_sizes: integers `[experts]`, rows of each; their sum is at most all.
+        recipe: of all nine GEMMs; `recipes.deepseek_v3()` by default. Its `residual`
+            says what is kept of x and the weights; gate and up are kept as they are,
+            or, with `"recompute"`, computed again.
+        implementation: as in `fp8jax.ragged_dot`.
+
+    Returns:
+        `[rows, n]` in the dtype of `x` and the weights, or the one they promote to.
+        Rows of no expert are zero.
+
+    Raises:
+        ValueError: If dtypes or shapes do not fit.
+        NotImplementedError: If the implementation asked for cannot run.
+        TypeError: When differentiated twice, or in forward mode.
+
+    Error: against the three `ragged_dot`, that of `swiglu_mlp` against three
+    `dot_general`.
+
+    Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, sections 2.1.2 and 3.3;
+    Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
+    """
+    name = "expert_mlp"
+    recipe = deepseek_v3() if recipe is None else recipe
+    check_recipe(name, recipe)
+    how: Any = {"recipe": recipe, "implementation": implementation}
+    for w in (w_gate, w_up):
+        into = grouped_product(name, x, w, group_sizes, **how)
+    if w_gate.shape != w_up.shape or w_down.shape[:2] != w_gate.shape[::2]:
+        raise ValueError(
+            f"{name} takes w_gate and w_up [experts, k, hidden] and w_down [experts, "
+            f"hidden, n], got {w_gate.shape=}, {w_up.shape=}, {w_down.shape=}."
+        )
+    weights = w_gate, w_up, w_down
+    in_fp8 = None not in (recipe.fprop, recipe.dgrad, recipe.wgrad)
+    if in_fp8 and all(x.dtype == w.dtype for w in weights):
+        run: Any = functools.partial(_fused, into)
+    else:
+        run = functools.partial(_unfused, **how)
+    if recipe.residual == "recompute":
+        run = jax.checkpoint(run)
+    return run(x, *weights, group_sizes.astype(jnp.int32))
+
+
+def _unfused(
+    x: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    sizes: jax.Array,
+    **how: Any,
+) -> jax.Array:
+    gate, up = ragged_dot(x, w_gate, sizes, **how), ragged_dot(x, w_up, sizes, **how)
+    return ragged_dot(_activation(gate, up), w_down, sizes, **how)
+
+
+def _activation(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """`silu(gate) * up`, in float32, rounded once."""
+    h = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+    return h.astype(jnp.promote_types(gate.dtype, up.dtype))
+
+
+class _Kept(NamedTuple):
+    """What the forward pass keeps: x and weights as the recipe says."""
+
+    x: Any
+    gate: jax.Array
+    up: jax.Array
+    weights: tuple[Any, Any, Any]
+    sizes: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(
+    product: GroupedProduct,
+    x: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    sizes: jax.Array,
+) -> jax.Array:
+    return _forward(product, x, w_gate, w_up, w_down, sizes)[0]
+
+
+def _forward(
+    product: GroupedProduct,
+    x: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    sizes: jax.Array,
+) -> tuple[jax.Array, _Kept]:
+    fprop = product.recipe.fprop
+    assert fprop is not None
+    q_x, x_kept = input_codes(product, x, sizes)
+    codes, kept = zip(
+        *(weight_codes(product, w) for w in (w_gate, w_up, w_down)), strict=True
+    )
+    q_gate, q_up, q_down = codes
+    gate, up = (multiply(product, q_x, q_w, sizes) for q_w in (q_gate, q_up))
+    q_h, _ = quantize_swiglu(
+        gate, up, fprop.lhs, None, implementation=product.implementation
+    )
+    assert q_h is not None
+    y = multiply(product, q_h, q_down, sizes)
+    return y, _Kept(x_kept, gate, up, kept, sizes)
+
+
+def _backward(
+    product: GroupedProduct, kept: _Kept, dout: jax.Array
+) -> tuple[jax.Array, ...]:
+    dgrad, wgrad = product.recipe.dgrad, product.recipe.wgrad
+    assert dgrad is not None
+    assert wgrad is not None
+    x, gate, up, (w_gate, w_up, w_down), sizes = kept
+
+    def of_output(dout: jax.Array) -> tuple[Any, Any]:
+        return product.quantize_both(dout, sizes, dgrad.lhs, wgrad.rhs)
+
+    q_dout, q_dout_t = of_output(dout)
+    dh = dgrad_of(product, dgrad, w_down, q_dout, sizes)
+    h, gradient = jax.vjp(_activation, gate, up)
+    _, q_h_t = product.quantize_both(h, sizes, None, wgrad.lhs)
+    dw_down = wgrad_of(product, q_h_t, q_dout_t, sizes)
+    dgate, dup = gradient(dh)
+    (q_dgate, q_dgate_t), (q_dup, q_dup_t) = of_output(dgate), of_output(dup)
+    dx = dgrad_of(product, dgrad, w_gate, q_dgate, sizes)
+    dx += dgrad_of(product, dgrad, w_up, q_dup, sizes)
+    q_x_t = wgrad_input(product, wgrad, x, sizes)
+    dw_gate = wgrad_of(product, q_x_t, q_dgate_t, sizes)
+    dw_up = wgrad_of(product, q_x_t, q_dup_t, sizes)
+    return dx, dw_gate, dw_up, dw_down
+
+
+def _backward_once(product: GroupedProduct, kept: _Kept, dout: jax.Array) -> Any:
+    run = product.once(functools.partial(_backward, product))
+    return *run(kept, dout), None
+
+
+_fused.defvjp(_forward, _backward_once)
