@@ -79,9 +79,10 @@ def _of_entries(eqn: Any, made: dict[Any, Any]) -> list[Any]:
     if not isinstance(source, core.Var) or source not in made:
         return []
     call, inputs = Dequantize.of(made[source]), made[source].invars
-    before = source.aval.ndim - 2  # Sides of the stack.
+    stack: Any = source.aval
+    before = stack.ndim - 2  # Sides of the stack.
     name, params = eqn.primitive.name, eqn.params
-    matrix = source.aval.shape[before:]
+    matrix = stack.shape[before:]
     out: Any = eqn.outvars[0].aval
 
     def take(x: jax.Array, indices: Any) -> jax.Array:

@@ -68,4 +68,8 @@ def notes_on(stored: StoredOperands, leaves: Sequence[Leaf]) -> list[str]:
     """For the report: QTensors that something else than a product reads."""
     paths = [leaves[i].path for i in sorted(stored.inflated)]
     found = ", ".join(dict.fromkeys(paths))
-    return [f"Dequantized, for what is no product: {found}."] if found else []
+    return (
+        [f"Dequantized, for what is no product of two matrices: {found}."]
+        if found
+        else []
+    )

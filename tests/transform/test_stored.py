@@ -156,7 +156,9 @@ def test_what_is_no_product_reads_an_array_and_the_report_says_so(x):
     f = transformed(lambda p, i: p["table"][i] @ p["up"])
     i = jnp.arange(5)
     report = f.report(p, i)
-    assert report.notes == ("Dequantized, for what is no product: table.",)
+    assert report.notes == (
+        "Dequantized, for what is no product of two matrices: table.",
+    )
     chex.assert_trees_all_equal(f(p, i), product(p["table"].dequantize()[i], p["up"]))
 
 
