@@ -16,7 +16,7 @@ from fp8jax import numerics
 from fp8jax.checkpoint._error import CheckpointError
 from fp8jax.checkpoint._layout import Layout, check_layout, to_flax
 from fp8jax.checkpoint._reader import Reader, Weight
-from fp8jax.quant import QTensor
+from fp8jax.quant import QTensor, contraction_minor
 
 ShardingOf = Callable[[str, jax.ShapeDtypeStruct], Sharding | None]
 
@@ -34,8 +34,9 @@ def load(
         path: as in `Reader`.
         layout: `"hf"`: a flat table by the names in the file, weights `[out, in]`.
             `"flax"`: nested tables, `weight [out, in]` as `kernel [in, out]` (codes,
-            scales and tile transposed, exactly), embeddings as `embedding`, vectors
-            called `weight` as `scale`.
+            scales and tile transposed, exactly; codes lie in memory as in the file:
+            `quant.contraction_minor`), embeddings as `embedding`, vectors called
+            `weight` as `scale`.
         sharding: of every array, or a function of its name in the file and its shape
             and dtype here; None is the default device. A shard is read from the file's
             mapped pages, and no others are. A QTensor's scales are sharded as its codes
@@ -86,7 +87,8 @@ def _load_weight(
     scale, tile = reader.scale(weight.name), weight.tile
     if transposed:
         scale, tile = scale.T, (tile[1], tile[0])
-    return QTensor(data, _place(scale, scale_sharding(sharding, data, tile)), tile)
+    q = QTensor(data, _place(scale, scale_sharding(sharding, data, tile)), tile)
+    return contraction_minor(q) if transposed else q
 
 
 def _fitting(weight: Weight, values: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from fp8jax.checkpoint._config import ScaleFormat
 from fp8jax.checkpoint._layout import EMBEDDING
-from fp8jax.quant import QTensor, QuantSpec, quantize
+from fp8jax.quant import QTensor, QuantSpec, contraction_minor, quantize
 
 TILE = (128, 128)
 
@@ -105,7 +105,8 @@ def quantize_params(params: Any, rules: WeightRules | None = None) -> Any:
 
     Args:
         params: a pytree, in Hugging Face's or Flax's orientation: a block's codes are
-            those of its transpose. QTensors in it stay.
+            those of its transpose. QTensors in it stay. What is called `kernel` is laid
+            out by `quant.contraction_minor`.
         rules: `WeightRules()` by default, with float32 scales.
 
     Returns:
@@ -120,7 +121,11 @@ def quantize_params(params: Any, rules: WeightRules | None = None) -> Any:
             return x
         name = ".".join(jax.tree_util.keystr((k,), simple=True) for k in path)
         kept = rules.reason_kept(name, x.shape, x.dtype)
-        return x if kept else quantize(x, rules.spec)
+        if kept:
+            return x
+        q = quantize(x, rules.spec)
+        # Flax's are [in, out]: kernels read the contraction last.
+        return contraction_minor(q) if name.endswith("kernel") else q
 
     return jax.tree.map_with_path(
         each, params, is_leaf=lambda x: isinstance(x, QTensor)

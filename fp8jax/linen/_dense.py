@@ -42,7 +42,9 @@ class Dense(nn.Dense):
 
     For inference the parameter `kernel` may be a QTensor [in, features], as
     `fp8jax.checkpoint.load(..., layout="flax")` gives it. The activation is quantized
-    online and the weight never inflated; the layer has no gradient then.
+    online and the weight never inflated; the layer has no gradient then. Inputs may be
+    a QTensor [..., in] in tiles of (1, 128), made once for several layers or by a fused
+    quantization; `y` is then in `dtype`, which must be given.
 
     Attributes:
         recipe: How the three products are quantized; None is
@@ -54,7 +56,8 @@ class Dense(nn.Dense):
 
     Raises:
         ValueError: If `dot_general` or `dot_general_cls` comes together with `recipe`
-            or `implementation`, or with a QTensor as the kernel.
+            or `implementation`, or with a QTensor as the kernel; if the inputs are a
+            QTensor but the kernel is none, or `dtype` is not given.
     """
 
     recipe: Recipe | None = None
@@ -64,12 +67,14 @@ class Dense(nn.Dense):
         _fill_slot(self)
         super().__post_init__()
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: jax.Array | QTensor) -> jax.Array:
         """Applies the layer to `inputs` [..., in]."""
-        kernel = self.get_variable("params", "kernel")
-        if not isinstance(kernel, QTensor):
-            return super().__call__(inputs)
         name = "fp8jax.linen.Dense"
+        kernel = self.get_variable("params", "kernel")
+        ops.check_quantized_input(name, inputs, self.dtype, kernel)
+        if not isinstance(kernel, QTensor):
+            assert not isinstance(inputs, QTensor)
+            return super().__call__(inputs)
         if not isinstance(self.dot_general, ops.ByRecipe):
             raise ValueError(
                 f"{name} with a QTensor kernel takes no product of yours, got "
@@ -81,13 +86,15 @@ class Dense(nn.Dense):
                 f"{kernel.shape}."
             )
         bias = self.get_variable("params", "bias") if self.use_bias else None
-        x, bias = self.promote_dtype(inputs, bias, dtype=self.dtype)
-        assert x is not None
+        x: Any = None if isinstance(inputs, QTensor) else inputs
+        x, bias = self.promote_dtype(x, bias, dtype=self.dtype)
+        x = inputs if x is None else x
+        dtype: Any = self.dtype if isinstance(x, QTensor) else x.dtype
         y = ops.static_weight_dot(
             name,
             x,
             kernel,
-            out_dtype=x.dtype,
+            out_dtype=dtype,
             recipe=self.recipe,
             implementation=self.implementation,
         )

@@ -9,6 +9,7 @@ from flax.linen.dtypes import promote_dtype
 
 from fp8jax import ops
 from fp8jax.linen._parameter import Parameter
+from fp8jax.quant import QTensor
 from fp8jax.recipes import Recipe
 
 _KERNEL_INIT = nn.initializers.lecun_normal()  # nn.Dense's default.
@@ -20,6 +21,9 @@ class SwiGLU(nn.Module):
     The parameters are those of three `flax.linen.Dense(use_bias=False)` called `gate`,
     `up` and `down`: a checkpoint of a block written with those loads into this one.
     `fp8jax.ops.swiglu_mlp` says what is fused, and when it is not.
+
+    For inference all three kernels may be QTensors, as `Dense`'s may; so may x then, if
+    `dtype` is given.
 
     Attributes:
         hidden_features: Size of what lies between; in and out are as wide as x.
@@ -37,11 +41,11 @@ class SwiGLU(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array | QTensor) -> jax.Array:
         """`[..., features]` to the same, in `dtype` or the common dtype of all."""
         features = x.shape[-1]
 
-        def kernel(name: str, k: int, n: int) -> jax.Array:
+        def kernel(name: str, k: int, n: int) -> Any:
             layer: Any = Parameter(
                 "kernel", (k, n), self.param_dtype, self.kernel_init, name=name
             )
@@ -52,7 +56,12 @@ class SwiGLU(nn.Module):
             kernel("up", features, self.hidden_features),
             kernel("down", self.hidden_features, features),
         )
+        name = "fp8jax.linen.SwiGLU"
+        how = {"recipe": self.recipe, "implementation": self.implementation}
+        ops.check_quantized_input(name, x, self.dtype, *kernels)
+        if any(isinstance(w, QTensor) for w in kernels):
+            dtype = x.dtype if self.dtype is None else self.dtype
+            x = x if isinstance(x, QTensor) else x.astype(dtype)
+            return ops.static_weight_swiglu(name, x, *kernels, out_dtype=dtype, **how)
         arrays: Any = promote_dtype(x, *kernels, dtype=self.dtype)
-        return ops.swiglu_mlp(
-            *arrays, recipe=self.recipe, implementation=self.implementation
-        )
+        return ops.swiglu_mlp(*arrays, **how)

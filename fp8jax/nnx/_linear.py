@@ -30,7 +30,9 @@ class Linear(nnx.Linear):
     For inference the kernel may be a QTensor [in_features, out_features], as
     `fp8jax.checkpoint.load(..., layout="flax")` gives it: `nnx.update(layer, {"kernel":
     q})`. The activation is quantized online and the weight never inflated; the layer
-    has no gradient then.
+    has no gradient then. Inputs may be a QTensor [..., in_features] in tiles of (1,
+    128), made once for several layers or by a fused quantization; `y` is then in
+    `dtype`, which must be given.
 
     Args:
         in_features: Size of the contracted dimension.
@@ -46,7 +48,8 @@ class Linear(nnx.Linear):
 
     Raises:
         ValueError: If `dot_general` comes together with `recipe` or `implementation`,
-            or with a QTensor as the kernel.
+            or with a QTensor as the kernel; if the inputs are a QTensor but the kernel
+            is none, or `dtype` is not given.
     """
 
     def __init__(
@@ -78,24 +81,31 @@ class Linear(nnx.Linear):
             *args, recipe=self.recipe, implementation=self.implementation, **kwargs
         )
 
-    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+    def __call__(
+        self, inputs: jax.Array | QTensor, out_sharding: Any = None
+    ) -> jax.Array:
         """Applies the layer to `inputs` [..., in_features]."""
-        kernel = self.kernel.get_value()
-        if not isinstance(kernel, QTensor):
-            return super().__call__(inputs, out_sharding)
         name = "fp8jax.nnx.Linear"
+        kernel = self.kernel.get_value()
+        ops.check_quantized_input(name, inputs, self.dtype, kernel)
+        if not isinstance(kernel, QTensor):
+            assert not isinstance(inputs, QTensor)
+            return super().__call__(inputs, out_sharding)
         if "dot_general" in vars(self) or out_sharding is not None:
             raise ValueError(
                 f"{name} with a QTensor kernel takes no dot_general= of yours and no "
                 f"out_sharding, got {vars(self).get('dot_general')} and {out_sharding}."
             )
         bias = None if self.bias is None else self.bias[...]
-        inputs, bias = self.promote_dtype((inputs, bias), dtype=self.dtype)
+        x: Any = None if isinstance(inputs, QTensor) else inputs
+        x, bias = self.promote_dtype((x, bias), dtype=self.dtype)
+        x = inputs if x is None else x
+        dtype: Any = self.dtype if isinstance(x, QTensor) else x.dtype
         y = ops.static_weight_dot(
             name,
-            inputs,
+            x,
             kernel,
-            out_dtype=self.preferred_element_type or inputs.dtype,
+            out_dtype=self.preferred_element_type or dtype,
             recipe=self.recipe,
             implementation=self.implementation,
         )

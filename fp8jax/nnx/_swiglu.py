@@ -1,11 +1,14 @@
 """A gated MLP in FP8 whose activation is quantized as it is computed."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 from fp8jax import ops
+from fp8jax.quant import QTensor
 from fp8jax.recipes import Recipe
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()  # nnx.Linear's default.
@@ -17,6 +20,9 @@ class SwiGLU(nnx.Module):
     The state is that of three `flax.nnx.Linear(use_bias=False)` called `gate`, `up` and
     `down`: a checkpoint of a block written with those loads into this one.
     `fp8jax.ops.swiglu_mlp` says what is fused, and when it is not.
+
+    For inference all three kernels may be QTensors, as `Linear`'s may; so may x then,
+    if `dtype` is given.
 
     Args:
         features: Size of the last dimension, in and out.
@@ -58,10 +64,16 @@ class SwiGLU(nnx.Module):
         self.recipe = recipe
         self.implementation = implementation
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array | QTensor) -> jax.Array:
         """`[..., features]` to the same, in `dtype` or the common dtype of all."""
-        kernels = (layer.kernel[...] for layer in (self.gate, self.up, self.down))
-        arrays = promote_dtype((x, *kernels), dtype=self.dtype)
-        return ops.swiglu_mlp(
-            *arrays, recipe=self.recipe, implementation=self.implementation
-        )
+        layers = self.gate, self.up, self.down
+        kernels: list[Any] = [layer.kernel.get_value() for layer in layers]
+        name = "fp8jax.nnx.SwiGLU"
+        how = {"recipe": self.recipe, "implementation": self.implementation}
+        ops.check_quantized_input(name, x, self.dtype, *kernels)
+        if any(isinstance(w, QTensor) for w in kernels):
+            dtype = x.dtype if self.dtype is None else self.dtype
+            x = x if isinstance(x, QTensor) else x.astype(dtype)
+            return ops.static_weight_swiglu(name, x, *kernels, out_dtype=dtype, **how)
+        arrays: Any = promote_dtype((x, *kernels), dtype=self.dtype)
+        return ops.swiglu_mlp(*arrays, **how)

@@ -22,7 +22,11 @@ from fp8jax.ops._ragged_dot import ragged_dot
 from fp8jax.ops._rms_norm import rms_norm_dot
 from fp8jax.ops._routing import Routing, balanced_bias, check_routing, route
 from fp8jax.ops._spread import Spread, spread, spread_of_mesh, spread_of_sharding
-from fp8jax.ops._static_weight import static_weight_dot
+from fp8jax.ops._static_weight import (
+    check_quantized_input,
+    static_weight_dot,
+    static_weight_swiglu,
+)
 from fp8jax.ops._swiglu import swiglu_mlp
 
 __all__ = [
@@ -40,6 +44,7 @@ __all__ = [
     "Spread",
     "attention_products",
     "balanced_bias",
+    "check_quantized_input",
     "check_routing",
     "dispatch",
     "dot_general",
@@ -63,6 +68,7 @@ __all__ = [
     "spread_of_mesh",
     "spread_of_sharding",
     "static_weight_dot",
+    "static_weight_swiglu",
     "swiglu_mlp",
     "takes_own_product",
     "unpermute",

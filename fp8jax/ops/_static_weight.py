@@ -1,4 +1,7 @@
-"""The product of inference: an activation quantized online, a weight stored in FP8."""
+"""Products of inference: an activation quantized online, weights stored in FP8."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -6,13 +9,13 @@ import numpy as np
 from fp8jax.matmul import scaled_matmul
 from fp8jax.ops._derivatives import refuse_derivatives
 from fp8jax.ops._gemm import INPUT_DTYPES
-from fp8jax.quant import QTensor, quantize
+from fp8jax.quant import QTensor, QuantSpec, quantize, quantize_swiglu
 from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
 
 
 def static_weight_dot(
     name: str,
-    x: jax.Array,
+    x: jax.Array | QTensor,
     kernel: QTensor,
     *,
     out_dtype: jax.typing.DTypeLike,
@@ -22,12 +25,14 @@ def static_weight_dot(
     """`x [..., k]` times `kernel [k, n]`, whose codes stay as they are stored.
 
     `y = q(x) kernel`: x is quantized as the recipe's `fprop.lhs` says, the weight never
-    inflated.
+    inflated. An x that is a QTensor already serves several products with one
+    quantization, or comes from a fused one.
 
     Args:
         name: of the caller, for errors.
-        x: bfloat16, float16 or float32.
-        kernel: with tiles of 128 along k.
+        x: bfloat16, float16 or float32, or a QTensor with tiles of 128 along k.
+        kernel: with tiles of 128 along k. On a GPU its codes should lie as
+            `contraction_minor` lays them, or each call transposes them.
         out_dtype: bfloat16, float16 or float32.
         recipe: `recipes.deepseek_v3()` by default.
         implementation: as in `scaled_matmul`.
@@ -42,6 +47,111 @@ def static_weight_dot(
 
     Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.
     """
+    spec = _activation_spec(name, x, out_dtype, recipe)
+    if kernel.ndim != 2 or x.ndim < 1 or x.shape[-1] != kernel.shape[0]:
+        raise ValueError(
+            f"{name} takes x [..., k] and a kernel [k, n], got {x.shape} and "
+            f"{kernel.shape}."
+        )
+
+    def product(x: jax.Array | QTensor, kernel: QTensor) -> jax.Array:
+        return scaled_matmul(
+            _quantized(x, spec, implementation),
+            kernel.T,
+            out_dtype=out_dtype,
+            implementation=implementation,
+        )
+
+    y = _without_derivative(name, product)(_rows(name, x), kernel)
+    return y.reshape(*x.shape[:-1], kernel.shape[1])
+
+
+def static_weight_swiglu(
+    name: str,
+    x: jax.Array | QTensor,
+    gate: QTensor,
+    up: QTensor,
+    down: QTensor,
+    *,
+    out_dtype: jax.typing.DTypeLike,
+    recipe: Recipe | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    r"""A gated MLP, $(silu(x W_g) \odot (x W_u)) W_d$, of weights stored in FP8.
+
+    x is quantized once for gate and up, and what lies between the products goes to FP8
+    as it is computed: four kernels and a fifth for x.
+
+    Args:
+        name, x, out_dtype, recipe, implementation: as in `static_weight_dot`.
+        gate, up: `[k, hidden]`, as the kernel there.
+        down: `[hidden, n]`, likewise.
+
+    Returns:
+        `[..., n]` of `out_dtype`, in which gate and up are rounded, too.
+
+    Raises:
+        ValueError, NotImplementedError, TypeError: As `static_weight_dot` does.
+
+    Source: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
+    """
+    spec = _activation_spec(name, x, out_dtype, recipe)
+    kernels = (gate, up, down)
+    fits = x.ndim >= 1 and all(isinstance(w, QTensor) and w.ndim == 2 for w in kernels)
+    fits = fits and gate.shape == up.shape == (x.shape[-1], *down.shape[:1])
+    if not fits:
+        kinds = ", ".join(f"{_kind(w)} {list(w.shape)}" for w in kernels)
+        raise ValueError(
+            f"{name} takes x [..., k] and, once one of them is a QTensor, QTensors "
+            f"[k, hidden] twice and [hidden, n], got {x.shape} and {kinds}."
+        )
+
+    def product(
+        x: jax.Array | QTensor, gate: QTensor, up: QTensor, down: QTensor
+    ) -> jax.Array:
+        def multiply(q: QTensor, kernel: QTensor) -> jax.Array:
+            return scaled_matmul(
+                q, kernel.T, out_dtype=out_dtype, implementation=implementation
+            )
+
+        q_x = _quantized(x, spec, implementation)
+        q_h, _ = quantize_swiglu(
+            multiply(q_x, gate),
+            multiply(q_x, up),
+            spec,
+            None,
+            implementation=implementation,
+        )
+        assert q_h is not None
+        return multiply(q_h, down)
+
+    y = _without_derivative(name, product)(_rows(name, x), *kernels)
+    return y.reshape(*x.shape[:-1], down.shape[1])
+
+
+def check_quantized_input(name: str, x: Any, dtype: Any, *kernels: Any) -> None:
+    """Raises ValueError, on behalf of a layer, if it cannot take x as a QTensor."""
+    if isinstance(x, QTensor) and (
+        dtype is None or not all(isinstance(w, QTensor) for w in kernels)
+    ):
+        kinds = ", ".join(map(_kind, kernels))
+        raise ValueError(
+            f"{name} takes a QTensor as its input if its kernels are QTensors and it "
+            f"has a dtype=, that of the output, got {kinds} and {dtype=}."
+        )
+
+
+def _kind(x: Any) -> str:
+    return "QTensor" if isinstance(x, QTensor) else "array"
+
+
+def _activation_spec(
+    name: str,
+    x: jax.Array | QTensor,
+    out_dtype: jax.typing.DTypeLike,
+    recipe: Recipe | None,
+) -> QuantSpec:
+    """How activations are quantized; ValueError if a dtype or the recipe is not fit."""
     recipe = deepseek_v3() if recipe is None else recipe
     check_recipe(name, recipe)
     if recipe.fprop is None:
@@ -49,29 +159,39 @@ def static_weight_dot(
             f"{name} with a QTensor kernel takes a recipe whose fprop is in FP8, got "
             f"{recipe}; dequantize the kernel for a product without."
         )
-    if np.dtype(x.dtype) not in INPUT_DTYPES or np.dtype(out_dtype) not in INPUT_DTYPES:
+    is_float = isinstance(x, QTensor) or np.dtype(x.dtype) in INPUT_DTYPES
+    if not is_float or np.dtype(out_dtype) not in INPUT_DTYPES:
         raise ValueError(
             f"{name} with a QTensor kernel takes and gives bfloat16, float16 or "
             f"float32, got {x.dtype} and {np.dtype(out_dtype)}."
         )
-    if kernel.ndim != 2 or x.ndim < 1 or x.shape[-1] != kernel.shape[0]:
+    return recipe.fprop.lhs
+
+
+def _rows(name: str, x: jax.Array | QTensor) -> jax.Array | QTensor:
+    """`x [..., k]` as a matrix."""
+    if not isinstance(x, QTensor):
+        return x.reshape(-1, x.shape[-1])
+    x.check(name)
+    if x.tile[0] != 1 and x.ndim > 2:  # A tile would span two matrices.
         raise ValueError(
-            f"{name} takes x [..., k] and a kernel [k, n], got {x.shape} and "
-            f"{kernel.shape}."
+            f"{name} takes a QTensor of more than two dimensions in tiles of one row, "
+            f"got {x.shape} in tiles of {x.tile}."
         )
-    spec = recipe.fprop.lhs
+    return jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), x)
 
-    def product(x: jax.Array, data: jax.Array, scale: jax.Array) -> jax.Array:
-        q_x = quantize(x, spec, implementation=implementation)
-        weight = QTensor(data, scale, kernel.tile).T
-        return scaled_matmul(
-            q_x, weight, out_dtype=out_dtype, implementation=implementation
-        )
 
-    message = (
+def _quantized(
+    x: jax.Array | QTensor, spec: QuantSpec, implementation: str | None
+) -> QTensor:
+    if isinstance(x, QTensor):
+        return x
+    return quantize(x, spec, implementation=implementation)
+
+
+def _without_derivative(name: str, product: Callable[..., Any]) -> Callable[..., Any]:
+    return refuse_derivatives(
+        product,
         f"{name} with a QTensor kernel has no gradient: it is for inference. Train "
-        "with an array as the kernel."
+        "with an array as the kernel.",
     )
-    rows = x.reshape(-1, x.shape[-1])
-    y = refuse_derivatives(product, message)(rows, kernel.data, kernel.scale)
-    return y.reshape(*x.shape[:-1], kernel.shape[1])

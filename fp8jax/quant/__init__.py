@@ -1,6 +1,7 @@
 """Quantized arrays: `QuantSpec` says how, `quantize` makes a `QTensor`."""
 
 from fp8jax.quant._grouped import grouped_columns, quantize_grouped
+from fp8jax.quant._place import contraction_minor
 from fp8jax.quant._qtensor import QTensor
 from fp8jax.quant._quantize import (
     quantize,
@@ -20,6 +21,7 @@ __all__ = [
     "TILE_128X1",
     "QTensor",
     "QuantSpec",
+    "contraction_minor",
     "grouped_columns",
     "moments",
     "quantize",

@@ -16,7 +16,8 @@ from fp8jax.transform._harvest import harvest
 from fp8jax.transform._inline import inline_calls
 from fp8jax.transform._interpreter import Flow, rewrite
 from fp8jax.transform._pair import pair
-from fp8jax.transform._plan import Plan, Policy
+from fp8jax.transform._plan import Plan
+from fp8jax.transform._policy import Policy
 from fp8jax.transform._replace import Replacer
 from fp8jax.transform._report import Row
 from fp8jax.transform._roles import Role

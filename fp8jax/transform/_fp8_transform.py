@@ -6,8 +6,11 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
+from fp8jax import ops
 from fp8jax.recipes import Recipe, Rule, check_recipe, deepseek_v3
 from fp8jax.transform import _nnx
 from fp8jax.transform._arguments import (
@@ -33,13 +36,17 @@ from fp8jax.transform._leaves import (
     weight_mask,
 )
 from fp8jax.transform._pair import pair
-from fp8jax.transform._plan import Plan, Policy, make_plan
+from fp8jax.transform._plan import Plan, make_plan
+from fp8jax.transform._policy import Policy
 from fp8jax.transform._replace import Replacer
 from fp8jax.transform._report import Report
 from fp8jax.transform._residuals import residual_bytes
 from fp8jax.transform._roles import assign, is_whole_step
 from fp8jax.transform._rules import RULES, opaque
+from fp8jax.transform._sink import sink, without_unread
 from fp8jax.transform._statistics import named_statistics
+from fp8jax.transform._stored import StoredOperands
+from fp8jax.transform._stored_calls import as_arrays
 from fp8jax.transform._values import Dot, Scope
 
 NO_DERIVATIVE = (
@@ -62,6 +69,7 @@ def fp8_transform(
     min_dim: int = 128,
     implementation: str | None = None,
     stats: bool = False,
+    weight_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     custom_rules: Sequence[str] = (),
 ) -> "Fp8Function":
     """`fn`, jitted, with its layers' matrix products in FP8.
@@ -104,6 +112,9 @@ def fp8_transform(
             with the names `sqnr_db`, `underflow`, `saturated` and `amax`, float32. The
             last axis is for the two operands in the order of `Recipe`'s table; axes
             before it are the iterations of the scans around the product.
+        weight_dtype: of the arrays that `fn` sees in the place of QTensors among its
+            arguments. Products read their codes; what else uses one reads it
+            dequantized. For inference: nothing has a derivative through them.
         custom_rules: patterns of names of functions with a `jax.custom_vjp` or
             `jax.custom_jvp`, for a forward function: those that match as a whole are
             rewritten with their gradient rules. In a whole step all are, without it.
@@ -129,7 +140,13 @@ def fp8_transform(
         raise ValueError(f"fp8_transform takes min_dim >= 0, got {min_dim!r}.")
     custom_rules = check_custom_rules(custom_rules)
     policy = Policy(
-        recipe or deepseek_v3(), rules, min_dim, implementation, stats, custom_rules
+        recipe or deepseek_v3(),
+        rules,
+        min_dim,
+        implementation,
+        stats,
+        _checked_dtype(weight_dtype),
+        custom_rules,
     )
     options = ArgumentOptions.of(
         fn, static_argnums, static_argnames, donate_argnums, donate_argnames
@@ -225,7 +242,7 @@ class Fp8Function:
         jaxpr, out_tree, plan = self._plan(key, donated, kept)
         _warn(plan.report, self._policy, self._name)
         stats = self._policy.stats
-        jaxpr = self._rewritten(jaxpr, plan, stats)
+        jaxpr = without_unread(self._rewritten(jaxpr, plan, stats))
         self._has_static_outputs |= has_static_outputs(out_tree)
         inputs = [*donated, *kept]
         if not stats:
@@ -250,8 +267,9 @@ class Fp8Function:
         """The function's jaxpr, its output's structure, and the plan for it."""
 
         def flat(donated: list[Any], kept: list[Any]) -> Any:
-            args, kwargs = key.arguments(donated, kept)
-            return self._options.mark(self._fn(*args, **kwargs), key)
+            arguments = key.arguments(donated, kept)
+            (args, kwargs), put_back = as_arrays(arguments, self._policy.weight_dtype)
+            return self._options.mark(put_back(self._fn(*args, **kwargs)), key)
 
         try:
             jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(donated, kept)
@@ -262,7 +280,8 @@ class Fp8Function:
                 "static_argnames=."
             )
             raise
-        jaxpr = inline_calls(jaxpr)
+        jaxpr = sink(inline_calls(jaxpr))
+        stored = StoredOperands.of(jaxpr)
         leaves = self._ordered_leaves(key, donated, kept)
         flow = Flow(RULES, opaque, closure=1 << len(leaves))
         inputs = [flow.input(i) for i in range(len(leaves))]
@@ -276,7 +295,9 @@ class Fp8Function:
         ) -> Plan:
             found = assign(dots, mask, sizes)
             spread = max(key.spread, *map(spread_of_program, (jaxpr, *programs)))
-            return make_plan(found, leaves, self._policy, whole_step, spread, mask)
+            return make_plan(
+                found, leaves, self._policy, whole_step, spread, mask, stored
+            )
 
         whole_step = is_whole_step(dots)
         plan = decide(dots, whole_step, ())
@@ -332,6 +353,15 @@ class Fp8Function:
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         names = positional_names(self._fn, len(args))
         return {**dict(zip(names, args, strict=True)), **kwargs}
+
+
+def _checked_dtype(dtype: Any) -> np.dtype:
+    for allowed in ops.INPUT_DTYPES:
+        if dtype == allowed:
+            return allowed
+    raise ValueError(
+        f"fp8_transform takes weight_dtype bfloat16, float16 or float32, got {dtype!r}."
+    )
 
 
 def _is_about_derivatives(error: TypeError) -> bool:

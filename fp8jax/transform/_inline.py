@@ -92,6 +92,16 @@ def inline_calls(jaxpr: Any, hand_written: bool = False) -> Any:
     return visit(jaxpr)
 
 
+def written_out(eqn: Any) -> tuple[list[Any], list[Any]] | None:
+    """A plain call's equations and results; None for all else, and for ours."""
+    if eqn.primitive.name not in ("jit", "pjit") or _is_ours(eqn):
+        return None
+    body = _compat.open_jaxpr(eqn.params["jaxpr"])
+    if not _is_plain(eqn, body):
+        return None
+    return splice(body, eqn.invars, _named_after(eqn))
+
+
 def _is_ours(eqn: Any) -> bool:
     return str(eqn.params.get("name", "")).startswith(ops.MARK)
 

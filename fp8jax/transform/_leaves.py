@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from fp8jax.quant import QTensor
 from fp8jax.transform._roles import differentiated_leaves, forward_leaves, is_whole_step
 from fp8jax.transform._values import Dot
 
@@ -32,6 +33,7 @@ class Leaf:
         is_param: whether its type says that it is a parameter.
         size: elements.
         is_float: whether it can be differentiated.
+        is_stored: whether it holds the codes or the scales of a QTensor.
     """
 
     argument: str
@@ -40,6 +42,7 @@ class Leaf:
     is_param: bool
     size: int
     is_float: bool
+    is_stored: bool = False
 
     @property
     def full_path(self) -> str:
@@ -94,9 +97,9 @@ def positional_names(fn: Any, count: int) -> list[str]:
 def _leaves(name: str, number: int | None, arg: Any) -> list[Leaf]:
     found = []
     # Variables of NNX are nodes that hold one array: their type says what they are.
-    flat, _ = jax.tree_util.tree_flatten_with_path(arg, is_leaf=_is_variable)
+    flat, _ = jax.tree_util.tree_flatten_with_path(arg, is_leaf=_is_node)
     for keys, node in flat:
-        for x in jax.tree.leaves(node):
+        for x, is_stored in _arrays(node):
             keys_in_argument = tuple(map(_key_name, keys))
             found.append(
                 Leaf(
@@ -106,6 +109,7 @@ def _leaves(name: str, number: int | None, arg: Any) -> list[Leaf]:
                     is_param=_is_param(node) or _PARAMS in keys_in_argument,
                     size=math.prod(_aval(x).shape),
                     is_float=jnp.issubdtype(_aval(x).dtype, jnp.floating),
+                    is_stored=is_stored,
                 )
             )
     return found
@@ -119,6 +123,19 @@ def _class_names(x: Any) -> set[str]:
     return {
         cls.__name__ for cls in type(x).__mro__ if cls.__module__.startswith("flax.nnx")
     }
+
+
+def _is_node(x: Any) -> bool:
+    return _is_variable(x) or isinstance(x, QTensor)
+
+
+def _arrays(node: Any) -> list[tuple[Any, bool]]:
+    """Arrays of a node of a tree, and whether they are a QTensor's."""
+    found = []
+    for x in jax.tree.leaves(node, is_leaf=lambda x: isinstance(x, QTensor)):
+        is_stored = isinstance(x, QTensor)
+        found += [(a, is_stored) for a in (jax.tree.leaves(x) if is_stored else [x])]
+    return found
 
 
 def _is_variable(x: Any) -> bool:
@@ -155,8 +172,9 @@ def weight_mask(weights: Weights, leaves: Sequence[Leaf], dots: Sequence[Dot]) -
     """Which leaves are parameters, as `Value.leaves`.
 
     What `weights` says; else the leaves that the step differentiates and their
-    siblings; else those in `params`, or of type `nnx.Param`; else, if the function is a
-    forward pass, those of the first argument, if that is a container.
+    siblings; else, in a forward pass, QTensors, beside which arrays stay as they are;
+    else those in `params`, or of type `nnx.Param`; else, if the function is a forward
+    pass, those of the first argument, if that is a container.
 
     Raises:
         ValueError: If `weights` names an argument that the call lacks.
@@ -168,6 +186,9 @@ def weight_mask(weights: Weights, leaves: Sequence[Leaf], dots: Sequence[Dot]) -
         found = sure | _of_families(sure, unsure, leaves)
         if found:
             return found | _siblings(found, leaves, forward_leaves(dots))
+    stored = [leaf.is_stored for leaf in leaves]
+    if any(stored) and not is_whole_step(dots):
+        return _mask(stored)
     hinted = [leaf.is_param for leaf in leaves]
     if any(hinted) or is_whole_step(dots):
         return _mask(hinted)

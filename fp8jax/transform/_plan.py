@@ -10,76 +10,18 @@ import jax.numpy as jnp
 
 from fp8jax import _compat, ops
 from fp8jax.quant import QuantSpec
-from fp8jax.recipes import (
-    DEFAULT_SKIPS,
-    GEMM_NAMES,
-    GemmName,
-    GemmSpec,
-    Recipe,
-    Residual,
-    Rule,
-    first_match,
-    skip_narrow,
-)
+from fp8jax.recipes import GEMM_NAMES, GemmName, GemmSpec, Recipe, Residual
 from fp8jax.transform._leaves import Leaf
+from fp8jax.transform._policy import Policy
 from fp8jax.transform._report import Report, Row, describe_tiles
 from fp8jax.transform._roles import UNCLEAR, Assignment, Role
 from fp8jax.transform._rule_call import RuleCall
+from fp8jax.transform._stored import StaticDot, StoredOperands
+from fp8jax.transform._stored_plan import notes_on, static_dot
 from fp8jax.transform._values import MARKED, Dot, Position, Side, other_side
 
 SPLIT = "sharded over devices, and a GPU kernel cannot be split"
 CHECKED = "in a shard_map that checks types, which GPU kernels lack: check_vma=False"
-
-
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """What the user asked for.
-
-    Attributes:
-        recipe: of layers that no rule is about.
-        rules: the user's, in order; the default ones come after them.
-        min_dim: of the last default rule, which skips narrower weights.
-        implementation: as in `fp8jax.dot_general`.
-        stats: whether quantization errors are measured, too.
-        custom_rules: patterns of names of functions with a gradient rule of their own
-            that are rewritten, rule and all.
-    """
-
-    recipe: Recipe
-    rules: tuple[Rule, ...]
-    min_dim: int
-    implementation: str | None
-    stats: bool = False
-    custom_rules: tuple[str, ...] = ()
-
-    def rule_for(self, path: str, role: GemmName, k: int, n: int) -> Rule | None:
-        rules = (*self.rules, *DEFAULT_SKIPS, skip_narrow(self.min_dim))
-        return first_match(rules, path, role, k, n)
-
-    def gemm(
-        self, path: str, role: GemmName, k: int, n: int
-    ) -> tuple[GemmSpec | None, str]:
-        """How a GEMM of the weight [k, n] is quantized, or why it is not."""
-        rule = self.rule_for(path, role, k, n)
-        recipe = self.recipe if rule is None else rule.recipe
-        if rule is not None and recipe is None:
-            by = "rule" if rule in self.rules else "by default"
-            return None, f"{by}: {rule.reason or rule.pattern}"
-        spec = getattr(recipe, role)
-        return spec, "" if spec else f"the recipe has no {role} in FP8"
-
-    def layer(self, path: str, k: int, n: int) -> Recipe:
-        """All three GEMMs of the weight [k, n], of as many rules."""
-        specs = {role: self.gemm(path, role, k, n)[0] for role in GEMM_NAMES}
-        return Recipe(**specs, residual=self.residual(path, k, n))
-
-    def residual(self, path: str, k: int, n: int) -> Residual:
-        """What is kept of the input of the weight [k, n]."""
-        if any(self.gemm(path, role, k, n)[0] is None for role in GEMM_NAMES):
-            return "bf16"
-        rule = self.rule_for(path, "fprop", k, n)
-        recipe = self.recipe if rule is None else rule.recipe
-        return "bf16" if recipe is None else recipe.residual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +67,7 @@ class Plan:
         is_weight: for each leaf of the arguments, whether it is a parameter.
     """
 
-    replacements: Mapping[Position, Replacement | RuleCall]
+    replacements: Mapping[Position, Replacement | StaticDot | RuleCall]
     measured: tuple[tuple[str, Role], ...]
     report: Report
     whole_step: bool
@@ -134,7 +76,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class _Verdict:
-    replacement: Replacement | None
+    replacement: Replacement | StaticDot | None
     reason: str = ""
 
 
@@ -145,6 +87,7 @@ def make_plan(
     whole_step: bool,
     spread: ops.Spread,
     weights: int,
+    stored: StoredOperands,
 ) -> Plan:
     """Decides on every product.
 
@@ -155,31 +98,36 @@ def make_plan(
         whole_step: whether the function holds a backward pass.
         spread: over how many devices XLA may split the function's arrays.
         weights: `Value.leaves` of the parameters.
+        stored: where QTensors are used.
     """
     obstacles = _layer_obstacles(assignments)
-    replacements, rows = {}, []
+    replacements, rows, measured = {}, [], []
     kernel_of = functools.cache(_implementation)  # It traces a GEMM each time.
     for a in assignments:
-        verdict = _decide(a, leaves, policy, obstacles, whole_step)
+        of_dot = stored.of_dots.get(a.dot.position)
+        if of_dot and not whole_step:
+            verdict = _Verdict(*static_dot(a, of_dot, leaves, policy, _unsupported))
+        else:
+            verdict = _decide(a, leaves, policy, obstacles, whole_step)
         verdict = _on_devices(verdict, a.dot, spread, kernel_of)
         if verdict.replacement is not None:
             replacements[a.dot.position] = verdict.replacement
-        rows.append(_row(a, leaves, verdict, kernel_of))
+        rows.append(row := _row(a, leaves, verdict, kernel_of))
+        is_static = isinstance(verdict.replacement, StaticDot)
+        if row.tiles and not is_static and a.dot.ragged is None:
+            measured.append((row.path, row.role))
     matched = {
         policy.rule_for(leaves[layer].path, role, *_features(a))
         for a in assignments
         for layer in _layers(a)
         for role in ((_gemm_name(a.role),) if whole_step else GEMM_NAMES)
     }
+    notes = (*_notes(policy, assignments), *notes_on(stored, leaves))
     unmatched = tuple(rule.pattern for rule in policy.rules if rule not in matched)
     return Plan(
         replacements,
-        tuple(
-            (row.path, row.role)
-            for row, a in zip(rows, assignments, strict=True)
-            if row.tiles and a.dot.ragged is None
-        ),
-        Report(tuple(rows), unmatched, _notes(policy, assignments)),
+        tuple(measured),
+        Report(tuple(rows), unmatched, notes),
         whole_step,
         tuple(bool(weights >> i & 1) for i, _ in enumerate(leaves)),
     )
@@ -396,8 +344,10 @@ def _path(a: Assignment, leaves: Sequence[Leaf]) -> str:
     return " | ".join(dict.fromkeys(leaves[layer].path for layer in layers))
 
 
-def specs_of(replacement: Replacement | None) -> tuple[QuantSpec, ...]:
+def specs_of(replacement: Replacement | StaticDot | None) -> tuple[QuantSpec, ...]:
     """Of both operands of the product that is in FP8 here, if one is."""
+    if isinstance(replacement, StaticDot):
+        return replacement.specs
     if isinstance(replacement, QuantizedDot):
         return replacement.lhs_spec, replacement.rhs_spec
     if isinstance(replacement, LayerDot) and replacement.recipe.fprop is not None:
@@ -408,7 +358,7 @@ def specs_of(replacement: Replacement | None) -> tuple[QuantSpec, ...]:
 
 
 def _kernel(
-    replacement: Replacement | None, dot: Dot, kernel_of: Callable[..., str]
+    replacement: Replacement | StaticDot | None, dot: Dot, kernel_of: Callable[..., str]
 ) -> str:
     specs = specs_of(replacement)
     if replacement is None or not specs:

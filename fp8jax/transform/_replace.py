@@ -33,6 +33,8 @@ from fp8jax.transform._plan import (
 )
 from fp8jax.transform._ragged import is_ragged, ragged_call
 from fp8jax.transform._rule_call import RuleCall
+from fp8jax.transform._stored import StaticDot
+from fp8jax.transform._stored_calls import static_equations
 from fp8jax.transform._values import SIDES, Side
 from fp8jax.transform._views import name_of, views_in
 
@@ -58,8 +60,8 @@ class Replacer:
         self.calls = Calls()
 
     def __call__(
-        self, jaxpr: Any, planned: Mapping[int, Replacement | RuleCall]
-    ) -> Callable[[Any, Replacement | RuleCall], list[Any]]:
+        self, jaxpr: Any, planned: Mapping[int, Replacement | StaticDot | RuleCall]
+    ) -> Callable[[Any, Replacement | StaticDot | RuleCall], list[Any]]:
         return _InJaxpr(jaxpr, planned, self.calls, self._statistics).replace
 
 
@@ -69,7 +71,7 @@ class _InJaxpr:
     def __init__(
         self,
         jaxpr: Any,
-        planned: Mapping[int, Replacement | RuleCall],
+        planned: Mapping[int, Replacement | StaticDot | RuleCall],
         calls: Calls,
         statistics: bool,
     ):
@@ -86,9 +88,11 @@ class _InJaxpr:
                 x, quantize = _operand(eqn, what, what.first)
                 self._early.add(self._key(x, quantize, eqn))
 
-    def replace(self, eqn: Any, what: Replacement | RuleCall) -> list[Any]:
+    def replace(self, eqn: Any, what: Replacement | StaticDot | RuleCall) -> list[Any]:
         if isinstance(what, RuleCall):
             return self._ruled(eqn, what)
+        if isinstance(what, StaticDot):
+            return static_equations(eqn, what, self._calls, self._codes)
         if is_ragged(eqn):
             eqns, _ = self._calls(ragged_call(eqn, what), eqn, *eqn.invars)
         elif isinstance(what, QuantizedDot) and not what.split:

@@ -15,6 +15,7 @@ from benchmarks import (
     _hlo,
     decode,
     gemm,
+    inference,
     layer,
     plot_m,
     quantize,
@@ -112,6 +113,23 @@ def test_decode(on_cpu, monkeypatch):
     assert (one["m"], two["m"], one["n"], one["k"]) == ("1", "16", "256", "384")
     assert float(one["of_copy"]) > 0
     assert one["cublaslt_us"] == ""
+
+
+def test_inference_of_all_contenders_with_their_kernels(on_cpu, monkeypatch):
+    sizes = inference.Sizes(width=256, hidden=384, queries=256, keys=128)
+    monkeypatch.setattr(inference, "SIZES", sizes)
+    with jax.numpy_dtype_promotion("standard"):  # Flax's norms promote.
+        run(monkeypatch, inference, "--layers 1 --tokens 16 --rounds 1 --hlo")
+    found = rows(on_cpu / "inference.csv")
+    assert [r["contender"] for r in found] == [*inference.KINDS]
+    base, *fp8 = found
+    weights = 256 * (256 + 2 * 128) + 256 * 256 + 3 * 256 * 384
+    assert int(base["weight_bytes"]) == 2 * weights
+    # Codes, and a scale of four bytes for 128x128 of them.
+    assert all(int(r["weight_bytes"]) == weights + weights // 4096 for r in fp8)
+    # FP8 products carry about 27 dB; a step that multiplies something else has none.
+    assert all(float(r["sqnr_db"]) > 20 for r in found)
+    assert "fp8 fused: m 16" in (on_cpu / "inference_kernels.txt").read_text()
 
 
 def test_plot_of_measured_rows_and_again_from_the_csv(on_cpu, monkeypatch):
@@ -254,7 +272,8 @@ def test_sanitized_program_compares_every_kernel(monkeypatch, capsys):
         return xla.gemm(*args, **static)
 
     monkeypatch.setattr(sanitize, "every_gemm_config", lambda *_: [None])
-    for name in ("gemm", *(n for n in dir(xla) if n.startswith("quantize"))):
+    kernels = dir(sanitize.mosaic_gpu)
+    for name in ("gemm", *(n for n in kernels if n.startswith("quantize"))):
         monkeypatch.setattr(sanitize.mosaic_gpu, name, getattr(xla, name))
     monkeypatch.setattr(sanitize.mosaic_gpu, "multiply", multiply)
     sanitize.run_kernels()

@@ -1,5 +1,6 @@
 """Both ways between this library and torch, safetensors.torch and transformers."""
 
+import functools
 import json
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 import fp8jax
 from fp8jax import checkpoint
 from fp8jax.testing import assert_same_bits
+from tests.checkpoint import deepseek_v3
 
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -146,3 +148,43 @@ def test_transformers_loads_our_model_without_a_weights_difference(deepseek, tmp
     cosine = torch.nn.functional.cosine_similarity(exact, logits, dim=-1)
     # Codes alone cost 31 dB, a cosine of 0.9996; some products' errors add up.
     assert cosine.mean() > 0.99
+
+
+@pytest.mark.slow
+def test_logits_are_those_of_transformers(deepseek, tmp_path):
+    transformers, model = deepseek
+    model.save_pretrained(tmp_path / "plain")
+    checkpoint.quantize_checkpoint(tmp_path / "plain", tmp_path / "fp8")
+    checkpoint.dequantize_checkpoint(
+        tmp_path / "fp8", tmp_path / "back", dtype="float32"
+    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "back", dtype=torch.float32
+    ).eval()
+    tokens = np.arange(32) * 7 % 256
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)[None]).logits[0].numpy()
+
+    fields = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    config = deepseek_v3.Config.of(fields)
+    forward = functools.partial(deepseek_v3.logits, config=config)
+    params = checkpoint.load(tmp_path / "fp8")
+    arrays = jax.tree.map(
+        lambda w: w.dequantize() if isinstance(w, fp8jax.QTensor) else w,
+        params,
+        is_leaf=lambda w: isinstance(w, fp8jax.QTensor),
+    )
+    exact = jax.jit(forward)(arrays, tokens)
+    # A float32 sum of 384 products at most, 15 of them one behind the other.
+    error = fp8jax.numerics.relative_error(exact, expected)
+    assert error < 15 * 384 * 2**-24
+
+    in_fp8 = fp8jax.fp8_transform(forward, weight_dtype=jnp.float32)
+    rows = in_fp8.report(params, tokens).rows
+    stored = sum(isinstance(w, fp8jax.QTensor) for w in params.values())
+    static = sum("stored in FP8" in row.reason for row in rows)
+    assert static == stored == 38
+    got = in_fp8(params, tokens)
+    # Rounding activations costs a product some 30 dB; the errors of a dozen add up to
+    # 19 dB, a cosine of 0.994. A token whose experts change costs more; most do not.
+    assert fp8jax.numerics.cosine_similarity(got, expected) > 0.99

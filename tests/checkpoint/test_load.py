@@ -63,6 +63,15 @@ def test_flax_layout_is_transposed_exactly(path, tensors):
     assert set(model["norm"]) == {"scale"}
 
 
+def test_flax_kernels_lie_in_memory_as_in_the_file(path):
+    params = checkpoint.load(path, layout="flax")
+    kernel = params["model"]["layers"]["0"]["up"]["kernel"]
+    plain = checkpoint.quantize_params({"kernel": jnp.ones((128, 256))})["kernel"]
+    for q in (kernel, plain):
+        for x in (q.data, q.scale):
+            assert x.format.layout.major_to_minor == (1, 0)
+
+
 def test_what_was_loaded_outlives_the_file(path, tensors):
     params = checkpoint.load(path)
     (path / "model.safetensors").write_bytes(b"")

@@ -1,5 +1,7 @@
 """Layers whose kernel is a QTensor, in NNX and in Linen alike."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,8 @@ from flax import nnx
 import fp8jax
 import fp8jax.linen
 import fp8jax.nnx
-from fp8jax import recipes
+from benchmarks import inference
+from fp8jax import _compat, _dispatch, recipes
 
 IN, OUT = 200, 160  # No multiples of a tile.
 SPEC = fp8jax.QuantSpec(tile=(128, 128), scale="fp32")
@@ -112,3 +115,165 @@ def test_nnx_layers_keep_their_qtensor_through_split_and_merge(params, x):
     merged = nnx.merge(*nnx.split(layer))
     assert isinstance(merged.kernel.get_value(), fp8jax.QTensor)
     np.testing.assert_array_equal(merged(x), layer(x))
+
+
+HIDDEN = 256
+
+
+@pytest.fixture
+def mlp():
+    k = jax.random.split(jax.random.key(2), 3)
+    shapes = {"gate": (IN, HIDDEN), "up": (IN, HIDDEN), "down": (HIDDEN, IN)}
+    return {
+        name: {"kernel": fp8jax.quantize(jax.random.normal(key, shape) / 14, SPEC)}
+        for key, (name, shape) in zip(k, shapes.items(), strict=True)
+    }
+
+
+def swiglu_by_nnx(params, x, **options):
+    layer = fp8jax.nnx.SwiGLU(IN, HIDDEN, rngs=nnx.Rngs(0), **options)
+    nnx.update(layer, params)
+    return nnx.jit(lambda layer, x: layer(x))(layer, x)
+
+
+def swiglu_by_linen(params, x, **options):
+    layer = fp8jax.linen.SwiGLU(HIDDEN, **options)
+    return jax.jit(layer.apply)({"params": params}, x)
+
+
+both_swiglus = pytest.mark.parametrize("apply", [swiglu_by_nnx, swiglu_by_linen])
+
+
+@both_swiglus
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_swiglu_is_its_three_products(mlp, x, apply, dtype):
+    @jax.jit
+    def expected(params, x):
+        def dot(q, name):
+            kernel = params[name]["kernel"]
+            return fp8jax.scaled_matmul(q, kernel.T, out_dtype=dtype)
+
+        q = fp8jax.quantize(x.astype(dtype).reshape(-1, IN))
+        gate, up = dot(q, "gate"), dot(q, "up")
+        h = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+        return dot(fp8jax.quantize(h.astype(dtype)), "down").reshape(x.shape)
+
+    y = apply(mlp, x, dtype=dtype)
+    assert y.dtype == dtype
+    # A code of h may move by a step where it lies at a tie: see quantize_swiglu.
+    assert fp8jax.numerics.sqnr_db(expected(mlp, x), y) > 40
+
+
+def scaled_by_one_quantization(layer, x, dtype):
+    """The layer given codes, as against the layer given what they were made of."""
+    q = fp8jax.quantize(x.astype(dtype))
+    chex.assert_trees_all_equal(layer(q), layer(x.astype(dtype)))
+
+
+@both
+def test_input_in_codes_is_the_input_it_was_made_of(params, x, apply):
+    def layer(x):
+        return apply(params, x, dtype=jnp.bfloat16)
+
+    scaled_by_one_quantization(layer, x, jnp.bfloat16)
+    scaled_by_one_quantization(layer, x[0], jnp.bfloat16)
+
+
+@both_swiglus
+def test_swiglu_takes_codes_of_its_input(mlp, x, apply):
+    def layer(x):
+        return apply(mlp, x, dtype=jnp.float32)
+
+    scaled_by_one_quantization(layer, x, jnp.float32)
+
+
+@both
+def test_input_in_codes_needs_codes_of_the_kernel_and_a_dtype(params, x, apply):
+    q = fp8jax.quantize(x)
+    with pytest.raises(ValueError, match=r"takes a QTensor as its input.*dtype=None"):
+        apply(params, q)
+    plain = {**params, "kernel": params["kernel"].dequantize()}
+    with pytest.raises(ValueError, match="takes a QTensor as its input"):
+        apply(plain, q, dtype=jnp.float32)
+    blocks = fp8jax.quantize(x, SPEC)
+    with pytest.raises(ValueError, match="in tiles of one row"):
+        apply(params, blocks, dtype=jnp.float32)
+
+
+@both_swiglus
+def test_swiglu_refuses_to_mix_codes_and_arrays(mlp, x, apply):
+    mixed = {**mlp, "up": {"kernel": mlp["up"]["kernel"].dequantize()}}
+    with pytest.raises(ValueError, match=r"QTensor \[200, 256\], array"):
+        apply(mixed, x)
+
+
+@both
+def test_codes_that_lie_contraction_last_are_read_as_they_lie(params, x, apply):
+    kernel = fp8jax.quant.contraction_minor(params["kernel"])
+    np.testing.assert_array_equal(
+        apply({**params, "kernel": kernel}, x), apply(params, x)
+    )
+
+
+def test_program_takes_codes_in_the_order_they_lie_in(params, x):
+    layer = fp8jax.linen.Dense(OUT)
+    kernel = fp8jax.quant.contraction_minor(params["kernel"])
+    variables = {"params": {**params, "kernel": kernel}}
+    hlo = jax.jit(layer.apply).lower(variables, x).compile().as_text()
+    layouts = hlo.splitlines()[0]
+    assert f"f8e4m3fn[{IN},{OUT}]{{0,1}}" in layouts
+    assert "f32[2,2]{0,1}" in layouts
+
+
+@pytest.fixture
+def decoder():
+    """Two layers of a 7B decoder at m = 1: a program and its arguments' types."""
+    step = inference.Step(2, inference.SIZES, inference.FUSED)
+
+    def codes(w):
+        if w.ndim < 2:
+            return w
+        return jax.eval_shape(
+            lambda w: fp8jax.quantize(w, SPEC, implementation="xla"), w
+        )
+
+    run, leaves = step.jit(jax.tree.map(codes, step.shapes))
+    x = jax.ShapeDtypeStruct((1, inference.SIZES.width), jnp.bfloat16)
+    weights = sum(w.size for w in jax.tree.leaves(step.shapes) if w.ndim == 2)
+    return run, (leaves, x), weights
+
+
+def test_layers_of_a_7b_model_are_given_a_byte_a_weight(decoder):
+    run, arguments, weights = decoder
+    assert weights == 2 * 4096 * (6144 + 4096 + 3 * 14336)
+    with jax.numpy_dtype_promotion("standard"):
+        memory = run.lower(*arguments).compile().memory_analysis()
+    # Scales are 4 bytes in 16384; norms are 4 vectors in BF16.
+    assert 0 <= memory.argument_size_in_bytes - weights * (1 + 4 / 16384) < 2**16
+
+
+@pytest.mark.skipif(_compat.JAX_VERSION < (0, 11), reason="GPU kernels need JAX 0.11")
+def test_layers_of_a_7b_model_inflate_no_weight_on_a_gpu(decoder, monkeypatch):
+    run, arguments, _ = decoder
+    monkeypatch.setattr(_dispatch, "check_available", lambda name: None)
+    with jax.numpy_dtype_promotion("standard"):
+        traced = run.trace(*arguments)
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # As NumPy would count them: the smallest weight is 4096x4096.
+    large = {
+        kind
+        for sides, kind in re.findall(r"tensor<((?:\d+x)+)(\w+)>", program)
+        if np.prod([int(side) for side in sides.split("x")[:-1]]) >= 4096**2
+    }
+    assert large == {"f8E4M3FN"}
+    # Nothing reads them but our kernels and the transpositions before those, which
+    # change no order in memory if `contraction_minor` laid the codes out.
+    readers = {
+        operation
+        for operation, operands in re.findall(
+            r"= (?:stablehlo\.)?(\S+) .*: \(?(tensor<[^)]*)\)? ->", program
+        )
+        if re.search(r"<\d{4,}x\d{4,}xf8E4M3FN>", operands)
+    }
+    assert readers <= {"transpose", "custom_call", "call"}
+    assert "transpose" in readers

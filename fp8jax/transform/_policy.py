@@ -1,0 +1,71 @@
+"""What the user asked for, and what it says about one layer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from fp8jax.recipes import (
+    DEFAULT_SKIPS,
+    GEMM_NAMES,
+    GemmName,
+    GemmSpec,
+    Recipe,
+    Residual,
+    Rule,
+    first_match,
+    skip_narrow,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What the user asked for.
+
+    Attributes:
+        recipe: of layers that no rule is about.
+        rules: the user's, in order; the default ones come after them.
+        min_dim: of the last default rule, which skips narrower weights.
+        implementation: as in `fp8jax.dot_general`.
+        stats: whether quantization errors are measured, too.
+        weight_dtype: of the arrays that the function sees for QTensors.
+        custom_rules: patterns of names of functions with a gradient rule of their own
+            that are rewritten, rule and all.
+    """
+
+    recipe: Recipe
+    rules: tuple[Rule, ...]
+    min_dim: int
+    implementation: str | None
+    stats: bool = False
+    weight_dtype: jax.typing.DTypeLike = jnp.bfloat16
+    custom_rules: tuple[str, ...] = ()
+
+    def rule_for(self, path: str, role: GemmName, k: int, n: int) -> Rule | None:
+        rules = (*self.rules, *DEFAULT_SKIPS, skip_narrow(self.min_dim))
+        return first_match(rules, path, role, k, n)
+
+    def gemm(
+        self, path: str, role: GemmName, k: int, n: int
+    ) -> tuple[GemmSpec | None, str]:
+        """How a GEMM of the weight [k, n] is quantized, or why it is not."""
+        rule = self.rule_for(path, role, k, n)
+        recipe = self.recipe if rule is None else rule.recipe
+        if rule is not None and recipe is None:
+            by = "rule" if rule in self.rules else "by default"
+            return None, f"{by}: {rule.reason or rule.pattern}"
+        spec = getattr(recipe, role)
+        return spec, "" if spec else f"the recipe has no {role} in FP8"
+
+    def layer(self, path: str, k: int, n: int) -> Recipe:
+        """All three GEMMs of the weight [k, n], of as many rules."""
+        specs = {role: self.gemm(path, role, k, n)[0] for role in GEMM_NAMES}
+        return Recipe(**specs, residual=self.residual(path, k, n))
+
+    def residual(self, path: str, k: int, n: int) -> Residual:
+        """What is kept of the input of the weight [k, n]."""
+        if any(self.gemm(path, role, k, n)[0] is None for role in GEMM_NAMES):
+            return "bf16"
+        rule = self.rule_for(path, "fprop", k, n)
+        recipe = self.recipe if rule is None else rule.recipe
+        return "bf16" if recipe is None else recipe.residual

@@ -1,0 +1,211 @@
+"""Weights that came as QTensors: where a program multiplies by them.
+
+The function sees a QTensor among its arguments as the array it stands for, which a
+marked call makes of codes and scales. A product of that array is one of the codes.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.extend import core
+
+from fp8jax import _compat, ops
+from fp8jax.quant import QTensor, QuantSpec
+from fp8jax.transform._interpreter import sub_jaxprs
+from fp8jax.transform._values import SIDES, Position, Side, other_side
+
+_NAME = f"{ops.MARK}dequantize"
+CONTRACTION_TILE = 128  # Of the products of codes.
+# What looks at a stored weight, and may be read off its codes.
+VIEWS = ("convert_element_type", "transpose")
+_REMATS = ("checkpoint", "remat", "remat2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dequantize:
+    """A marked call that makes an array of codes and scales."""
+
+    tile: tuple[int, int]
+    dtype: np.dtype
+
+    def __call__(self, data: jax.Array, scale: jax.Array) -> jax.Array:
+        def run(data: jax.Array, scale: jax.Array) -> jax.Array:
+            return QTensor(data, scale, self.tile).dequantize(self.dtype)
+
+        # The tile is in the name: an equation has no other place for it.
+        run.__name__ = run.__qualname__ = "{}_{}x{}".format(_NAME, *self.tile)
+        return jax.jit(run)(data, scale)
+
+    @classmethod
+    def of(cls, eqn: Any) -> "Dequantize | None":
+        """The call that an equation is, if it is one."""
+        found = re.fullmatch(rf"{_NAME}_(\d+)x(\d+)", str(eqn.params.get("name", "")))
+        if found is None:
+            return None
+        rows, columns = found.groups()
+        return cls((int(rows), int(columns)), np.dtype(eqn.outvars[0].aval.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """An operand that is a QTensor, in the jaxpr that multiplies by it.
+
+    Attributes:
+        data, scale: variables of codes and scales there.
+        tile: of the codes as they are stored.
+        transposed: whether the operand is the transpose of what is stored.
+        leaf: of the function's arguments, if that is known.
+    """
+
+    data: Any
+    scale: Any
+    tile: tuple[int, int]
+    transposed: bool
+    leaf: int | None
+
+    @property
+    def operand_tile(self) -> tuple[int, int]:
+        """The tile over the operand's own dimensions."""
+        rows, columns = self.tile
+        return (columns, rows) if self.transposed else (rows, columns)
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticDot:
+    """A product of an activation, quantized online, and a stored weight.
+
+    Attributes:
+        weight: which operand is stored.
+        stored: the weight.
+        spec: of the activation, `[free, contraction]`.
+        contraction: dimension of the operand, 0 or 1, that is contracted.
+        implementation: as in `fp8jax.dot_general`.
+    """
+
+    weight: Side
+    stored: Stored
+    spec: QuantSpec
+    contraction: int
+    implementation: str | None
+
+    @property
+    def first(self) -> Side:
+        """The operand that the recipe counts first."""
+        return other_side(self.weight)
+
+    @property
+    def specs(self) -> tuple[QuantSpec, QuantSpec]:
+        """Of lhs and rhs, `[free, contraction]`."""
+        rows, columns = self.stored.operand_tile
+        tile = (rows, columns) if self.contraction == 1 else (columns, rows)
+        stored = QuantSpec(tile=tile, dtype=self.stored.data.aval.dtype, scale="fp32")
+        pair = (self.spec, stored)
+        return pair if self.weight == "rhs" else (stored, self.spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredOperands:
+    """Where a program uses weights that came as QTensors.
+
+    Attributes:
+        of_dots: by position, the operands of a `dot_general` that are such weights.
+        inflated: leaves that something else than a product reads, as arrays.
+    """
+
+    of_dots: Mapping[Position, Mapping[Side, Stored]]
+    inflated: frozenset[int]
+
+    @classmethod
+    def of(cls, jaxpr: Any) -> "StoredOperands":
+        """Those of a whole program, whose inputs are the leaves."""
+        leaves = {v: i for i, v in enumerate(_compat.open_jaxpr(jaxpr).invars)}
+        walk = _Walk()
+        walk.visit(jaxpr, (), leaves)
+        return cls(walk.of_dots, frozenset(walk.inflated))
+
+
+class _Walk:
+    def __init__(self) -> None:
+        self.of_dots: dict[Position, Mapping[Side, Stored]] = {}
+        self.inflated: set[int] = set()
+
+    def visit(self, jaxpr: Any, position: Position, leaves: Mapping[Any, int]) -> None:
+        stored: dict[Any, Stored] = {}
+        for i, eqn in enumerate(_compat.open_jaxpr(jaxpr).eqns):
+            call = Dequantize.of(eqn)
+            if call is not None:
+                data, scale = eqn.invars
+                found = Stored(data, scale, call.tile, False, leaves.get(data))
+                stored[eqn.outvars[0]] = found
+                continue
+            read = [(j, stored[x]) for j, x in enumerate(eqn.invars) if _in(x, stored)]
+            view = _view(eqn, read[0][1]) if read else None
+            if view is not None:
+                stored[eqn.outvars[0]] = view
+            elif eqn.primitive.name == "dot_general":
+                if read:
+                    self.of_dots[(*position, i)] = {SIDES[j]: x for j, x in read}
+            else:
+                self.inflated |= {x.leaf for _, x in read if x.leaf is not None}
+                for number, (sub, slots) in enumerate(bodies(eqn)):
+                    invars = _compat.open_jaxpr(sub).invars
+                    outer = [eqn.invars[slot] for slot in slots]
+                    inner = {
+                        v: leaves[x]
+                        for v, x in zip(invars, outer, strict=True)
+                        if _in(x, leaves)
+                    }
+                    self.visit(sub, (*position, i, number), inner)
+
+
+def _in(x: Any, variables: Mapping[Any, Any]) -> bool:
+    return isinstance(x, core.Var) and x in variables
+
+
+def _view(eqn: Any, x: Stored) -> Stored | None:
+    """The result as a stored weight, if the equation but looks at one."""
+    name, out = eqn.primitive.name, eqn.outvars[0].aval
+    if name == "convert_element_type" and out.dtype in ops.INPUT_DTYPES:
+        return x
+    if name == "transpose" and tuple(eqn.params["permutation"]) == (1, 0):
+        return dataclasses.replace(x, transposed=not x.transposed)
+    return None
+
+
+Bodies = Iterator[tuple[Any, Sequence[int]]]
+
+
+def bodies(eqn: Any) -> Bodies:
+    """The jaxprs that a construct runs, each with the operands of its inputs."""
+    name, subs = eqn.primitive.name, sub_jaxprs(eqn)
+    every = range(len(eqn.invars))
+    if name == "scan" or (name in _REMATS and len(subs) == 1):
+        yield subs[0], every
+    elif name == "cond":
+        yield from ((sub, every[1:]) for sub in subs)
+    elif name == "while":
+        n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        body, cond = subs  # In the order of the alphabet, as positions count them.
+        yield body, every[n_cond:]
+        yield cond, [*every[:n_cond], *every[n_cond + n_body :]]
+
+
+Kind = Literal["constant", "carry", "slices"]
+
+
+def kind_of(eqn: Any, operand: int) -> Kind:
+    """How one of `bodies`' constructs hands an operand on."""
+    name = eqn.primitive.name
+    if name == "scan":
+        consts, carry = _compat.scan_counts(eqn.params)
+        if operand < consts:
+            return "constant"
+        return "carry" if operand < consts + carry else "slices"
+    if name == "while":
+        consts = eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
+        return "constant" if operand < consts else "carry"
+    return "constant"

@@ -1,0 +1,130 @@
+"""What a function sees of its QTensors, and the equations of products by them."""
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import numpy as np
+
+from fp8jax import ops
+from fp8jax.quant import QTensor, QuantSpec, quantize
+from fp8jax.transform._calls import marked
+from fp8jax.transform._stored import Dequantize, StaticDot
+
+
+def _is_qtensor(x: Any) -> bool:
+    return isinstance(x, QTensor)
+
+
+def has_qtensors(tree: Any) -> bool:
+    """Whether a pytree holds a QTensor."""
+    return any(map(_is_qtensor, jax.tree.leaves(tree, is_leaf=_is_qtensor)))
+
+
+def as_arrays(tree: Any, dtype: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """A tree with arrays of `dtype` for its QTensors, and a function of another tree.
+
+    That function puts QTensors back where those very arrays are: what a function
+    returns as it came stays what it was.
+    """
+    came: dict[int, tuple[jax.Array, QTensor]] = {}
+
+    def array(x: Any) -> Any:
+        if not _is_qtensor(x):
+            return x
+        x.check("fp8_transform")
+        made = Dequantize(x.tile, np.dtype(dtype))(x.data, x.scale)
+        came[id(made)] = made, x  # Kept, so that the number stays its own.
+        return made
+
+    def put_back(x: Any) -> Any:
+        return came[id(x)][1] if id(x) in came else x
+
+    arrays = jax.tree.map(array, tree, is_leaf=_is_qtensor)
+    return arrays, lambda outputs: jax.tree.map(put_back, outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """A marked call that quantizes an activation as `[free, contraction]`."""
+
+    operand: ops.Operand
+    spec: QuantSpec
+    implementation: str | None
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return marked("quantize", self._run)(x)
+
+    def _run(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = self.operand.arrange(x)
+        x = x if self.operand.contraction == 1 else x.mT
+        q = quantize(x, self.spec, implementation=self.implementation)
+        return q.data, q.scale
+
+
+@dataclasses.dataclass(frozen=True)
+class _Multiply:
+    """A marked call: codes of the activation, their scales, and the weight's."""
+
+    layout: ops.Layout
+    tile: tuple[int, int]
+    stored_tile: tuple[int, int]
+    turned: bool  # Whether codes are stored [n, k].
+    weight_first: bool
+    out_dtype: np.dtype
+    implementation: str | None
+
+    def __call__(self, *codes: jax.Array) -> jax.Array:
+        return marked("static_dot", self._run)(*codes)
+
+    def _run(self, *codes: jax.Array) -> jax.Array:
+        kernel = QTensor(codes[2], codes[3], self.stored_tile)
+        y = ops.static_weight_dot(
+            "fp8_transform",
+            QTensor(codes[0], codes[1], self.tile),
+            kernel.T if self.turned else kernel,
+            out_dtype=self.out_dtype,
+            implementation=self.implementation,
+        )
+        y = y.T if self.weight_first else y
+        return y.reshape(self.layout.out_shape)
+
+
+def static_equations(
+    eqn: Any,
+    what: StaticDot,
+    calls: Callable[..., tuple[list[Any], list[Any]]],
+    codes: dict[Hashable, list[Any]],
+) -> list[Any]:
+    """The equations that stand in for a `dot_general` of a stored weight.
+
+    Args:
+        eqn: the product.
+        what: it becomes.
+        calls: makes the equations of a function in the place of another equation, and
+            the variables of its results.
+        codes: made in this jaxpr so far; one activation is quantized once.
+    """
+    lhs, rhs = eqn.invars
+    numbers = eqn.params["dimension_numbers"]
+    layout = ops.plan(lhs.aval.shape, rhs.aval.shape, numbers, "fp8_transform")
+    first = what.first == "lhs"
+    x, operand = (lhs, layout.lhs) if first else (rhs, layout.rhs)
+    rows = _Rows(operand, what.spec, what.implementation)
+    key = (x, rows, eqn.ctx)
+    eqns = []
+    if key not in codes:
+        eqns, codes[key] = calls(rows, eqn, x)
+    stored = what.stored
+    multiply = _Multiply(
+        layout,
+        what.spec.tile,
+        stored.tile,
+        turned=(what.contraction == 1) != stored.transposed,
+        weight_first=not first,
+        out_dtype=np.dtype(eqn.outvars[0].aval.dtype),
+        implementation=what.implementation,
+    )
+    product, _ = calls(multiply, eqn, *codes[key], stored.data, stored.scale)
+    return [*eqns, *product[:-1], product[-1].replace(outvars=eqn.outvars)]
