@@ -10,9 +10,9 @@ arm is the first one's jitted train step wrapped by `fp8jax.fp8_transform`.
 
 It writes loss.csv, loss.png, summary.csv, load.csv and load.png into --out. On a CPU,
 FP8 is emulated in float32: only the losses and the experts' load are worth comparing
-there. Routing is discrete, so two runs part ways sooner than those of a dense model: with
-half the batch and twice the learning rate, other rounding of the initial weights alone,
-without FP8, moved the loss by 0.7 % after 120 steps.
+there. Routing is discrete, so two runs part ways sooner than those of a dense model:
+with half the batch and twice the learning rate, other rounding of the initial weights
+alone, without FP8, moved the loss by 0.7 % after 120 steps.
 """
 
 import csv
