@@ -48,7 +48,7 @@ def ragged_of(eqn: Any) -> Ragged | None:
 
 def of_marked(avals: Any, out: Any) -> Ragged | None:
     """The same of a call of our own products of codes."""
-    for aval, form in ((avals[1], "fprop"), (out, "wgrad")):
-        if aval.ndim == 3:
-            return Ragged(form, aval.shape[0])
-    return None
+    rhs = avals[1]
+    if rhs.ndim == 3:
+        return Ragged("fprop", rhs.shape[0])
+    return Ragged("wgrad", out.shape[0]) if out.ndim == 3 else None
