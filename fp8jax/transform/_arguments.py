@@ -22,14 +22,16 @@ class Static:
 
     def __init__(self, value: Any):
         self.value = value
+        # Once: that of an NNX graph takes longer than all else of a call's key.
         try:
-            hash(value)
+            self._hash = hash(value)
             self._identity = (type(value), value)
         except TypeError:
+            self._hash = id(value)
             self._identity = (type(value), id(value))
 
     def __hash__(self) -> int:
-        return hash(self._identity)
+        return self._hash
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Static) and self._identity == other._identity

@@ -213,6 +213,25 @@ def test_weights_leave_scans_in_scans_one_after_the_other():
     chex.assert_trees_all_equal(fn(grouped, X), inside(grouped, X))
 
 
+def test_remat_that_tells_its_operands_apart_is_given_codes_of_its_own():
+    def forward(params, x):
+        body = jax.checkpoint(
+            lambda x, w: (block(w, x), None), prevent_cse=(True, False)
+        )
+        return jax.lax.scan(body, x, params)[0]
+
+    fn = fp8_transform(step_of(forward), weights=0)
+    found = of_weights(quantizations(fn, STACKED, X))
+    assert {(name, depth) for name, _, depth in found} == {("quantize_both", 0)}
+    (remat,) = (e for s in scans(fn.trace(STACKED, X).jaxpr) for e in remats(s))
+    assert len(remat.params["prevent_cse"]) == len(remat.invars)
+
+
+def remats(scan):
+    eqns = _compat.open_jaxpr(scan.params["jaxpr"]).eqns
+    return [eqn for eqn in eqns if "prevent_cse" in eqn.params]
+
+
 def test_weights_of_two_scans_are_quantized_once():
     run = scanned(block)
     fn = fp8_transform(step_of(lambda params, x: run(params, run(params, x))))
