@@ -83,6 +83,6 @@ def quantize_grouped(
         eps=spec_t.eps,
     )
     return (
-        None if spec is None else QTensor(*along, spec.tile),
-        QTensor(*across, spec_t.tile),
+        None if spec is None else QTensor(along[0], along[1], spec.tile),
+        QTensor(across[0], across[1], spec_t.tile),
     )
