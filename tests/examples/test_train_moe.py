@@ -22,7 +22,7 @@ SMALL = (
     f"--top_k={TOP_K}",
     "--groups=2",
     "--d_ff=128",
-    "--learning_rate=0.003",
+    "--learning_rate=0.001",
 )
 
 
