@@ -33,14 +33,15 @@ def grouped_matmul(
 
     Args:
         lhs: `[m, k]` in tiles of `(1, 128)`.
-        rhs: `[g, n, k]` in tiles of `(128, 128)`; of `(1, 128)` in XLA, too.
+        rhs: `[g, n, k]` in tiles of `(128, 128)` or `(1, 128)`.
         group_sizes: int32 `[g]`; any may be 0. Their sum is at most m.
         out_dtype: bfloat16, float16 or float32; rounded to once, at the end.
-        implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here.
+        implementation: `"xla"`, so far the only one, or None.
 
     Returns:
         `[m, n]` of `out_dtype`. Rows of no group are 0, whatever the lhs holds there.
-        The others are those of `scaled_matmul` of the group, to the bit on a GPU.
+        The others are those of `scaled_matmul` of the group, but for the order in which
+        XLA sums a chunk.
 
     Raises:
         ValueError: If shapes, tiles or dtypes do not fit.
@@ -96,7 +97,7 @@ def grouped_wgrad(
     whose operands are the transposed ones that `quantize_grouped` makes.
 
     Args:
-        lhs: `[m, t]` in tiles of `(1, 128)`; of any number of rows in XLA.
+        lhs: `[m, t]` in tiles of `(1, 128)` or of more rows.
         rhs: `[n, t]` likewise.
         group_sizes: int32 `[g]`, what `quantize_grouped` took.
         out_dtype: bfloat16, float16 or float32; rounded to once, at the end.

@@ -16,6 +16,7 @@ from fp8jax.ops._grouped_product import (
     wgrad_of,
 )
 from fp8jax.ops._ragged_dot import grouped_product, ragged_dot
+from fp8jax.ops._swiglu import activation
 from fp8jax.quant import quantize_swiglu
 from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
 
@@ -96,13 +97,7 @@ def _unfused(
     **how: Any,
 ) -> jax.Array:
     gate, up = ragged_dot(x, w_gate, sizes, **how), ragged_dot(x, w_up, sizes, **how)
-    return ragged_dot(_activation(gate, up), w_down, sizes, **how)
-
-
-def _activation(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """`silu(gate) * up`, in float32, rounded once."""
-    h = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-    return h.astype(jnp.promote_types(gate.dtype, up.dtype))
+    return ragged_dot(activation(gate, up), w_down, sizes, **how)
 
 
 class _Kept(NamedTuple):
@@ -164,7 +159,7 @@ def _backward(
 
     q_dout, q_dout_t = of_output(dout)
     dh = dgrad_of(product, dgrad, w_down, q_dout, sizes)
-    h, gradient = jax.vjp(_activation, gate, up)
+    h, gradient = jax.vjp(activation, gate, up)
     _, q_h_t = product.quantize_both(h, sizes, None, wgrad.lhs)
     dw_down = wgrad_of(product, q_h_t, q_dout_t, sizes)
     dgate, dup = gradient(dh)

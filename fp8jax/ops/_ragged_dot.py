@@ -51,8 +51,8 @@ def ragged_dot(
             `recipes.bf16()` so far.
         recipe: `recipes.deepseek_v3()` by default. It quantizes lhs and its gradients
             row by row, so tiles of more rows are for the weights, and for wgrad's x.
-        implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here: XLA's
-            for arrays that may be split over devices, except in a `shard_map`.
+        implementation: as in `fp8jax.dot_general`; so far `"xla"` or None, because XLA
+            alone has these GEMMs.
 
     Returns:
         `[m, n]`, of the dtype that `jax.lax.ragged_dot` gives.

@@ -1,6 +1,7 @@
 """RMS normalization and the products of what it gives, quantized as it is computed."""
 
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -147,12 +148,12 @@ def _backward(static: _Static, kept: Any, douts: tuple[jax.Array, ...]) -> Any:
     x, scale, weights = kept
     h, norm_vjp = jax.vjp(functools.partial(_rms_norm, epsilon), x, scale)
     q_h_t = first.quantize(h, 0, wgrad.lhs)
-    dh, dweights = jnp.zeros_like(h), []
+    dhs, dweights = [], []
     for product, w, dout in zip(products, weights, douts, strict=True):
         q_dout, q_dout_t = product.quantize_both(dout, 1, dgrad.lhs, wgrad.rhs)
-        dh += dgrad_of(product, dgrad, w, q_dout)
+        dhs.append(dgrad_of(product, dgrad, w, q_dout))
         dweights.append(wgrad_of(product, q_h_t, q_dout_t))
-    return *norm_vjp(dh), tuple(dweights)
+    return *norm_vjp(functools.reduce(operator.add, dhs)), tuple(dweights)
 
 
 def _backward_once(
