@@ -116,3 +116,57 @@ def gemm_1d1d_config(m: int, n: int, k: int, num_sms: int) -> GemmConfig:
         cluster=2 if fills else 1,
         snake_axis=0 if m <= n else 1,
     )
+
+
+def row_groups_config(m: int, n: int, k: int, groups: int, num_sms: int) -> GemmConfig:
+    """The block shape for rows in groups, 1d2d: by how many rows a group has.
+
+    Args:
+        m: rows of all groups together.
+        n, k: as in `gemm_1d2d_config`.
+        groups: how many there are.
+        num_sms: multiprocessors to fill.
+    """
+    of_group = -(-m // groups)
+    chunks = 2 if k > CHUNK else 1
+    if of_group <= 64:
+        # Columns of a warpgroup fill a slice of rows at a group's edge: 64 in BF16.
+        return GemmConfig(
+            64,
+            128,
+            "n",
+            chunks=chunks,
+            accumulators=chunks,
+            stages=4,
+            cluster=1,
+            snake_axis=1,
+            scales_ahead=True,
+        )
+    fills = groups * -(-of_group // 128) * -(-n // 128) > num_sms
+    return GemmConfig(
+        128,
+        128,
+        "m",
+        chunks=chunks,
+        accumulators=chunks,
+        stages=3,
+        cluster=2 if fills and of_group > 128 else 1,
+        snake_axis=1,
+    )
+
+
+def column_groups_config(
+    kind: Literal["1d2d", "1d1d"], m: int, n: int, k: int, groups: int, num_sms: int
+) -> GemmConfig:
+    """The block shape for a contraction in groups: that of one group's product.
+
+    Args:
+        kind: by the rhs scale.
+        m, n: sides of one group's product.
+        k: columns of all groups together.
+        groups: how many there are.
+        num_sms: multiprocessors to fill.
+    """
+    of_one = {"1d2d": gemm_1d2d_config, "1d1d": gemm_1d1d_config}[kind]
+    # One group's blocks run beside the next one's.
+    return of_one(m, n, max(k // groups, 2 * CHUNK), max(1, num_sms // groups))
