@@ -115,14 +115,13 @@ def gemm_padded(
     shape = (n, m) if transposed else (m, n)
     if schedule.out_in_groups:
         shape = (len(tables[0]), *shape)
+    adds = accumulate is not None
     store = functools.partial(
-        _epilogue.store, config=config, transposed=transposed, add=accumulate is not None
+        _epilogue.store, config=config, transposed=transposed, add=adds
     )
     launch = plgpu.kernel(
         functools.partial(_body, schedule=schedule, store=store),
-        out_type=(
-            () if accumulate is not None else jax.ShapeDtypeStruct(shape, out_dtype)
-        ),
+        out_type=() if adds else jax.ShapeDtypeStruct(shape, out_dtype),
         scratch_types=scratch,
         grid=(max(1, min(num_sms // config.cluster, schedule.most)),),
         grid_names=("grid",),

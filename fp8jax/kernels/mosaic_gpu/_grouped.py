@@ -7,7 +7,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from fp8jax import _compat
 from fp8jax.kernels._contract import Tile
@@ -98,7 +97,7 @@ def multiply_rows(
     out_dtype: jax.typing.DTypeLike,
     config: GemmConfig | None = None,
 ) -> jax.Array:
-    """`grouped_gemm` of what the kernel takes, with a block shape of one's own choice.
+    """`grouped_gemm` of what the kernel takes, with a config of choice.
 
     Args:
         lhs, lhs_scale, rhs, rhs_scale, group_sizes: as in `grouped_gemm`.
@@ -171,7 +170,9 @@ def grouped_gemm_k(
     if accumulate is not None and not _compat.KERNELS_TAKE_REFS:
         return accumulate + grouped_gemm_k(*operands, **how, out_dtype=out_dtype)
     stored = stored_dtype(out_dtype)
-    run = mapped_under_vmap(functools.partial(multiply_columns, **how, out_dtype=stored))
+    run = mapped_under_vmap(
+        functools.partial(multiply_columns, **how, out_dtype=stored)
+    )
     added = () if accumulate is None else (accumulate,)
     return run(*operands, *added).astype(out_dtype)
 
@@ -190,7 +191,7 @@ def multiply_columns(
     out_dtype: jax.typing.DTypeLike,
     config: GemmConfig | None = None,
 ) -> jax.Array:
-    """`grouped_gemm_k` of what the kernel takes, with a block shape of one's own choice.
+    """`grouped_gemm_k` of what the kernel takes, with a config of choice.
 
     Args:
         lhs, lhs_scale, rhs, rhs_scale, group_sizes, accumulate, lhs_tile, rhs_tile: as
