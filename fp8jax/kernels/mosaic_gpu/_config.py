@@ -139,7 +139,6 @@ def row_groups_config(m: int, n: int, k: int, groups: int, num_sms: int) -> Gemm
             accumulators=chunks,
             stages=4,
             cluster=1,
-            snake_axis=1,
             scales_ahead=True,
         )
     fills = groups * -(-of_group // 128) * -(-n // 128) > num_sms
@@ -151,7 +150,6 @@ def row_groups_config(m: int, n: int, k: int, groups: int, num_sms: int) -> Gemm
         accumulators=chunks,
         stages=3,
         cluster=2 if fills and of_group > 128 else 1,
-        snake_axis=1,
     )
 
 

@@ -154,5 +154,23 @@ def multiply(
         store(acc, wg, block.row + first_row, block.column + first_column, block)
         return count
 
-    walk(schedule, tables, multiply_block, jnp.int32(0))
+    def release_stage(step: Index, count: Index) -> Index:
+        stage = lax.rem(count, jnp.int32(config.stages))
+        plgpu.barrier_wait(full.at[stage])
+        plgpu.barrier_arrive(empty.at[stage])
+        return count + 1
+
+    def multiply_some(block: Block, count: Index) -> Index:
+        """Of a block that may end before this warpgroup's rows, which then rests."""
+        assert block.rows is not None
+        row = block.row + first_row
+        return lax.cond(
+            (row < block.rows[1]) & (row + wg_m > block.rows[0]),
+            functools.partial(multiply_block, block),
+            lambda c: lax.fori_loop(0, block.steps(config), release_stage, c),
+            count,
+        )
+
+    body = multiply_some if schedule.stores_some_rows else multiply_block
+    walk(schedule, tables, body, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
