@@ -124,6 +124,24 @@ def gemm_1d1d_config(m: int, n: int, k: int, num_sms: int) -> GemmConfig:
     )
 
 
+def gemm_swiglu_config(k: int) -> GemmConfig:
+    """The block shape for two products of a few rows: 128 columns of each.
+
+    A tile of 128 of what is made of them is one warpgroup's.
+    """
+    chunks = 2 if k > CHUNK else 1
+    return GemmConfig(
+        64,
+        256,
+        "n",
+        chunks=chunks,
+        accumulators=chunks,
+        stages=2,
+        cluster=1,
+        scales_ahead=True,
+    )
+
+
 def row_groups_config(m: int, n: int, k: int, groups: int, num_sms: int) -> GemmConfig:
     """The block shape for rows in groups, 1d2d: by how many rows a group has.
 
