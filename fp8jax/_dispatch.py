@@ -27,6 +27,7 @@ _TABLE: dict[str, tuple[str, ...]] = {
     "quantize_swiglu_gradient": ("mosaic_gpu", "xla"),
     "quantize_grouped": ("mosaic_gpu", "xla"),
     "gemm": ("mosaic_gpu", "xla"),
+    "gemm_swiglu": ("mosaic_gpu", "xla"),
     "grouped_gemm": ("mosaic_gpu", "xla"),
     "grouped_gemm_k": ("mosaic_gpu", "xla"),
 }

@@ -11,6 +11,7 @@ from fp8jax.kernels.mosaic_gpu._choose import (
 from fp8jax.kernels.mosaic_gpu._common import num_sms
 from fp8jax.kernels.mosaic_gpu._config import CHUNK, SMEM_BYTES, GemmConfig
 from fp8jax.kernels.mosaic_gpu._gemm import gemm, multiply
+from fp8jax.kernels.mosaic_gpu._gemm_swiglu import gemm_swiglu
 from fp8jax.kernels.mosaic_gpu._grouped import (
     grouped_gemm,
     grouped_gemm_k,
@@ -41,6 +42,7 @@ __all__ = [
     "computed_config",
     "gemm",
     "gemm_candidates",
+    "gemm_swiglu",
     "grouped_gemm",
     "grouped_gemm_k",
     "load_tuning",

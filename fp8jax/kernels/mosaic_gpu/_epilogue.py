@@ -9,11 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fp8jax.kernels.mosaic_gpu._common import swizzled
-from fp8jax.kernels.mosaic_gpu._config import (
-    OUT_SLICE_BYTES,
-    OUT_SLOTS,
-    GemmConfig,
-)
+from fp8jax.kernels.mosaic_gpu._config import OUT_SLOTS, GemmConfig
 from fp8jax.kernels.mosaic_gpu._schedule import Block
 
 MATH_WARPGROUPS = 2
@@ -36,18 +32,19 @@ def slots(
         transposed: as in `store`.
         some_rows: whether `store_some_rows` is used, in the same memory.
     """
-    columns = OUT_SLICE_BYTES // jnp.dtype(dtype).itemsize
+    slice_bytes = config.out_slice_bytes(jnp.dtype(dtype).itemsize)
+    columns = slice_bytes // jnp.dtype(dtype).itemsize
     out_slice = (columns, config.wg_m) if transposed else (config.wg_m, columns)
     whole = plgpu.SMEM(
         (MATH_WARPGROUPS, OUT_SLOTS, *out_slice),
         dtype,
-        transforms=swizzled(columns, OUT_SLICE_BYTES),
+        transforms=swizzled(columns, slice_bytes),
     )
     if not some_rows:
         return whole
     # As large as three of them are the six slices: the first is the first
     # warpgroup's, the last the other's, and neither touches the other's slices.
-    assert MATH_WARPGROUPS * OUT_SLOTS * OUT_SLICE_BYTES == 3 * _EDGE_BYTES
+    assert MATH_WARPGROUPS * OUT_SLOTS * slice_bytes == 3 * _EDGE_BYTES
     edge_columns = _EDGE_BYTES // jnp.dtype(dtype).itemsize
     edges = plgpu.SMEM(
         (3, config.wg_m, edge_columns),
@@ -127,7 +124,8 @@ def _store_rows(
     add: bool,
 ) -> None:
     """Every row, a slice of columns at a time."""
-    piece, width = acc[0].shape[1], OUT_SLICE_BYTES // jnp.dtype(out.dtype).itemsize
+    itemsize = jnp.dtype(out.dtype).itemsize
+    piece, width = acc[0].shape[1], config.out_slice_bytes(itemsize) // itemsize
     slices = len(acc) * piece // width
     assert piece % width == 0
     for i in range(slices):

@@ -12,7 +12,10 @@ from fp8jax.kernels.mosaic_gpu._schedule import Block, Dense, Index, walk
 
 
 def fetch(
-    operands: tuple[Any, ...],
+    lhs: Any,
+    lhs_scale: Any,
+    rhs: tuple[Any, ...],
+    rhs_scale: Any,
     tables: tuple,
     schedule: Dense,
     config: GemmConfig,
@@ -27,8 +30,9 @@ def fetch(
     """Copies what every block of this CTA takes, block after block.
 
     Args:
-        operands: lhs [m, k], its scales [k / 128, m], rhs [n, k] or, in groups,
-            [g, n, k], and its scales, [k / 128, n] where they are of rows.
+        lhs, lhs_scale: [m, k], and its scales [k / 128, m].
+        rhs: [n, k] or, in groups, [g, n, k]; several share a block between them.
+        rhs_scale: [k / 128, n], where its scales are of rows.
         tables: of the schedule.
         schedule, config: which blocks, and their shape.
         full, empty: barriers of the stages.
@@ -36,7 +40,6 @@ def fetch(
         lhs_scale_smem, rhs_scale_smem: [stages, chunks, rows]; None for the rhs where
             its scales are of tiles.
     """
-    lhs, lhs_scale, rhs, rhs_scale = operands
     shared = "cluster" if config.cluster > 1 else None
     # With fewer rows than a block has, the others keep what they held: nothing of them
     # is stored. To fetch zeros for them takes a fifth of the time of 16 rows.
@@ -45,8 +48,8 @@ def fetch(
     chunks_a_copy = config.chunks // copies
 
     def fetch_block(block: Block, count: Index) -> Index:
-        columns = pl.ds(block.column, config.block_n)
-        of_group = rhs.at[block.group] if schedule.rhs_in_groups else rhs
+        width = config.block_n // len(rhs)
+        columns = pl.ds(block.column, width)
 
         def fetch_stage(step: Index, count: Index) -> Index:
             stage = lax.rem(count, jnp.int32(config.stages))
@@ -67,12 +70,15 @@ def fetch(
                 k = pl.ds(chunk * CHUNK, chunks_a_copy * CHUNK)
                 chunks = pl.ds(chunk, chunks_a_copy)
                 at = pl.ds(copy * chunks_a_copy, chunks_a_copy)
-                plgpu.copy_gmem_to_smem(
-                    of_group.at[columns, k],
-                    rhs_smem.at[stage, copy],
-                    done,
-                    collective_axes=shared,
-                )
+                for part, source in enumerate(rhs):
+                    if schedule.rhs_in_groups:
+                        source = source.at[block.group]
+                    plgpu.copy_gmem_to_smem(
+                        source.at[columns, k],
+                        rhs_smem.at[stage, copy].at[pl.ds(part * width, width)],
+                        done,
+                        collective_axes=shared,
+                    )
                 plgpu.copy_gmem_to_smem(
                     lhs.at[pl.ds(block.row, present), k],
                     lhs_smem.at[stage, copy].at[pl.ds(0, present)],

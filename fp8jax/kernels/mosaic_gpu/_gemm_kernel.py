@@ -26,11 +26,11 @@ from fp8jax.kernels.mosaic_gpu._fetch import fetch
 from fp8jax.kernels.mosaic_gpu._multiply import multiply
 from fp8jax.kernels.mosaic_gpu._schedule import Dense
 
-_MEMORY_REGISTERS = 40
-_MATH_REGISTERS = 232  # (64K registers / 128 threads - 40) / 2, a multiple of 8.
+MEMORY_REGISTERS = 40
+MATH_REGISTERS = 232  # (64K registers / 128 threads - 40) / 2, a multiple of 8.
 
 # Bytes of an 8-bit row that the swizzled layout of wgmma keeps together.
-_OPERAND = swizzled(CHUNK, CHUNK)
+OPERAND = swizzled(CHUNK, CHUNK)
 
 
 def gemm_padded(
@@ -86,12 +86,12 @@ def gemm_padded(
         "lhs_smem": plgpu.SMEM(
             (config.stages, copies, config.block_m, operand_k),
             lhs.dtype,
-            transforms=_OPERAND,
+            transforms=OPERAND,
         ),
         "rhs_smem": plgpu.SMEM(
             (config.stages, copies, config.block_n, operand_k),
             rhs.dtype,
-            transforms=_OPERAND,
+            transforms=OPERAND,
         ),
         "lhs_scale_smem": plgpu.SMEM((*scales, config.block_m), jnp.float32),
         "rhs_scale_smem": (
@@ -142,17 +142,16 @@ def gemm_padded(
 
 def _body(*refs, schedule: Dense, store, slots, **scratch) -> None:
     """Splits the warpgroups: two that multiply, one that fetches."""
-    *operands, out = refs
-    operands, tables = tuple(operands[:4]), tuple(operands[4:])
-    config = schedule.config
+    lhs, lhs_scale, rhs, rhs_scale, *tables, out = refs
+    tables, config = tuple(tables), schedule.config
 
     def math() -> None:
-        plgpu.set_max_registers(_MATH_REGISTERS, action="increase")
+        plgpu.set_max_registers(MATH_REGISTERS, action="increase")
         store_block = functools.partial(store, out=out, slots=slots)
-        multiply(operands[3], tables, schedule, config, store_block, **scratch)
+        multiply((rhs_scale,), tables, schedule, config, store_block, **scratch)
 
     def memory() -> None:
-        plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
-        fetch(operands, tables, schedule, config, **scratch)
+        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+        fetch(lhs, lhs_scale, (rhs,), rhs_scale, tables, schedule, config, **scratch)
 
     lax.cond(lax.axis_index("wg") < MATH_WARPGROUPS, math, memory)

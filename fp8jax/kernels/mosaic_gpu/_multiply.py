@@ -17,7 +17,7 @@ from fp8jax.kernels.mosaic_gpu._schedule import Block, Dense, Index, walk
 
 
 def multiply(
-    rhs_scale: Any,
+    rhs_scale: tuple[Any, ...],
     tables: tuple,
     schedule: Dense,
     config: GemmConfig,
@@ -33,7 +33,8 @@ def multiply(
     """Multiplies every block of this CTA, and has it stored.
 
     Args:
-        rhs_scale: scales of the rhs, read where they are of tiles.
+        rhs_scale: scales of the rhs, read where they are of tiles; of the second one
+            for the second warpgroup, where two share a block.
         tables: of the schedule.
         schedule, config: which blocks, and their shape.
         store: called with a block's sums, this warpgroup's part of it, in pieces of
@@ -60,17 +61,22 @@ def multiply(
 
     def rhs_tile_factor(chunk: Index, block: Block, piece: int):
         """The rhs scale of a piece in a chunk of k: one number."""
-        of_group = rhs_scale.at[block.group] if schedule.rhs_in_groups else rhs_scale
-        last_tile = jnp.int32(of_group.shape[0] - 1)
-        column = block.column + first_column + piece
+        first, *others = (
+            s.at[block.group] if schedule.rhs_in_groups else s for s in rhs_scale
+        )
+        column = block.column + piece + (0 if others else first_column)
         # A block may reach past the last column.
+        last_tile = jnp.int32(first.shape[0] - 1)
         tile = lax.min(lax.div(column, jnp.int32(CHUNK)), last_tile)
+        real = lax.min(chunk, jnp.int32(block.end - 1)) if has_rest else chunk
+        factor = first[tile, real]
+        for second in others:
+            factor = lax.select(wg == 0, factor, second[tile, real])
         if not has_rest:
-            return of_group[tile, chunk]
+            return factor
         # A chunk past the end has zero codes and zero lhs scales. The last real
         # scale must not stand in for its own: it may be NaN.
-        real = lax.min(chunk, jnp.int32(block.end - 1))
-        return jnp.where(chunk < block.end, of_group[tile, real], jnp.float32(0))
+        return jnp.where(chunk < block.end, factor, jnp.float32(0))
 
     def tile_factors(step: Index, i: int, block: Block):
         """The rhs scales of chunk i for the pieces, where they are of tiles."""

@@ -99,6 +99,21 @@ class Dense:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Paired(Dense):
+    """Blocks that two matrices [n, k] share, half of the columns of each block each."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return 1, ceil_div(self.n, self.config.block_n // 2)
+
+    def block(self, index: Index, entry: tuple[Index, ...]) -> Block:
+        del entry
+        column = index * (self.config.block_n // 2)
+        # Not a number that is known to reach past few rows.
+        return Block(jnp.int32(0), column, 0, ceil_div(self.k, CHUNK))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RowGroups(Dense):
     """Rows of the lhs in groups: blocks hold rows of one group, and store no others.
 
