@@ -11,6 +11,7 @@ from flax.linen.dtypes import promote_dtype
 from fp8jax import ops
 from fp8jax.linen._parameter import Parameter
 from fp8jax.linen._swiglu import SwiGLU
+from fp8jax.quant import QTensor
 from fp8jax.recipes import Recipe
 
 _KERNEL_INIT = nn.initializers.lecun_normal()  # nn.Dense's default.
@@ -34,6 +35,10 @@ class MoE(nn.Module):
         router/router/bias    float32 [num_experts]: see `balance`
         router/router/load    int32 [num_experts]: tokens of each in the last call that
                               had the collection "router" mutable
+
+    For inference the experts' kernels may be QTensors, in tiles of 128x128, and so may
+    the shared experts': their codes are what is multiplied, and the layer has no
+    gradient. `y` is then in `dtype`, or that of `x`.
 
     Attributes:
         hidden_features: Size of what lies between in one expert; in and out are as wide
@@ -87,8 +92,12 @@ class MoE(nn.Module):
             self.kernel_init,
             name="experts",
         )
-        arrays: Any = promote_dtype(x, *kernels(), dtype=self.dtype)
-        x, *weights = arrays
+        weights: Any = kernels()
+        if any(isinstance(w, QTensor) for w in weights):
+            x = x if self.dtype is None else x.astype(self.dtype)
+        else:
+            arrays: Any = promote_dtype(x, *weights, dtype=self.dtype)
+            x, *weights = arrays
         y, load = ops.moe(
             x,
             *router(),
@@ -120,7 +129,7 @@ class _Experts(nn.Module):
     kernel_init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self) -> list[jax.Array]:
+    def __call__(self) -> list[jax.Array | QTensor]:
         experts, features, hidden = self.shape
         sides = {
             "gate": (features, hidden),

@@ -10,6 +10,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 
 from fp8jax import ops
 from fp8jax.nnx._swiglu import SwiGLU
+from fp8jax.quant import QTensor
 from fp8jax.recipes import Recipe
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()  # nnx.Linear's default.
@@ -40,6 +41,10 @@ class MoE(nnx.Module):
         experts.gate.kernel, experts.up.kernel  [num_experts, features, hidden_features]
         experts.down.kernel  [num_experts, hidden_features, features]
         shared.gate.kernel, ...  of the `SwiGLU`, if there are shared experts
+
+    For inference the experts' kernels may be QTensors, in tiles of 128x128, and so may
+    the shared experts': their codes are what is multiplied, and the layer has no
+    gradient. `y` is then in `dtype`, or that of `x`.
 
     Args:
         features: Size of the last dimension, in and out.
@@ -126,8 +131,12 @@ class MoE(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., features]` to the same, in `dtype` or the common dtype of all."""
         experts = self.experts
-        kernels = (k.kernel[...] for k in (experts.gate, experts.up, experts.down))
-        x, *kernels = promote_dtype((x, *kernels), dtype=self.dtype)
+        layers = experts.gate, experts.up, experts.down
+        kernels: list[Any] = [layer.kernel.get_value() for layer in layers]
+        if any(isinstance(w, QTensor) for w in kernels):
+            x = x if self.dtype is None else x.astype(self.dtype)
+        else:
+            x, *kernels = promote_dtype((x, *kernels), dtype=self.dtype)
         y, load = ops.moe(
             x,
             self.router.kernel[...],

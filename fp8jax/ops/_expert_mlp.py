@@ -16,6 +16,7 @@ from fp8jax.ops._grouped_product import (
     wgrad_of,
 )
 from fp8jax.ops._ragged_dot import grouped_product, ragged_dot
+from fp8jax.ops._static_experts import static_weight_experts
 from fp8jax.ops._swiglu import activation
 from fp8jax.quant import QTensor, quantize_swiglu, quantize_swiglu_gradient
 from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
@@ -23,9 +24,9 @@ from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
 
 def expert_mlp(
     x: jax.Array,
-    w_gate: jax.Array,
-    w_up: jax.Array,
-    w_down: jax.Array,
+    w_gate: jax.Array | QTensor,
+    w_up: jax.Array | QTensor,
+    w_down: jax.Array | QTensor,
     group_sizes: jax.Array,
     *,
     recipe: Recipe | None = None,
@@ -46,9 +47,14 @@ def expert_mlp(
     With a recipe that leaves a GEMM out of FP8, or arrays of several dtypes, it is
     three `fp8jax.ragged_dot` and the activation, in float32, between them.
 
+    For inference all three weights may be QTensors: then their codes are what is
+    multiplied, never inflated, and there is no gradient. On a GPU they should lie as
+    `fp8jax.quant.contraction_minor` lays them.
+
     Args:
         x: `[rows, k]`, bfloat16, float16 or float32, the first expert's rows first.
-        w_gate, w_up: `[experts, k, hidden]`, likewise.
+        w_gate, w_up: `[experts, k, hidden]`, likewise, or QTensors in tiles of 128
+            along k.
         w_down: `[experts, hidden, n]`, likewise.
         group_sizes: integers `[experts]`, rows of each; their sum is at most all.
         recipe: of all nine GEMMs; `recipes.deepseek_v3()` by default. Its `residual`
@@ -67,7 +73,7 @@ def expert_mlp(
     Raises:
         ValueError: If dtypes or shapes do not fit.
         NotImplementedError: If the implementation asked for cannot run.
-        TypeError: When differentiated twice, or in forward mode.
+        TypeError: When differentiated twice, or in forward mode; with QTensors, at all.
 
     Error: against the three `ragged_dot`, that of `swiglu_mlp` against three
     `dot_general`.
@@ -79,14 +85,17 @@ def expert_mlp(
     recipe = deepseek_v3() if recipe is None else recipe
     check_recipe(name, recipe)
     how: Any = {"recipe": recipe, "implementation": implementation}
-    for w in (w_gate, w_up):
+    weights: Any = w_gate, w_up, w_down
+    if any(isinstance(w, QTensor) for w in weights):
+        gate, up, down = weights
+        return static_weight_experts(name, x, gate, up, down, group_sizes, **how)
+    for w in weights[:2]:
         into = grouped_product(name, x, w, group_sizes, **how, aligned=aligned)
     if w_gate.shape != w_up.shape or w_down.shape[:2] != w_gate.shape[::2]:
         raise ValueError(
             f"{name} takes w_gate and w_up [experts, k, hidden] and w_down [experts, "
             f"hidden, n], got {w_gate.shape=}, {w_up.shape=}, {w_down.shape=}."
         )
-    weights = w_gate, w_up, w_down
     if is_fused(recipe, x, *weights):
         run: Any = functools.partial(_fused, into)
     else:
@@ -96,8 +105,11 @@ def expert_mlp(
     return run(x, *weights, group_sizes.astype(jnp.int32))
 
 
-def is_fused(recipe: Recipe, x: jax.Array, *weights: jax.Array) -> bool:
-    """Whether `expert_mlp` of these is one rule with all nine GEMMs in FP8."""
+def is_fused(recipe: Recipe, x: jax.Array, *weights: jax.Array | QTensor) -> bool:
+    """Whether `expert_mlp` of these is one rule with all nine GEMMs in FP8.
+
+    Never with QTensors, whose dtype is that of their codes.
+    """
     in_fp8 = None not in (recipe.fprop, recipe.dgrad, recipe.wgrad)
     return in_fp8 and all(x.dtype == w.dtype for w in weights)
 

@@ -10,10 +10,11 @@ from fp8jax.ops._expert_mlp import expert_mlp, is_fused
 from fp8jax.ops._grouped_product import ALIGNMENT
 from fp8jax.ops._permute import dispatch, permute, unpermute
 from fp8jax.ops._routing import route
+from fp8jax.quant import QTensor
 from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
 
-# An expert, from which on aligned groups pay. Up to five times as many rows are then
-# written as are used, and still a GEMM runs over whole blocks of them either way.
+# Of an expert, on average, if groups are aligned. That adds up to 127 to each: with
+# fewer, most of what is written would be zeros.
 _FEWEST_ROWS = 32
 
 
@@ -21,9 +22,9 @@ def moe(
     x: jax.Array,
     router: jax.Array,
     bias: jax.Array,
-    w_gate: jax.Array,
-    w_up: jax.Array,
-    w_down: jax.Array,
+    w_gate: jax.Array | QTensor,
+    w_up: jax.Array | QTensor,
+    w_down: jax.Array | QTensor,
     *,
     recipe: Recipe | None = None,
     implementation: str | None = None,
@@ -43,13 +44,15 @@ def moe(
     writes less in its backward pass. That is decided by shapes alone, for training and
     inference alike, because the rows are laid out before it is known whether there is a
     backward pass; the result's bits do not depend on it. With few tokens, as in
-    decoding, most of the rows would be empty, so there they stay one behind the other.
+    decoding, most of the rows would be empty, so there they stay one behind the other,
+    as they do with weights that are QTensors, which have no gradient.
 
     Args:
         x: `[..., k]`, bfloat16, float16 or float32.
         router: float32 `[k, experts]`.
         bias: float32 `[experts]`, as in `route`.
-        w_gate, w_up: `[experts, k, hidden]` in a dtype of x's.
+        w_gate, w_up: `[experts, k, hidden]` in a dtype of x's, or QTensors, as in
+            `expert_mlp`.
         w_down: `[experts, hidden, n]`, likewise.
         recipe, implementation: as in `expert_mlp`.
         **routing: what else `route` takes: `top_k`, and others with defaults there.

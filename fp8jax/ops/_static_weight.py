@@ -47,7 +47,7 @@ def static_weight_dot(
 
     Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.
     """
-    spec = _activation_spec(name, x, out_dtype, recipe)
+    spec = activation_spec(name, x, out_dtype, recipe)
     if kernel.ndim != 2 or x.ndim < 1 or x.shape[-1] != kernel.shape[0]:
         raise ValueError(
             f"{name} takes x [..., k] and a kernel [k, n], got {x.shape} and "
@@ -62,7 +62,7 @@ def static_weight_dot(
             implementation=implementation,
         )
 
-    y = _without_derivative(name, product)(_rows(name, x), kernel)
+    y = without_derivative(name, product)(_rows(name, x), kernel)
     return y.reshape(*x.shape[:-1], kernel.shape[1])
 
 
@@ -95,12 +95,12 @@ def static_weight_swiglu(
 
     Source: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
     """
-    spec = _activation_spec(name, x, out_dtype, recipe)
+    spec = activation_spec(name, x, out_dtype, recipe)
     kernels = (gate, up, down)
     fits = x.ndim >= 1 and all(isinstance(w, QTensor) and w.ndim == 2 for w in kernels)
     fits = fits and gate.shape == up.shape == (x.shape[-1], *down.shape[:1])
     if not fits:
-        kinds = ", ".join(f"{_kind(w)} {list(w.shape)}" for w in kernels)
+        kinds = ", ".join(f"{kind_of(w)} {list(w.shape)}" for w in kernels)
         raise ValueError(
             f"{name} takes x [..., k] and, once one of them is a QTensor, QTensors "
             f"[k, hidden] twice and [hidden, n], got {x.shape} and {kinds}."
@@ -114,7 +114,7 @@ def static_weight_swiglu(
         q_h = swiglu_matmul(q_x, gate.T, up.T, spec, dtype=out_dtype, **how)
         return scaled_matmul(q_h, down.T, out_dtype=out_dtype, **how)
 
-    y = _without_derivative(name, product)(_rows(name, x), *kernels)
+    y = without_derivative(name, product)(_rows(name, x), *kernels)
     return y.reshape(*x.shape[:-1], down.shape[1])
 
 
@@ -123,18 +123,18 @@ def check_quantized_input(name: str, x: Any, dtype: Any, *kernels: Any) -> None:
     if isinstance(x, QTensor) and (
         dtype is None or not all(isinstance(w, QTensor) for w in kernels)
     ):
-        kinds = ", ".join(map(_kind, kernels))
+        kinds = ", ".join(map(kind_of, kernels))
         raise ValueError(
             f"{name} takes a QTensor as its input if its kernels are QTensors and it "
             f"has a dtype=, that of the output, got {kinds} and {dtype=}."
         )
 
 
-def _kind(x: Any) -> str:
+def kind_of(x: Any) -> str:
     return "QTensor" if isinstance(x, QTensor) else "array"
 
 
-def _activation_spec(
+def activation_spec(
     name: str,
     x: jax.Array | QTensor,
     out_dtype: jax.typing.DTypeLike,
@@ -178,7 +178,7 @@ def _quantized(
     return quantize(x, spec, implementation=implementation)
 
 
-def _without_derivative(name: str, product: Callable[..., Any]) -> Callable[..., Any]:
+def without_derivative(name: str, product: Callable[..., Any]) -> Callable[..., Any]:
     return refuse_derivatives(
         product,
         f"{name} with a QTensor kernel has no gradient: it is for inference. Train "
