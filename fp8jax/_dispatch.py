@@ -25,7 +25,7 @@ _TABLE: dict[str, tuple[str, ...]] = {
     "quantize_rms_norm": ("mosaic_gpu", "xla"),
     "quantize_swiglu": ("mosaic_gpu", "xla"),
     "quantize_swiglu_gradient": ("mosaic_gpu", "xla"),
-    "quantize_grouped": ("xla",),
+    "quantize_grouped": ("mosaic_gpu", "xla"),
     "gemm": ("mosaic_gpu", "xla"),
     "gemm_swiglu": ("mosaic_gpu", "xla"),
     "grouped_gemm": ("mosaic_gpu", "xla"),

@@ -17,7 +17,7 @@ from fp8jax.ops._grouped_product import (
 )
 from fp8jax.ops._ragged_dot import grouped_product, ragged_dot
 from fp8jax.ops._swiglu import activation
-from fp8jax.quant import quantize_swiglu
+from fp8jax.quant import QTensor, quantize_swiglu, quantize_swiglu_gradient
 from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
 
 
@@ -30,6 +30,7 @@ def expert_mlp(
     *,
     recipe: Recipe | None = None,
     implementation: str | None = None,
+    aligned: bool = False,
 ) -> jax.Array:
     r"""`fp8jax.ops.swiglu_mlp` of each group's rows: nine grouped GEMMs in FP8.
 
@@ -37,6 +38,10 @@ def expert_mlp(
 
     x is quantized once for gate and up, and h goes to FP8 as it is computed. Gate and
     up are kept for the backward pass, which makes h and its gradients from them again.
+    Where groups are `aligned` those go to FP8 as they are computed, too, and every
+    matrix goes there in one read of it for both its directions. Where they are not, a
+    tile along tokens ends with its group, so h and its gradients are written in the
+    dtype of x first, and rows are moved apart before they are quantized along tokens.
 
     With a recipe that leaves a GEMM out of FP8, or arrays of several dtypes, it is
     three `fp8jax.ragged_dot` and the activation, in float32, between them.
@@ -50,6 +55,10 @@ def expert_mlp(
             says what is kept of x and the weights; gate and up are kept as they are,
             or, with `"recompute"`, computed again.
         implementation: as in `fp8jax.ragged_dot`.
+        aligned: that rows and every group's size are multiples of 128. Sizes are on the
+            device, so theirs are not checked: with others, weights' gradients would mix
+            tokens of different experts. `fp8jax.ops.dispatch(..., align=128)` makes
+            such groups. The result has the same bits with it and without.
 
     Returns:
         `[rows, n]` in the dtype of `x` and the weights, or the one they promote to.
@@ -71,21 +80,26 @@ def expert_mlp(
     check_recipe(name, recipe)
     how: Any = {"recipe": recipe, "implementation": implementation}
     for w in (w_gate, w_up):
-        into = grouped_product(name, x, w, group_sizes, **how)
+        into = grouped_product(name, x, w, group_sizes, **how, aligned=aligned)
     if w_gate.shape != w_up.shape or w_down.shape[:2] != w_gate.shape[::2]:
         raise ValueError(
             f"{name} takes w_gate and w_up [experts, k, hidden] and w_down [experts, "
             f"hidden, n], got {w_gate.shape=}, {w_up.shape=}, {w_down.shape=}."
         )
     weights = w_gate, w_up, w_down
-    in_fp8 = None not in (recipe.fprop, recipe.dgrad, recipe.wgrad)
-    if in_fp8 and all(x.dtype == w.dtype for w in weights):
+    if is_fused(recipe, x, *weights):
         run: Any = functools.partial(_fused, into)
     else:
         run = functools.partial(_unfused, **how)
     if recipe.residual == "recompute":
         run = jax.checkpoint(run)
     return run(x, *weights, group_sizes.astype(jnp.int32))
+
+
+def is_fused(recipe: Recipe, x: jax.Array, *weights: jax.Array) -> bool:
+    """Whether `expert_mlp` of these is one rule with all nine GEMMs in FP8."""
+    in_fp8 = None not in (recipe.fprop, recipe.dgrad, recipe.wgrad)
+    return in_fp8 and all(x.dtype == w.dtype for w in weights)
 
 
 def _unfused(
@@ -154,22 +168,58 @@ def _backward(
     assert wgrad is not None
     x, gate, up, (w_gate, w_up, w_down), sizes = kept
 
-    def of_output(dout: jax.Array) -> tuple[Any, Any]:
-        return product.quantize_both(dout, sizes, dgrad.lhs, wgrad.rhs)
-
-    q_dout, q_dout_t = of_output(dout)
+    q_dout, q_dout_t = product.quantize_both(dout, sizes, dgrad.lhs, wgrad.rhs)
+    assert q_dout is not None
     dh = dgrad_of(product, dgrad, w_down, q_dout, sizes)
-    h, gradient = jax.vjp(activation, gate, up)
-    _, q_h_t = product.quantize_both(h, sizes, None, wgrad.lhs)
+    between = _aligned_between if product.aligned else _between
+    q_h_t, (q_dgate, q_dgate_t), (q_dup, q_dup_t) = between(
+        product, dh, gate, up, sizes
+    )
     dw_down = wgrad_of(product, q_h_t, q_dout_t, sizes)
-    dgate, dup = gradient(dh)
-    (q_dgate, q_dgate_t), (q_dup, q_dup_t) = of_output(dgate), of_output(dup)
     dx = dgrad_of(product, dgrad, w_gate, q_dgate, sizes)
     dx += dgrad_of(product, dgrad, w_up, q_dup, sizes)
     q_x_t = wgrad_input(product, wgrad, x, sizes)
     dw_gate = wgrad_of(product, q_x_t, q_dgate_t, sizes)
     dw_up = wgrad_of(product, q_x_t, q_dup_t, sizes)
     return dx, dw_gate, dw_up, dw_down
+
+
+def _between(
+    product: GroupedProduct,
+    dh: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    sizes: jax.Array,
+) -> tuple[QTensor, tuple[Any, Any], tuple[Any, Any]]:
+    """h for wgrad, and both ways the gradients of gate and up."""
+    dgrad, wgrad = product.recipe.dgrad, product.recipe.wgrad
+    assert dgrad is not None
+    assert wgrad is not None
+    h, gradient = jax.vjp(activation, gate, up)
+    _, q_h_t = product.quantize_both(h, sizes, None, wgrad.lhs)
+    q_dgate, q_dup = (
+        product.quantize_both(d, sizes, dgrad.lhs, wgrad.rhs) for d in gradient(dh)
+    )
+    return q_h_t, q_dgate, q_dup
+
+
+def _aligned_between(
+    product: GroupedProduct,
+    dh: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    sizes: jax.Array,
+) -> tuple[QTensor, tuple[Any, Any], tuple[Any, Any]]:
+    """`_between` where no tile spans two groups: nothing is written in 16 bits."""
+    del sizes
+    how: Any = {"implementation": product.implementation}
+    dgrad, wgrad = product.recipe.dgrad, product.recipe.wgrad
+    assert dgrad is not None
+    assert wgrad is not None
+    _, q_h_t = quantize_swiglu(gate, up, None, wgrad.lhs, **how)
+    assert q_h_t is not None
+    q_dgate, q_dup = quantize_swiglu_gradient(dh, gate, up, dgrad.lhs, wgrad.rhs, **how)
+    return q_h_t, q_dgate, q_dup
 
 
 def _backward_once(product: GroupedProduct, kept: _Kept, dout: jax.Array) -> Any:

@@ -30,6 +30,8 @@ from fp8jax.quant import (
 )
 from fp8jax.recipes import GemmSpec, Recipe
 
+ALIGNMENT = 128  # Rows of an aligned group come in so many: a tile along tokens.
+
 # Which of a layer's products, by how the operands are stored.
 RaggedForm = Literal["fprop", "dgrad", "wgrad"]
 
@@ -47,6 +49,10 @@ class GroupedProduct:
 
     Methods take `sizes`, int32 [g]: rows of each group, the first group's first. Rows
     that are left over are zero in y and dx, and count for no dw.
+
+    Where groups are `aligned`, m and every size are multiples of `ALIGNMENT`. Then each
+    group begins where a tile along tokens does, in the codes of the whole matrix as in
+    those that `quantize_grouped` lays out: dense quantization makes what wgrad reads.
     """
 
     name: str  # Of the function that errors are about.
@@ -56,6 +62,7 @@ class GroupedProduct:
     precision: Any
     recipe: Recipe
     implementation: str | None
+    aligned: bool = False
 
     def once(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn` of arrays, part of a gradient rule, refusing to be differentiated."""
@@ -72,9 +79,12 @@ class GroupedProduct:
         self, x: jax.Array, sizes: jax.Array, spec: QuantSpec | None, spec_t: QuantSpec
     ) -> tuple[QTensor | None, QTensor]:
         """`[m, k]` and `[k, columns]` codes of rows, the latter's groups apart."""
-        return quantize_grouped(
-            x, sizes, spec, spec_t, implementation=self.implementation
-        )
+        how: Any = {"implementation": self.implementation}
+        if not self.aligned:
+            return quantize_grouped(x, sizes, spec, spec_t, **how)
+        if spec is None:
+            return None, quantize_transposed(x, spec_t, **how)
+        return quantize_both(x, spec, spec_t, **how)
 
     def matmul(
         self, lhs: QTensor, rhs: QTensor, sizes: jax.Array, dtype: np.dtype

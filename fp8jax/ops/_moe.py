@@ -6,10 +6,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fp8jax.ops._expert_mlp import expert_mlp
+from fp8jax.ops._expert_mlp import expert_mlp, is_fused
+from fp8jax.ops._grouped_product import ALIGNMENT
 from fp8jax.ops._permute import dispatch, permute, unpermute
 from fp8jax.ops._routing import route
-from fp8jax.recipes import Recipe
+from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
+
+# An expert, from which on aligned groups pay. Up to five times as many rows are then
+# written as are used, and still a GEMM runs over whole blocks of them either way.
+_FEWEST_ROWS = 32
 
 
 def moe(
@@ -31,6 +36,14 @@ def moe(
     Scores are computed in float32; tokens are sorted by expert, go through
     `expert_mlp`, and are summed in float32. No token is dropped. Shapes are static;
     how many tokens an expert has stays on the device.
+
+    Each expert's rows begin at a multiple of 128 where there are 32 times as many rows
+    (`tokens * top_k`) as experts or more: the permutation writes them anyway, rows in
+    between are zero, and no tile along tokens is shared, so that `expert_mlp` reads and
+    writes less in its backward pass. That is decided by shapes alone, for training and
+    inference alike, because the rows are laid out before it is known whether there is a
+    backward pass; the result's bits do not depend on it. With few tokens, as in
+    decoding, most of the rows would be empty, so there they stay one behind the other.
 
     Args:
         x: `[..., k]`, bfloat16, float16 or float32.
@@ -60,7 +73,11 @@ def moe(
         tokens.astype(jnp.float32), router, precision=lax.Precision.HIGHEST
     )
     routed = route(logits, bias, **routing)
-    to = dispatch(routed.experts, len(bias))
+    recipe = deepseek_v3() if recipe is None else recipe
+    check_recipe("moe", recipe)
+    many = routed.experts.size >= _FEWEST_ROWS * len(bias)
+    aligned = many and is_fused(recipe, tokens, w_gate, w_up, w_down)
+    to = dispatch(routed.experts, len(bias), align=ALIGNMENT if aligned else 1)
     rows = expert_mlp(
         permute(tokens, to),
         w_gate,
@@ -69,6 +86,7 @@ def moe(
         to.group_sizes,
         recipe=recipe,
         implementation=implementation,
+        aligned=aligned,
     )
     y = unpermute(rows, routed.weights, to)
-    return y.reshape(*x.shape[:-1], y.shape[-1]), to.group_sizes
+    return y.reshape(*x.shape[:-1], y.shape[-1]), to.load

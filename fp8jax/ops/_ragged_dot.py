@@ -9,6 +9,7 @@ from jax import lax
 
 from fp8jax.ops._gemm import check_inputs, output_dtype
 from fp8jax.ops._grouped_product import (
+    ALIGNMENT,
     GroupedProduct,
     dgrad_of,
     input_codes,
@@ -110,6 +111,7 @@ def grouped_product(
     precision: Any = None,
     recipe: Recipe,
     implementation: str | None,
+    aligned: bool = False,
 ) -> GroupedProduct:
     """What is static in a product of these arrays.
 
@@ -124,6 +126,11 @@ def grouped_product(
             f"{name} takes rows [m, k], a weight [g, k, n] and integer group_sizes "
             f"[g], got {list(x.shape)}, {list(w.shape)} and {dtypes}{list(shape)}."
         )
+    if aligned and len(x) % ALIGNMENT:
+        raise ValueError(
+            f"{name} takes aligned groups in a multiple of {ALIGNMENT} rows, got "
+            f"{len(x)} rows."
+        )
     if implementation is None and spread(x, w, sizes) != Spread.ONE:
         implementation = "xla"  # XLA cannot split the others.
     return GroupedProduct(
@@ -134,6 +141,7 @@ def grouped_product(
         precision=lax.Precision(precision) if isinstance(precision, str) else precision,
         recipe=recipe,
         implementation=implementation,
+        aligned=aligned,
     )
 
 

@@ -20,7 +20,11 @@ from fp8jax.kernels.mosaic_gpu._grouped import (
 )
 from fp8jax.kernels.mosaic_gpu._limits import refusal, smem_bytes
 from fp8jax.kernels.mosaic_gpu._problem import GEMM_KINDS, GemmKind, GemmProblem
-from fp8jax.kernels.mosaic_gpu._quantize import quantize, quantize_both
+from fp8jax.kernels.mosaic_gpu._quantize import (
+    quantize,
+    quantize_both,
+    quantize_grouped,
+)
 from fp8jax.kernels.mosaic_gpu._rms_norm import quantize_rms_norm
 from fp8jax.kernels.mosaic_gpu._swiglu import quantize_swiglu, quantize_swiglu_gradient
 from fp8jax.kernels.mosaic_gpu._table import Entry, Table, read_table, write_table
@@ -50,6 +54,7 @@ __all__ = [
     "present_device_kind",
     "quantize",
     "quantize_both",
+    "quantize_grouped",
     "quantize_rms_norm",
     "quantize_swiglu",
     "quantize_swiglu_gradient",

@@ -1,9 +1,12 @@
-"""Fine-grained quantization of a matrix, one way or both, in one read of it."""
+"""Fine-grained quantization of a matrix, one way or both, and of rows in groups."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fp8jax.kernels._contract import Quantized, ScaleKind, Tile
+from fp8jax.kernels._contract import Directions, Quantized, ScaleKind, Tile
+from fp8jax.kernels._grouped import rows_apart
 from fp8jax.kernels.mosaic_gpu._blocks import quantize_blocks
 from fp8jax.kernels.mosaic_gpu._blocks_kernel import Direction, Format
 from fp8jax.kernels.mosaic_gpu._encode import BLOCK, check_arguments
@@ -93,3 +96,43 @@ def quantize_both(
     fmt = Format(jnp.dtype(dtype), scale, eps)
     (out,) = quantize_blocks((x,), directions, fmt)
     return out[0], out[1]
+
+
+def quantize_grouped(
+    x: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    tile: Tile | None,
+    tile_t: Tile,
+    dtype: jax.typing.DTypeLike,
+    scale: ScaleKind,
+    eps: float,
+) -> Directions:
+    """`quantize` of `x [m, k]`, and of x.T with every group in columns of its own.
+
+    XLA first moves the rows apart, so that no block holds rows of two groups: a copy of
+    up to `m + 127 g` rows. Groups that begin at multiples of 128 need none: for those
+    `quantize_both` has the same bits.
+
+    Args:
+        x: bfloat16, float16 or float32 [m, k], the first group's rows first.
+        group_sizes: int32 [g], in device memory; their sum is at most m.
+        tile: (1, 128) or (128, 128), of x; None to leave it out.
+        tile_t: (1, 128) or (128, 128), of x.T.
+        dtype, scale, eps: as in `quantize`.
+
+    Returns:
+        Codes [m, k] and their scales, or None; codes [k, c] and theirs, with c as
+        `fp8jax.kernels.QuantizeGrouped` has it.
+
+    Raises:
+        NotImplementedError: For other tiles or dtypes.
+
+    Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.2.
+    """
+    tiles = {"tile": tile, "tile_t": tile_t}
+    check_arguments("quantize_grouped", (x,), tiles, (_ROW, _BOX), dtype)
+    how: Any = {"dtype": dtype, "scale": scale, "eps": eps}
+    apart = rows_apart(x, group_sizes, BLOCK)
+    across = quantize(apart, tile=tile_t, **how, transposed=True)
+    return None if tile is None else quantize(x, tile=tile, **how), across

@@ -6,6 +6,7 @@ from jax import lax
 
 from fp8jax import numerics
 from fp8jax.kernels._contract import Directions
+from fp8jax.kernels._grouped import rows_apart, rows_of
 from fp8jax.kernels.xla._gemm import PROMOTION_INTERVAL, gemm, sum_of_chunks
 from fp8jax.kernels.xla._quantize import quantize
 
@@ -33,7 +34,7 @@ def grouped_gemm(
         )
     m, n = lhs.shape[0], rhs.shape[1]
     blocks = numerics.group_blocks(group_sizes, m, min(m, PROMOTION_INTERVAL))
-    rows, present = _rows_of(blocks, min(m, PROMOTION_INTERVAL))
+    rows, present = rows_of(blocks, min(m, PROMOTION_INTERVAL))
 
     def multiply(block: tuple[jax.Array, ...]) -> jax.Array:
         lhs_rows, scale_rows, group = block
@@ -113,19 +114,10 @@ def quantize_grouped(
             f"xla quantize_grouped takes tiles of {PROMOTION_INTERVAL} along the rows, "
             f"got tile_t={tile_t}."
         )
-    blocks = numerics.group_blocks(group_sizes, x.shape[0], PROMOTION_INTERVAL)
-    rows, present = (i.reshape(-1) for i in _rows_of(blocks, PROMOTION_INTERVAL))
-    padded = jnp.take(x, rows, axis=0, mode="clip")
-    padded = jnp.where(present[:, None], padded, jnp.zeros((), x.dtype))
+    apart = rows_apart(x, group_sizes, PROMOTION_INTERVAL)
     across = quantize(
-        padded, tile=tile_t, dtype=dtype, scale=scale, eps=eps, transposed=True
+        apart, tile=tile_t, dtype=dtype, scale=scale, eps=eps, transposed=True
     )
     if tile is None:
         return None, across
     return quantize(x, tile=tile, dtype=dtype, scale=scale, eps=eps), across
-
-
-def _rows_of(blocks: numerics.GroupBlocks, size: int) -> tuple[jax.Array, jax.Array]:
-    """The rows that the blocks' places stand for, and which of them are in use."""
-    place = jnp.arange(size, dtype=jnp.int32)
-    return blocks.first[:, None] + place, place < blocks.rows[:, None]
