@@ -27,8 +27,9 @@ _TABLE: dict[str, tuple[str, ...]] = {
     "quantize_swiglu_gradient": ("mosaic_gpu", "xla"),
     "quantize_grouped": ("xla",),
     "gemm": ("mosaic_gpu", "xla"),
-    "grouped_gemm": ("xla",),
-    "grouped_gemm_k": ("xla",),
+    "gemm_swiglu": ("mosaic_gpu", "xla"),
+    "grouped_gemm": ("mosaic_gpu", "xla"),
+    "grouped_gemm_k": ("mosaic_gpu", "xla"),
 }
 
 

@@ -3,6 +3,7 @@
 from fp8jax.kernels._available import check_available
 from fp8jax.kernels._contract import (
     Gemm,
+    GemmSwiglu,
     GroupedGemm,
     GroupedGemmK,
     Quantize,
@@ -15,6 +16,7 @@ from fp8jax.kernels._contract import (
 
 __all__ = [
     "Gemm",
+    "GemmSwiglu",
     "GroupedGemm",
     "GroupedGemmK",
     "Quantize",

@@ -146,6 +146,31 @@ class Gemm(Protocol):
     ) -> jax.Array: ...
 
 
+class GemmSwiglu(Protocol):
+    """`h = silu(lhs gateᵀ) * (lhs upᵀ)` quantized; `gate` and `up` `[n, k]`.
+
+    Both products are `Gemm`'s, rounded to `between`; h is `QuantizeSwiglu`'s of them.
+    Returns `data [m, n]` and `scale [m, ceil(n / 128)]`, in tiles of (1, 128).
+    """
+
+    def __call__(
+        self,
+        lhs: jax.Array,
+        lhs_scale: jax.Array,
+        gate: jax.Array,
+        gate_scale: jax.Array,
+        up: jax.Array,
+        up_scale: jax.Array,
+        *,
+        lhs_tile: Tile,
+        rhs_tile: Tile,
+        between: jax.typing.DTypeLike,
+        dtype: jax.typing.DTypeLike,
+        scale: ScaleKind,
+        eps: float,
+    ) -> Quantized: ...
+
+
 class QuantizeGrouped(Protocol):
     """`x [m, k]`, whose rows lie in groups, and `x.T`, of which no tile spans two.
 

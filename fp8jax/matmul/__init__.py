@@ -4,6 +4,7 @@ from fp8jax._dispatch import MARK
 from fp8jax.matmul._grouped import grouped_matmul, grouped_wgrad
 from fp8jax.matmul._grouped_implementation import grouped_implementation
 from fp8jax.matmul._scaled_matmul import gemm_implementation, scaled_matmul
+from fp8jax.matmul._swiglu_matmul import swiglu_matmul
 
 __all__ = [
     "MARK",
@@ -12,4 +13,5 @@ __all__ = [
     "grouped_matmul",
     "grouped_wgrad",
     "scaled_matmul",
+    "swiglu_matmul",
 ]

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from fp8jax.matmul import scaled_matmul
+from fp8jax.matmul import scaled_matmul, swiglu_matmul
 from fp8jax.ops._derivatives import refuse_derivatives
 from fp8jax.ops._gemm import INPUT_DTYPES
-from fp8jax.quant import QTensor, QuantSpec, quantize, quantize_swiglu
+from fp8jax.quant import QTensor, QuantSpec, quantize
 from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
 
 
@@ -80,7 +80,7 @@ def static_weight_swiglu(
     r"""A gated MLP, $(silu(x W_g) \odot (x W_u)) W_d$, of weights stored in FP8.
 
     x is quantized once for gate and up, and what lies between the products goes to FP8
-    as it is computed: four kernels and a fifth for x.
+    as it is computed: four kernels and a fifth for x; three in all for a few rows.
 
     Args:
         name, x, out_dtype, recipe, implementation: as in `static_weight_dot`.
@@ -109,21 +109,10 @@ def static_weight_swiglu(
     def product(
         x: jax.Array | QTensor, gate: QTensor, up: QTensor, down: QTensor
     ) -> jax.Array:
-        def multiply(q: QTensor, kernel: QTensor) -> jax.Array:
-            return scaled_matmul(
-                q, kernel.T, out_dtype=out_dtype, implementation=implementation
-            )
-
+        how: Any = {"implementation": implementation}
         q_x = _quantized(x, spec, implementation)
-        q_h, _ = quantize_swiglu(
-            multiply(q_x, gate),
-            multiply(q_x, up),
-            spec,
-            None,
-            implementation=implementation,
-        )
-        assert q_h is not None
-        return multiply(q_h, down)
+        q_h = swiglu_matmul(q_x, gate.T, up.T, spec, dtype=out_dtype, **how)
+        return scaled_matmul(q_h, down.T, out_dtype=out_dtype, **how)
 
     y = _without_derivative(name, product)(_rows(name, x), *kernels)
     return y.reshape(*x.shape[:-1], down.shape[1])

@@ -271,7 +271,7 @@ def test_layers_of_a_7b_model_inflate_no_weight_on_a_gpu(decoder, monkeypatch):
     readers = {
         operation
         for operation, operands in re.findall(
-            r"= (?:stablehlo\.)?(\S+) .*: \(?(tensor<[^)]*)\)? ->", program
+            r"= (?:stablehlo\.)?(\S+) .*: \(?(tensor<[^)\n]*)\)? ->", program
         )
         if re.search(r"<\d{4,}x\d{4,}xf8E4M3FN>", operands)
     }

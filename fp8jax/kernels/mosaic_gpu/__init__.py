@@ -11,6 +11,13 @@ from fp8jax.kernels.mosaic_gpu._choose import (
 from fp8jax.kernels.mosaic_gpu._common import num_sms
 from fp8jax.kernels.mosaic_gpu._config import CHUNK, SMEM_BYTES, GemmConfig
 from fp8jax.kernels.mosaic_gpu._gemm import gemm, multiply
+from fp8jax.kernels.mosaic_gpu._gemm_swiglu import gemm_swiglu
+from fp8jax.kernels.mosaic_gpu._grouped import (
+    grouped_gemm,
+    grouped_gemm_k,
+    multiply_columns,
+    multiply_rows,
+)
 from fp8jax.kernels.mosaic_gpu._limits import refusal, smem_bytes
 from fp8jax.kernels.mosaic_gpu._problem import GEMM_KINDS, GemmKind, GemmProblem
 from fp8jax.kernels.mosaic_gpu._quantize import quantize, quantize_both
@@ -31,9 +38,14 @@ __all__ = [
     "computed_config",
     "gemm",
     "gemm_candidates",
+    "gemm_swiglu",
+    "grouped_gemm",
+    "grouped_gemm_k",
     "load_tuning",
     "measured_entry",
     "multiply",
+    "multiply_columns",
+    "multiply_rows",
     "num_sms",
     "present_device_kind",
     "quantize",

@@ -83,8 +83,10 @@ def launch(
         if direction.transposed:
             shape, blocks = shape[::-1], blocks[::-1]
         # NOTE: whole blocks, because Mosaic stores a contiguous slice by a plain bulk
-        # copy, which does not stop at the array's end as the tensor copies do.
-        per_row = (blocks[1], blocks[0] * BLOCK)
+        # copy, which does not stop at the array's end as the tensor copies do. Few
+        # rows are one copy by one warpgroup: theirs alone, as the GEMM reads them.
+        few = m <= BLOCK // config.warpgroups and not direction.transposed
+        per_row = (blocks[1], m if few else blocks[0] * BLOCK)
         scale_shape = per_row if direction.tile == ROW else blocks
         outputs.append(jax.ShapeDtypeStruct(shape, fmt.dtype))
         outputs.append(jax.ShapeDtypeStruct(scale_shape, jnp.float32))
@@ -302,9 +304,15 @@ def _store(
     row, column = at
     rows = pl.ds(row, values.shape[0])
     if direction.tile == ROW:
-        plgpu.copy_smem_to_gmem(
-            scale_smem, scale_out.at[column, rows], commit_group=False
-        )
+        held = min(scale_out.shape[1], values.shape[0])
+
+        @pl.when(row < scale_out.shape[1])
+        def _copy_scales():
+            plgpu.copy_smem_to_gmem(
+                scale_smem.at[pl.ds(0, held)],
+                scale_out.at[column, pl.ds(row, held)],
+                commit_group=False,
+            )
     else:
         scale_out[lax.div(row, BLOCK), column] = scale_smem[0]
     columns = pl.ds(column * BLOCK, BLOCK)

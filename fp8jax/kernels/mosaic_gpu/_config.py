@@ -8,7 +8,7 @@ CHUNK = 128  # Columns of the contraction between two promotions.
 SMEM_BYTES = 227 * 1024  # What one CTA may use on Hopper.
 _RESERVED_BYTES = 1024  # Barriers and what Mosaic keeps for itself.
 OUT_SLOTS = 3  # Output slices of a warpgroup in flight to global memory.
-OUT_SLICE_BYTES = 64  # Bytes of an output row that one slice spans.
+OUT_SLICE_BYTES = 64  # Bytes of an output row that one slice spans at most.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,10 @@ class GemmConfig:
         """Output columns of one math warpgroup."""
         return self.block_n // 2 if self.split == "n" else self.block_n
 
+    def out_slice_bytes(self, itemsize: int) -> int:
+        """Bytes of an output row that one slice spans, of elements of `itemsize`."""
+        return min(OUT_SLICE_BYTES, self.wg_n * itemsize)
+
     def smem_bytes(self, *, rhs_scale_rows: bool) -> int:
         """Bytes of shared memory a CTA needs.
 
@@ -76,8 +80,10 @@ def gemm_1d2d_config(m: int, n: int, k: int, num_sms: int) -> GemmConfig:
     )
     if m <= 64:
         # Decoding waits for memory: long stages take fewer copies for the same bytes.
-        long = k > 2 * CHUNK
-        return narrow(64, 64, "n", chunks=4 if long else chunks, stages=3)
+        chunks = 4 if k > 2 * CHUNK else chunks
+        if 2 * -(-n // 64) <= num_sms:
+            return narrow(64, 32, "n", chunks=chunks, stages=4)
+        return narrow(64, 64, "n", chunks=chunks, stages=3)
     if m <= 128 and -(-n // 128) < num_sms:
         return narrow(128, 64, "m", chunks=chunks, stages=4)
     # A cluster pays where there is more than one wave of blocks.
@@ -116,3 +122,73 @@ def gemm_1d1d_config(m: int, n: int, k: int, num_sms: int) -> GemmConfig:
         cluster=2 if fills else 1,
         snake_axis=0 if m <= n else 1,
     )
+
+
+def gemm_swiglu_config(k: int) -> GemmConfig:
+    """The block shape for two products of a few rows: 128 columns of each.
+
+    A tile of 128 of what is made of them is one warpgroup's.
+    """
+    chunks = 2 if k > CHUNK else 1
+    return GemmConfig(
+        64,
+        256,
+        "n",
+        chunks=chunks,
+        accumulators=chunks,
+        stages=2,
+        cluster=1,
+        scales_ahead=True,
+    )
+
+
+def row_groups_config(m: int, n: int, k: int, groups: int, num_sms: int) -> GemmConfig:
+    """The block shape for rows in groups, 1d2d: by how many rows a group has.
+
+    Args:
+        m: rows of all groups together.
+        n, k: as in `gemm_1d2d_config`.
+        groups: how many there are.
+        num_sms: multiprocessors to fill.
+    """
+    of_group = -(-m // groups)
+    chunks = 2 if k > CHUNK else 1
+    if of_group <= 64:
+        # Columns of a warpgroup fill a slice of rows at a group's edge: 64 in BF16.
+        return GemmConfig(
+            64,
+            128,
+            "n",
+            chunks=chunks,
+            accumulators=chunks,
+            stages=4,
+            cluster=1,
+            scales_ahead=True,
+        )
+    fills = groups * -(-of_group // 128) * -(-n // 128) > num_sms
+    return GemmConfig(
+        128,
+        128,
+        "m",
+        chunks=chunks,
+        accumulators=chunks,
+        stages=3,
+        cluster=2 if fills and of_group > 128 else 1,
+    )
+
+
+def column_groups_config(
+    kind: Literal["1d2d", "1d1d"], m: int, n: int, k: int, groups: int, num_sms: int
+) -> GemmConfig:
+    """The block shape for a contraction in groups: that of one group's product.
+
+    Args:
+        kind: by the rhs scale.
+        m, n: sides of one group's product.
+        k: columns of all groups together.
+        groups: how many there are.
+        num_sms: multiprocessors to fill.
+    """
+    of_one = {"1d2d": gemm_1d2d_config, "1d1d": gemm_1d1d_config}[kind]
+    # One group's blocks run beside the next one's.
+    return of_one(m, n, max(k // groups, 2 * CHUNK), max(1, num_sms // groups))

@@ -20,21 +20,18 @@ from fp8jax.kernels.mosaic_gpu._common import (
     zero_pad,
 )
 from fp8jax.kernels.mosaic_gpu._config import CHUNK, GemmConfig
-from fp8jax.kernels.mosaic_gpu._gemm_kernel import (
-    COLUMN_MULTIPLE,
-    FEWEST_COLUMNS,
-    ROW_MULTIPLE,
-    gemm_padded,
+from fp8jax.kernels.mosaic_gpu._gemm_kernel import gemm_padded
+from fp8jax.kernels.mosaic_gpu._operands import (
+    BLOCK,
+    KINDS,
+    ROW,
+    check_operands,
+    output_multiples,
+    stored_dtype,
 )
-from fp8jax.kernels.mosaic_gpu._problem import GemmKind
+from fp8jax.kernels.mosaic_gpu._schedule import Dense
 
-_OUT_DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float32, jnp.float16)))
-_FP8_DTYPES = tuple(map(jnp.dtype, (jnp.float8_e4m3fn, jnp.float8_e5m2)))
-_ROW: Tile = (1, CHUNK)
-_BLOCK: Tile = (CHUNK, CHUNK)
-_TILES = ((_ROW, _BLOCK), (_ROW, _ROW), (_BLOCK, _ROW))  # Of (lhs, rhs).
-# By the tile of the rhs. With a blocked lhs 1d2d makes the transposed product.
-_KINDS: dict[Tile, GemmKind] = {_BLOCK: "1d2d", _ROW: "1d1d"}
+_TILES = ((ROW, BLOCK), (ROW, ROW), (BLOCK, ROW))  # Of (lhs, rhs).
 
 
 def gemm(
@@ -82,32 +79,19 @@ def gemm(
 
     Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.2.
     """
-    lhs_tile, rhs_tile = (lhs_tile[0], lhs_tile[1]), (rhs_tile[0], rhs_tile[1])
-    if (lhs_tile, rhs_tile) not in _TILES:
-        raise NotImplementedError(
-            f"mosaic_gpu gemm takes (lhs_tile, rhs_tile) of {_TILES}, got "
-            f"({lhs_tile}, {rhs_tile})."
-        )
-    if lhs.dtype not in _FP8_DTYPES or lhs.dtype != rhs.dtype:
-        raise NotImplementedError(
-            "mosaic_gpu gemm takes two operands of one dtype, float8_e4m3fn or "
-            f"float8_e5m2, got {lhs.dtype} and {rhs.dtype}."
-        )
-    if jnp.dtype(out_dtype) not in _OUT_DTYPES:
-        raise NotImplementedError(
-            "mosaic_gpu gemm returns bfloat16, float32 or float16, got "
-            f"out_dtype={jnp.dtype(out_dtype)}."
-        )
+    tiles = check_operands("gemm", lhs, rhs, (lhs_tile, rhs_tile), _TILES, out_dtype)
+    lhs_tile, rhs_tile = tiles
     if accumulate is not None and not _compat.KERNELS_TAKE_REFS:
         product = functools.partial(
             gemm, lhs_tile=lhs_tile, rhs_tile=rhs_tile, out_dtype=out_dtype
         )
         return accumulate + product(lhs, lhs_scale, rhs, rhs_scale)
-    # The kernel stores no float16.
-    stored = jnp.float32 if jnp.dtype(out_dtype) == jnp.float16 else out_dtype
     run = mapped_under_vmap(
         functools.partial(
-            multiply, lhs_tile=lhs_tile, rhs_tile=rhs_tile, out_dtype=stored
+            multiply,
+            lhs_tile=lhs_tile,
+            rhs_tile=rhs_tile,
+            out_dtype=stored_dtype(out_dtype),
         )
     )
     added = () if accumulate is None else (accumulate,)
@@ -124,7 +108,7 @@ def multiply(
     *,
     rhs_tile: Tile,
     out_dtype: jax.typing.DTypeLike,
-    lhs_tile: Tile = _ROW,
+    lhs_tile: Tile = ROW,
     config: GemmConfig | None = None,
 ) -> jax.Array:
     """`gemm` of what the kernel takes, with a block shape of one's own choice.
@@ -159,25 +143,21 @@ def _multiply(
     scale_rows, sms = rhs_tile[0] == 1, num_sms()
     if config is None:
         stored = jnp.dtype(out_dtype).name
-        config = choose_config(_KINDS[rhs_tile], m, n, k, stored, sms)
-    # The contiguous side of the output has slices to fill.
-    rows, columns = ROW_MULTIPLE, ROW_MULTIPLE
-    if transposed:
-        rows = COLUMN_MULTIPLE if m > FEWEST_COLUMNS else FEWEST_COLUMNS
-    else:
-        columns = COLUMN_MULTIPLE if n > FEWEST_COLUMNS else FEWEST_COLUMNS
+        config = choose_config(KINDS[rhs_tile], m, n, k, stored, sms)
+    rows, columns = output_multiples(m, n, transposed=transposed)
     if accumulate is not None:
         accumulate = zero_pad(
             accumulate, (columns, rows) if transposed else (rows, columns)
         )
+    lhs, rhs = zero_pad(lhs, (rows, CHUNK)), zero_pad(rhs, (columns, CHUNK))
     out = gemm_padded(
-        zero_pad(lhs, (rows, CHUNK)),
+        lhs,
         # The quantization kernel writes [k / 128, m]: XLA cancels the transposes.
         zero_pad(lhs_scale.T, (1, rows)),
-        zero_pad(rhs, (columns, CHUNK)),
+        rhs,
         zero_pad(rhs_scale.T, (1, columns)) if scale_rows else rhs_scale,
+        schedule=Dense(m=len(lhs), n=len(rhs), k=lhs.shape[1], config=config),
         out_dtype=out_dtype,
-        config=config,
         num_sms=sms,
         rhs_scale_rows=scale_rows,
         transposed=transposed,

@@ -3,7 +3,7 @@
 from fp8jax.kernels.mosaic_gpu._config import SMEM_BYTES, GemmConfig
 from fp8jax.kernels.mosaic_gpu._problem import GemmKind
 
-_WGMMA_ROWS, _STORED_COLUMNS = 64, 32
+_WGMMA_ROWS, _STORED_COLUMNS = 64, 16
 _THREADS = 128  # Of a warpgroup.
 # Of the 232 that a thread has; more accumulators than this spill.
 _ACCUMULATOR_REGISTERS = 192

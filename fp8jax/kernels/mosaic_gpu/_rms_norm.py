@@ -39,6 +39,8 @@ from fp8jax.kernels.mosaic_gpu._rms_norm_config import (
     rms_norm_config,
 )
 
+_FEW_ROWS = 128
+
 
 def quantize_rms_norm(
     x: jax.Array,
@@ -113,7 +115,8 @@ def normalize_padded(
         config=config,
     )
     data = data.reshape(-1, chunks * BLOCK)[:m, :k]
-    factors = factors.reshape(-1, chunks)[:m, : ceil_div(k, BLOCK)]
+    factors = factors.T if factors.ndim > 1 else factors.reshape(-1, chunks)
+    factors = factors[:m, : ceil_div(k, BLOCK)]
     return (data, factors), inverse_rms[:m]
 
 
@@ -128,13 +131,16 @@ def _launch(
     tiles = x.shape[0]  # Of 128, of all rows.
     steps = tiles // config.tiles
     held = config.parts * PART  # Tiles that shared memory holds.
+    rows = steps * config.rows
+    # Of few rows in the GEMM's order: it takes longer, but no launch to turn them.
+    scales_shape = (config.chunks, rows) if rows <= _FEW_ROWS else (tiles,)
     in_columns = BLOCK // x.dtype.itemsize
     return plgpu.kernel(
         functools.partial(_body, steps=steps, config=config, **static),
         out_type=[
             jax.ShapeDtypeStruct((tiles, BLOCK), dtype),
-            jax.ShapeDtypeStruct((tiles,), jnp.float32),
-            jax.ShapeDtypeStruct((steps * config.rows,), jnp.float32),
+            jax.ShapeDtypeStruct(scales_shape, jnp.float32),
+            jax.ShapeDtypeStruct((rows,), jnp.float32),
         ],
         scratch_types={
             "x_smem": plgpu.SMEM(
@@ -233,9 +239,14 @@ def _body(
         # Also the point where every warp has read its part of the stage.
         plgpu.commit_smem()
         held, whole = pl.ds(0, tiles), pl.ds(step * tiles, tiles)
-        plgpu.copy_smem_to_gmem(
-            scale_smem.at[held], scale_out.at[whole], commit_group=False
-        )
+        if len(scale_out.shape) > 1:
+            for tile in range(tiles):
+                row, chunk = divmod(tile, config.chunks)
+                scale_out[chunk, step * config.rows + row] = scale_smem[tile]
+        else:
+            plgpu.copy_smem_to_gmem(
+                scale_smem.at[held], scale_out.at[whole], commit_group=False
+            )
         plgpu.copy_smem_to_gmem(codes_smem.at[held], data.at[whole])
         for row in range(config.rows):
             inverse_rms[step * config.rows + row] = inverse_smem[row * config.chunks]

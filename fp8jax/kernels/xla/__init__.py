@@ -1,6 +1,7 @@
 """The kernels in `jnp`: the oracle, and what runs where no FP8 tensor core is."""
 
 from fp8jax.kernels.xla._gemm import gemm
+from fp8jax.kernels.xla._gemm_swiglu import gemm_swiglu
 from fp8jax.kernels.xla._grouped import (
     grouped_gemm,
     grouped_gemm_k,
@@ -12,6 +13,7 @@ from fp8jax.kernels.xla._swiglu import quantize_swiglu, quantize_swiglu_gradient
 
 __all__ = [
     "gemm",
+    "gemm_swiglu",
     "grouped_gemm",
     "grouped_gemm_k",
     "quantize",

@@ -1,0 +1,111 @@
+"""The memory warpgroup of the GEMMs: stage after stage, as they become empty."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from fp8jax.kernels.mosaic_gpu._config import CHUNK, GemmConfig
+from fp8jax.kernels.mosaic_gpu._schedule import Block, Dense, Index, walk
+
+
+def fetch(
+    lhs: Any,
+    lhs_scale: Any,
+    rhs: tuple[Any, ...],
+    rhs_scale: Any,
+    tables: tuple,
+    schedule: Dense,
+    config: GemmConfig,
+    *,
+    full,
+    empty,
+    lhs_smem,
+    rhs_smem,
+    lhs_scale_smem,
+    rhs_scale_smem,
+) -> None:
+    """Copies what every block of this CTA takes, block after block.
+
+    Args:
+        lhs, lhs_scale: [m, k], and its scales [k / 128, m].
+        rhs: [n, k] or, in groups, [g, n, k]; several share a block between them.
+        rhs_scale: [k / 128, n], where its scales are of rows.
+        tables: of the schedule.
+        schedule, config: which blocks, and their shape.
+        full, empty: barriers of the stages.
+        lhs_smem, rhs_smem: [stages, copies, rows, k of a copy].
+        lhs_scale_smem, rhs_scale_smem: [stages, chunks, rows]; None for the rhs where
+            its scales are of tiles.
+    """
+    shared = "cluster" if config.cluster > 1 else None
+    # With fewer rows than a block has, the others keep what they held: nothing of them
+    # is stored. To fetch zeros for them takes a fifth of the time of 16 rows.
+    present = min(config.block_m, lhs.shape[0])
+    copies = lhs_smem.shape[1]
+    chunks_a_copy = config.chunks // copies
+
+    def fetch_block(block: Block, count: Index) -> Index:
+        width = config.block_n // len(rhs)
+        columns = pl.ds(block.column, width)
+
+        def fetch_stage(step: Index, count: Index) -> Index:
+            stage = lax.rem(count, jnp.int32(config.stages))
+
+            @pl.when(count >= config.stages)
+            def _wait():
+                plgpu.barrier_wait(empty.at[stage])
+
+            done = full.at[stage]
+            for copy in range(copies):
+                chunk = block.begin + step * config.chunks + copy * chunks_a_copy
+                if schedule.ends_within_stage:
+                    # Not the next group's: past the end of k there are zeros.
+                    beyond = jnp.int32(lhs.shape[1] // CHUNK)
+                    chunk = lax.select(chunk < block.end, chunk, beyond)
+                # NOTE: past the end of k a copy yields zeros, for codes and scales
+                # alike.
+                k = pl.ds(chunk * CHUNK, chunks_a_copy * CHUNK)
+                chunks = pl.ds(chunk, chunks_a_copy)
+                at = pl.ds(copy * chunks_a_copy, chunks_a_copy)
+                for part, source in enumerate(rhs):
+                    if schedule.rhs_in_groups:
+                        source = source.at[block.group]
+                    plgpu.copy_gmem_to_smem(
+                        source.at[columns, k],
+                        rhs_smem.at[stage, copy].at[pl.ds(part * width, width)],
+                        done,
+                        collective_axes=shared,
+                    )
+                plgpu.copy_gmem_to_smem(
+                    lhs.at[pl.ds(block.row, present), k],
+                    lhs_smem.at[stage, copy].at[pl.ds(0, present)],
+                    done,
+                )
+                plgpu.copy_gmem_to_smem(
+                    lhs_scale.at[chunks, pl.ds(block.row, config.block_m)],
+                    lhs_scale_smem.at[stage, at],
+                    done,
+                )
+                if rhs_scale_smem is not None:
+                    plgpu.copy_gmem_to_smem(
+                        rhs_scale.at[chunks, columns],
+                        rhs_scale_smem.at[stage, at],
+                        done,
+                    )
+            return count + 1
+
+        return lax.fori_loop(0, block.steps(config), fetch_stage, count)
+
+    count = walk(schedule, tables, fetch_block, jnp.int32(0))
+
+    # Drain: no CTA may exit while its neighbour still signals its barriers.
+    @pl.loop(0, lax.min(count, jnp.int32(config.stages)))
+    def _drain(i):
+        stage = lax.rem(
+            count - lax.min(count, jnp.int32(config.stages)) + i,
+            jnp.int32(config.stages),
+        )
+        plgpu.barrier_wait(empty.at[stage])

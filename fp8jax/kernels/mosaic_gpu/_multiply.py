@@ -1,0 +1,182 @@
+"""A math warpgroup of the GEMMs: multiplies, and promotes every chunk of 128 of k."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from fp8jax import _compat
+from fp8jax.kernels.mosaic_gpu._common import ceil_div
+from fp8jax.kernels.mosaic_gpu._config import CHUNK, GemmConfig
+from fp8jax.kernels.mosaic_gpu._schedule import Block, Dense, Index, walk
+
+
+def multiply(
+    rhs_scale: tuple[Any, ...],
+    tables: tuple,
+    schedule: Dense,
+    config: GemmConfig,
+    store: Callable[..., None],
+    *,
+    full,
+    empty,
+    lhs_smem,
+    rhs_smem,
+    lhs_scale_smem,
+    rhs_scale_smem,
+) -> None:
+    """Multiplies every block of this CTA, and has it stored.
+
+    Args:
+        rhs_scale: scales of the rhs, read where they are of tiles; of the second one
+            for the second warpgroup, where two share a block.
+        tables: of the schedule.
+        schedule, config: which blocks, and their shape.
+        store: called with a block's sums, this warpgroup's part of it, in pieces of
+            columns; the warpgroup; the first row and column; and the block.
+        full, empty, ...: as in `fetch`.
+    """
+    wg = lax.axis_index("wg")
+    wg_m, wg_n = config.wg_m, config.wg_n
+    first_row = wg * wg_m if config.split == "m" else 0
+    first_column = wg * wg_n if config.split == "n" else 0
+    # The columns in pieces that no tile of the rhs divides: one scale each.
+    width = math.gcd(wg_n, CHUNK)
+    pieces = range(0, wg_n, width)
+    # Whether a stage may hold chunks that are not the block's.
+    has_rest = schedule.ends_within_stage or ceil_div(schedule.k, CHUNK) % config.chunks
+    chunks_a_copy = config.chunks // lhs_smem.shape[1]
+
+    def rhs_row_factors(stage: Index, i: int, piece: int):
+        """The rhs scales of a piece in chunk i of a stage, one a column."""
+        return _compat.mosaic_load(
+            rhs_scale_smem.at[stage, i, pl.ds(first_column + piece, width)],
+            plgpu.Layout.WGMMA.reduce(0),
+        )
+
+    def rhs_tile_factor(chunk: Index, block: Block, piece: int):
+        """The rhs scale of a piece in a chunk of k: one number."""
+        first, *others = (
+            s.at[block.group] if schedule.rhs_in_groups else s for s in rhs_scale
+        )
+        column = block.column + piece + (0 if others else first_column)
+        # A block may reach past the last column.
+        last_tile = jnp.int32(first.shape[0] - 1)
+        tile = lax.min(lax.div(column, jnp.int32(CHUNK)), last_tile)
+        real = lax.min(chunk, jnp.int32(block.end - 1)) if has_rest else chunk
+        factor = first[tile, real]
+        for second in others:
+            factor = lax.select(wg == 0, factor, second[tile, real])
+        if not has_rest:
+            return factor
+        # A chunk past the end has zero codes and zero lhs scales. The last real
+        # scale must not stand in for its own: it may be NaN.
+        return jnp.where(chunk < block.end, factor, jnp.float32(0))
+
+    def tile_factors(step: Index, i: int, block: Block):
+        """The rhs scales of chunk i for the pieces, where they are of tiles."""
+        if rhs_scale_smem is not None:
+            return None
+        chunk = block.begin + step * config.chunks + i
+        return [rhs_tile_factor(chunk, block, p) for p in pieces]
+
+    def factors(stage: Index, i: int, of_tiles):
+        """What to multiply the product of a chunk by: [wg_m, width] for each piece."""
+        left = _compat.mosaic_load(
+            lhs_scale_smem.at[stage, i, pl.ds(first_row, wg_m)],
+            plgpu.Layout.WGMMA.reduce(1),
+        )
+        shape = (wg_m, width)
+        if of_tiles is not None:
+            return [lax.broadcast_in_dim(left * s, shape, (0,)) for s in of_tiles]
+        left = lax.broadcast_in_dim(left, shape, (0,))
+        return [
+            left * lax.broadcast_in_dim(rhs_row_factors(stage, i, p), shape, (1,))
+            for p in pieces
+        ]
+
+    def multiply_stage(step: Index, carry, block: Block):
+        count, *acc = carry
+        stage = lax.rem(count, jnp.int32(config.stages))
+        ahead = [
+            tile_factors(step, i, block) if config.scales_ahead else None
+            for i in range(config.chunks)
+        ]
+        plgpu.barrier_wait(full.at[stage])
+
+        def issue(i: int, sums, running, partial):
+            """Starts chunk i, then what runs beside it, then promotes all of them."""
+            copy, place = divmod(i, chunks_a_copy)
+            k = slice(place * CHUNK, (place + 1) * CHUNK)
+            plgpu.wgmma(
+                partial,
+                lhs_smem.at[stage, copy].at[pl.ds(first_row, wg_m), k],
+                rhs_smem.at[stage, copy].at[pl.ds(first_column, wg_n), k].T,
+            )
+            running = {**running, i: partial}
+            if len(running) == config.accumulators:
+                return promote(sums, running)
+            # Nested: an accumulator is zeroed where its scope begins, here while the
+            # tensor cores are at work.
+            begin = functools.partial(issue, i + 1, sums, running)
+            return pl.run_scoped(begin, accumulator)
+
+        def promote(sums, running):
+            scales = {
+                i: factors(stage, i, ahead[i] or tile_factors(step, i, block))
+                for i in running
+            }
+            for i, partial in running.items():
+                # The later products run on while this one is promoted.
+                value = plgpu.wgmma_accumulator_load(partial, wait_n=max(running) - i)
+                if i == config.chunks - 1:
+                    plgpu.barrier_arrive(empty.at[stage])
+                sums = [
+                    total + value[:, piece : piece + width] * scale
+                    for total, piece, scale in zip(sums, pieces, scales[i], strict=True)
+                ]
+            return sums
+
+        accumulator = plgpu.ACC((wg_m, wg_n), jnp.float32)  # pyright: ignore
+        for i in range(0, config.chunks, config.accumulators):
+            acc = pl.run_scoped(functools.partial(issue, i, acc, {}), accumulator)
+        return count + 1, *acc
+
+    def multiply_block(block: Block, count: Index) -> Index:
+        zero = plgpu.layout_cast(
+            jnp.zeros((wg_m, width), jnp.float32), plgpu.Layout.WGMMA
+        )
+        count, *acc = lax.fori_loop(
+            0,
+            block.steps(config),
+            functools.partial(multiply_stage, block=block),
+            (count, *[zero] * len(pieces)),
+        )
+        store(acc, wg, block.row + first_row, block.column + first_column, block)
+        return count
+
+    def release_stage(step: Index, count: Index) -> Index:
+        stage = lax.rem(count, jnp.int32(config.stages))
+        plgpu.barrier_wait(full.at[stage])
+        plgpu.barrier_arrive(empty.at[stage])
+        return count + 1
+
+    def multiply_some(block: Block, count: Index) -> Index:
+        """Of a block that may end before this warpgroup's rows, which then rests."""
+        assert block.rows is not None
+        row = block.row + first_row
+        return lax.cond(
+            (row < block.rows[1]) & (row + wg_m > block.rows[0]),
+            functools.partial(multiply_block, block),
+            lambda c: lax.fori_loop(0, block.steps(config), release_stage, c),
+            count,
+        )
+
+    body = multiply_some if schedule.stores_some_rows else multiply_block
+    walk(schedule, tables, body, jnp.int32(0))
+    plgpu.wait_smem_to_gmem(0)
