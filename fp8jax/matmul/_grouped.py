@@ -36,7 +36,7 @@ def grouped_matmul(
         rhs: `[g, n, k]` in tiles of `(128, 128)` or `(1, 128)`.
         group_sizes: int32 `[g]`; any may be 0. Their sum is at most m.
         out_dtype: bfloat16, float16 or float32; rounded to once, at the end.
-        implementation: `"xla"`, so far the only one, or None.
+        implementation: as in `scaled_matmul`.
 
     Returns:
         `[m, n]` of `out_dtype`. Rows of no group are 0, whatever the lhs holds there.

@@ -52,8 +52,7 @@ def ragged_dot(
             `recipes.bf16()` so far.
         recipe: `recipes.deepseek_v3()` by default. It quantizes lhs and its gradients
             row by row, so tiles of more rows are for the weights, and for wgrad's x.
-        implementation: as in `fp8jax.dot_general`; so far `"xla"` or None, because XLA
-            alone has these GEMMs.
+        implementation: as in `fp8jax.dot_general`.
 
     Returns:
         `[m, n]`, of the dtype that `jax.lax.ragged_dot` gives.
