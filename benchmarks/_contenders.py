@@ -63,8 +63,10 @@ def operands(kind: str, m: int, n: int, k: int, seed: int = 0) -> Operands:
     )
 
 
-def fp8_gemm(kind: str) -> Callable[..., jax.Array]:
-    """Our jitted GEMM of `Operands.quantized`, bfloat16 out."""
+def fp8_gemm(
+    kind: str, out_dtype: jax.typing.DTypeLike = jnp.bfloat16
+) -> Callable[..., jax.Array]:
+    """Our jitted GEMM of `Operands.quantized`."""
     lhs_tile, rhs_tile = TILES[kind]
 
     @jax.jit
@@ -77,7 +79,7 @@ def fp8_gemm(kind: str) -> Callable[..., jax.Array]:
             rhs_scale.T if rhs_tile[0] == 1 else rhs_scale,
             lhs_tile=lhs_tile,
             rhs_tile=rhs_tile,
-            out_dtype=jnp.bfloat16,
+            out_dtype=out_dtype,
         )
 
     return run

@@ -14,18 +14,22 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from fp8jax import tune
 
+T = TypeVar("T")
+
 RESULTS = pathlib.Path(__file__).parent / "results"
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 # Below this a launch from Python may take longer than the kernel.
 SHORT_US = 100.0
+# A turn of a slow contender has fewer launches, so that it takes no longer than this.
+TURN_US = 100_000.0
 
 
 def alternate(
@@ -36,21 +40,33 @@ def alternate(
     Args:
         contenders: name to a function that launches once and returns its output, a JAX
             or a torch array; it may return before the device is done.
-        launches: back-to-back launches in one round.
+        launches: back-to-back launches in one round, at most: see `TURN_US`.
         rounds: how often every contender has its turn.
     """
-    for run in contenders.values():  # Compile, choose algorithms, fill caches.
-        for _ in range(3):
+    counts = {}
+    for name, run in contenders.items():
+        for _ in range(2):  # Compile, choose algorithms, fill caches.
             _wait(run())
+        counts[name] = max(1, min(launches, int(TURN_US / _turn(run, 1))))
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
-            start = time.perf_counter()
-            for _ in range(launches):
-                out = run()
-            _wait(out)
-            times[name].append((time.perf_counter() - start) / launches * 1e6)
+            times[name].append(_turn(run, counts[name]))
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+def working(contenders: Mapping[str, Callable[[], T]]) -> dict[str, T]:
+    """Each one's output; one that does not run here is left out, and why is printed."""
+    outputs = {}
+    for name, run in contenders.items():
+        try:
+            outputs[name] = run()
+            _wait(outputs[name])
+        except Exception as error:  # Of whatever others raise: out of memory, no file.
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            print(f"{name} is left out: {reason}", flush=True)
+            outputs.pop(name, None)
+    return outputs
 
 
 def kernel_us(fn: Callable[..., Any], *args: Any, iterations: int = 20) -> float:
@@ -166,6 +182,15 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return run.stdout.strip()
+
+
+def _turn(run: Callable[[], Any], launches: int) -> float:
+    """Microseconds a launch, by wall clock."""
+    start = time.perf_counter()
+    for _ in range(launches):
+        out = run()
+    _wait(out)
+    return (time.perf_counter() - start) / launches * 1e6
 
 
 def _wait(out: Any) -> None:

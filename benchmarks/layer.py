@@ -9,7 +9,7 @@ what the compiled FP8 program launches to layer_kernels.txt.
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ BASE = "jax bf16"
 
 
 def main() -> None:
-    options = _options()
+    options = options_parser(__doc__, ["deepseek_v3"]).parse_args()
     rows, programs = [], []
     print(
         f"{'tokens':>7}{'in':>7}{'out':>7}  {'contender':28}{'wall us':>9}"
@@ -50,26 +50,34 @@ def main() -> None:
             programs += [*_hlo.report(compiled.as_text() or ""), ""]
     path = _harness.write_csv("layer", rows, options.commit)
     print(f"ceiling {CEILING} TFLOPS; wrote {path}")
-    if programs:
-        path = _harness.RESULTS / "layer_kernels.txt"
-        path.write_text("\n".join(programs))
-        print(*programs, f"wrote {path}", sep="\n")
+    write_programs("layer_kernels", programs)
 
 
-def _options() -> argparse.Namespace:
-    parser = _harness.options_parser(__doc__)
+def options_parser(
+    description: str | None, default: Sequence[str]
+) -> argparse.ArgumentParser:
+    """A parser with the options of a benchmark of recipes, those by default."""
+    parser = _harness.options_parser(description)
     parser.add_argument(
         "--recipe",
         nargs="+",
         choices=sorted(RECIPES),
-        default=["deepseek_v3"],
+        default=list(default),
         help="one or more, timed side by side",
     )
     parser.add_argument(
         "--hlo", action="store_true", help="list what the FP8 program launches"
     )
     parser.add_argument("--rounds", type=int, default=7)
-    return parser.parse_args()
+    return parser
+
+
+def write_programs(name: str, programs: list[str]) -> None:
+    """Writes what was launched, if anything was listed, to `results/<name>.txt`."""
+    if programs:
+        path = _harness.RESULTS / f"{name}.txt"
+        path.write_text("\n".join(programs))
+        print(*programs, f"wrote {path}", sep="\n")
 
 
 def _arrays(tokens: int, k: int, n: int) -> tuple[jax.Array, ...]:

@@ -8,24 +8,29 @@ changes nothing and fails if a file is not what the results say.
 
 import argparse
 import csv
-import math
 import pathlib
 import sys
 import textwrap
 from collections.abc import Iterable
 
+from benchmarks._group_tables import (
+    grouped_summary,
+    grouped_table,
+    moe_summary,
+    moe_table,
+)
+from benchmarks._tables import PEAK_RATIO, PEAK_TFLOPS, Rows, mean, table
+
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
 BEGIN, END = "<!-- measured: written by benchmarks/readme.py -->", "<!-- /measured -->"
 
-PEAK_TFLOPS = 1979  # Dense FP8 of an H100 or H200, by the data sheet.
-PEAK_RATIO = 2.0  # Of FP8's peak to BF16's.
 MEMORY_GBPS = 4800  # Of an H200, by the data sheet.
 QUANTIZE_SHAPE = ("16384", "7168")
 FP8_ROLES = ("fprop", "recompute", "dgrad", "wgrad")
 DECODE = ("16", "7168", "16384")  # m, n, k in README.md.
-
-Rows = list[dict[str, str]]
+# Of the quantizations, in README.md: the plain one, two in one pass, and the slowest.
+QUANTIZED = ("1x128", "1x128, both ways", "swiglu, both ways", "rms_norm, 1x128")
 
 
 def main() -> None:
@@ -53,7 +58,8 @@ def main() -> None:
 def summary() -> list[str]:
     """README.md's paragraphs and tables, in order."""
     gemm, losses = read("gemm"), read("train_lm_h200/summary")
-    rows = [*gemm_summary(gemm), *decode_summary(), *quantize_summary()]
+    rows = [*gemm_summary(gemm), *grouped_summary(read("grouped"))]
+    rows += [*moe_summary(read("moe")), *decode_summary(), *quantize_summary()]
     written = [
         f"On one {gemm[0]['device']}, JAX {gemm[0]['jax']}, contenders side by side in "
         "one run; 1x128 by 128x128 gives cuBLASLt's bits. How, and all rows: "
@@ -92,6 +98,8 @@ def every_row() -> list[str]:
     return [
         *gemm_tables(read("gemm")),
         *layer_table(read("layer")),
+        *grouped_table(read("grouped")),
+        *moe_table(read("moe")),
         *decode_table(read("decode")),
         *quantize_table(read("quantize")),
         *transform_table(read("transform")),
@@ -163,6 +171,7 @@ def quantize_summary() -> list[list[str]]:
             f"{MEMORY_GBPS}",
         ]
         for r in quantize_rows(read("quantize"))
+        if r["what"] in QUANTIZED
     ]
 
 
@@ -299,12 +308,6 @@ def layers(rows: Rows) -> Iterable[tuple[dict[str, str], dict[str, str]]]:
             yield bases[r["tokens"], r["in"], r["out"]], r
 
 
-def mean(values: Iterable[float]) -> float:
-    """The geometric mean."""
-    values = list(values)
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
 def read(name: str) -> Rows:
     """The rows of a CSV; none where it has not been measured."""
     path = RESULTS / f"{name}.csv"
@@ -322,11 +325,6 @@ def gap(arms: Rows, loss: str) -> str:
 def wrap(section: str) -> str:
     """A paragraph in lines of README's length; a table as it is."""
     return section if section.startswith("|") else textwrap.fill(section, 90)
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
 
 
 if __name__ == "__main__":

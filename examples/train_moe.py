@@ -65,6 +65,8 @@ class Config:
 
 
 # NOTE: what a product contracts or gives is a multiple of 128, the side of a tile.
+# In the BF16 arm XLA holds each row once for every expert, masked, from the forward to
+# the backward pass: that, not the weights, is what bounds experts, top_k and batch.
 PRESETS = {
     "cpu": Config(
         d_model=128,
@@ -96,14 +98,14 @@ PRESETS = {
         head_dim=128,
         rope_dim=64,
         d_ff=2816,
-        d_expert=512,
-        experts=32,
-        top_k=4,
-        groups=8,
-        top_groups=4,
+        d_expert=1024,
+        experts=16,
+        top_k=2,
+        groups=4,
+        top_groups=2,
         shared=1,
         seq_len=1024,
-        batch=16,
+        batch=8,
         steps=800,
         learning_rate=6e-4,
         balance_rate=1e-3,

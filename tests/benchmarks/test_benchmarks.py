@@ -1,8 +1,6 @@
 """The benchmarks' own logic, on a CPU: tables, options, CSVs and HLO lists."""
 
-import csv
 import functools
-import sys
 import time
 
 import jax
@@ -10,7 +8,6 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import (
-    _contenders,
     _harness,
     _hlo,
     decode,
@@ -23,31 +20,7 @@ from benchmarks import (
     transform,
 )
 from fp8jax.kernels import mosaic_gpu, xla
-
-
-@pytest.fixture
-def on_cpu(monkeypatch, tmp_path):
-    """No GPU, no torch: XLA's GEMM, one call by wall clock, results in tmp_path."""
-
-    def clock(fn, *args, iterations=0):
-        def run():
-            start = time.perf_counter()
-            jax.block_until_ready(fn(*args))
-            return [(time.perf_counter() - start) * 1e6]
-
-        return run
-
-    monkeypatch.setattr(_harness, "kernel_clock", clock)
-    monkeypatch.setattr(_harness, "kernel_us", lambda *a, **kw: clock(*a)()[0])
-    monkeypatch.setattr(_harness, "HAS_TORCH", False)
-    monkeypatch.setattr(_harness, "RESULTS", tmp_path)
-    monkeypatch.setattr(_contenders.mosaic_gpu, "gemm", xla.gemm)
-    return tmp_path
-
-
-def run(monkeypatch, module, arguments=""):
-    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments.split()])
-    module.main()
+from tests.benchmarks.running import rows, run
 
 
 def test_transform(on_cpu, monkeypatch):
@@ -67,11 +40,6 @@ def test_transform(on_cpu, monkeypatch):
     assert row["commit"] == "abc"
 
 
-def rows(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_gemm(on_cpu, monkeypatch):
     shapes = {"1d2d": [(8, 128, 128)], "1d1d": [(8, 128, 256)]}
     shapes["2d1d"] = [(128, 8, 384)]
@@ -80,6 +48,33 @@ def test_gemm(on_cpu, monkeypatch):
     one, two, three = rows(on_cpu / "gemm.csv")
     assert (one["gemm"], two["k"], three["commit"]) == ("1d2d", "256", "abc")
     assert one["ratio"] == one["cublaslt_blockwise"] == ""
+
+
+def test_what_does_not_run_is_left_out_and_says_why(capsys):
+    def fails():
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nand so on")
+
+    found = _harness.working({"a": lambda: jnp.ones(2), "b": fails})
+    assert list(found) == ["a"]
+    printed = capsys.readouterr().out
+    assert printed == "b is left out: RESOURCE_EXHAUSTED: Out of memory\n"
+
+
+def test_a_slow_contender_has_fewer_launches(monkeypatch):
+    monkeypatch.setattr(_harness, "TURN_US", 4e4)
+    calls = {"slow": 0, "fast": 0}
+
+    def of(name, seconds):
+        def launch():
+            calls[name] += 1
+            time.sleep(seconds)
+            return jnp.zeros(())
+
+        return launch
+
+    contenders = {"slow": of("slow", 0.021), "fast": of("fast", 0)}
+    _harness.alternate(contenders, launches=20, rounds=2)
+    assert calls == {"slow": 3 + 2, "fast": 3 + 2 * 20}
 
 
 def test_layer_beside_bf16_with_its_kernels(on_cpu, monkeypatch):

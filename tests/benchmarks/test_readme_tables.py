@@ -88,6 +88,53 @@ def test_a_transformed_step_has_its_roles_and_shares(results):
     ) in "\n".join(readme.every_row())
 
 
+GROUPED = {"m": "512", "n": "256", "k": "128", "clock": "wall", "dense": "1000"}
+GROUPED |= {"lax_bf16": "50", "pallas_bf16": "400", "dense_bf16": "700"}
+
+
+def test_grouped_gemms_stand_beside_the_dense_kernel(results):
+    even = of(GROUPED, gemm="1d2d", groups="4", sizes="128 each", fp8jax="900")
+    even |= {"of_dense": "0.9", "over_bf16": "2.25"}
+    uneven = of(even, groups="2", sizes="511 1", fp8jax="400", of_dense="0.4")
+    uneven |= {"pallas_bf16": "", "lax_bf16": "", "over_bf16": ""}
+    write(results / "grouped.csv", [even, uneven])
+    # sqrt(900 * 400) and sqrt(0.9 * 0.4)
+    assert (
+        "| Grouped GEMM, 1x128 by 128x128, 2 shapes, TFLOPS | 600 | "
+        "1000 our dense kernel | 0.60 (0.40 to 0.90) | 1979 peak |"
+    ) in "\n".join(readme.summary())
+    text = "\n".join(readme.every_row())
+    for line in (
+        "| 1d2d 4 x 128 each; 512, 256, 128 | 900 | 1000 | 0.90 | 50 | 400 | 700 | "
+        "2.25 | wall |",
+        "| 1d2d 2 x uneven; 512, 256, 128 | 400 | 1000 | 0.40 |  |  | 700 |  | wall |",
+    ):
+        assert line in text, text
+
+
+def test_a_mixture_is_compared_with_the_fastest_in_bf16(results):
+    sizes = dict.fromkeys(("tokens", "features", "hidden", "experts", "top_k"), "8")
+    times = {"kernel_us": "90.0", "tflops": "7", "over_lax": "2", "over_pallas": ""}
+    base = of(sizes | times, contender="jax bf16", wall_us="400.0", over_dense="0.5")
+    pallas = of(base, contender="pallas bf16", wall_us="300.0", over_pallas="1")
+    dense = of(base, contender="dense bf16", wall_us="100.0")
+    fp8 = of(base, contender="fp8jax deepseek_v3", wall_us="200.0", over_pallas="1.5")
+    smaller = [of(r, tokens="4") for r in (base, fp8)]
+    write(results / "moe.csv", [base, pallas, dense, fp8, *smaller])
+    summary = "\n".join(readme.summary())
+    assert (
+        "| Mixture of 8 experts, 8 by 8, 8 tokens, top 8, deepseek_v3: a whole step, "
+        "us | 200 | 300 pallas bf16 | 1.50 | 2.00 |"
+    ) in summary
+    assert summary.count("Mixture") == 1
+    text = "\n".join(readme.every_row())
+    row = (
+        "| 8, 8, 8, 8, 8 | fp8jax deepseek_v3 | 200.0 | 90.0 | 7 | 2.00 | 1.50 | 0.50 |"
+    )
+    assert row in text
+    assert "| 4, 8, 8, 8, 8 | jax bf16 | 400.0 | 90.0 | 7 | 2.00 |  | 0.50 |" in text
+
+
 @pytest.mark.usefixtures("results")
 def test_every_row_is_there_and_a_missing_contender_is_an_empty_cell():
     text = "\n".join(readme.every_row())
@@ -104,7 +151,7 @@ def test_tables_without_results_are_left_out(results):
     (results / "decode.csv").unlink()
     (results / "layer.csv").unlink()
     text = "\n".join((*readme.summary(), *readme.every_row()))
-    assert "Layer" not in text
+    assert not any(word in text for word in ("Layer", "Grouped", "Mixture"))
     assert "16384" not in text.replace("[16384, 7168]", "")
 
 

@@ -36,7 +36,7 @@ def fetch(
         tables: of the schedule.
         schedule, config: which blocks, and their shape.
         full, empty: barriers of the stages.
-        lhs_smem, rhs_smem: [stages, copies, rows, k of a copy].
+        lhs_smem, rhs_smem: [stages, rows, k of a stage].
         lhs_scale_smem, rhs_scale_smem: [stages, chunks, rows]; None for the rhs where
             its scales are of tiles.
     """
@@ -44,8 +44,6 @@ def fetch(
     # With fewer rows than a block has, the others keep what they held: nothing of them
     # is stored. To fetch zeros for them takes a fifth of the time of 16 rows.
     present = min(config.block_m, lhs.shape[0])
-    copies = lhs_smem.shape[1]
-    chunks_a_copy = config.chunks // copies
 
     def fetch_block(block: Block, count: Index) -> Index:
         width = config.block_n // len(rhs)
@@ -59,42 +57,34 @@ def fetch(
                 plgpu.barrier_wait(empty.at[stage])
 
             done = full.at[stage]
-            for copy in range(copies):
-                chunk = block.begin + step * config.chunks + copy * chunks_a_copy
-                if schedule.ends_within_stage:
-                    # Not the next group's: past the end of k there are zeros.
-                    beyond = jnp.int32(lhs.shape[1] // CHUNK)
-                    chunk = lax.select(chunk < block.end, chunk, beyond)
-                # NOTE: past the end of k a copy yields zeros, for codes and scales
-                # alike.
-                k = pl.ds(chunk * CHUNK, chunks_a_copy * CHUNK)
-                chunks = pl.ds(chunk, chunks_a_copy)
-                at = pl.ds(copy * chunks_a_copy, chunks_a_copy)
-                for part, source in enumerate(rhs):
-                    if schedule.rhs_in_groups:
-                        source = source.at[block.group]
-                    plgpu.copy_gmem_to_smem(
-                        source.at[columns, k],
-                        rhs_smem.at[stage, copy].at[pl.ds(part * width, width)],
-                        done,
-                        collective_axes=shared,
-                    )
+            # NOTE: past the end of k a copy yields zeros, for codes and scales alike.
+            # What it brings of another group's is not used.
+            chunk = block.begin + step * config.chunks
+            k = pl.ds(chunk * CHUNK, config.chunks * CHUNK)
+            chunks = pl.ds(chunk, config.chunks)
+            for part, source in enumerate(rhs):
+                if schedule.rhs_in_groups:
+                    source = source.at[block.group]
                 plgpu.copy_gmem_to_smem(
-                    lhs.at[pl.ds(block.row, present), k],
-                    lhs_smem.at[stage, copy].at[pl.ds(0, present)],
+                    source.at[columns, k],
+                    rhs_smem.at[stage].at[pl.ds(part * width, width)],
                     done,
+                    collective_axes=shared,
                 )
+            plgpu.copy_gmem_to_smem(
+                lhs.at[pl.ds(block.row, present), k],
+                lhs_smem.at[stage].at[pl.ds(0, present)],
+                done,
+            )
+            plgpu.copy_gmem_to_smem(
+                lhs_scale.at[chunks, pl.ds(block.row, config.block_m)],
+                lhs_scale_smem.at[stage],
+                done,
+            )
+            if rhs_scale_smem is not None:
                 plgpu.copy_gmem_to_smem(
-                    lhs_scale.at[chunks, pl.ds(block.row, config.block_m)],
-                    lhs_scale_smem.at[stage, at],
-                    done,
+                    rhs_scale.at[chunks, columns], rhs_scale_smem.at[stage], done
                 )
-                if rhs_scale_smem is not None:
-                    plgpu.copy_gmem_to_smem(
-                        rhs_scale.at[chunks, columns],
-                        rhs_scale_smem.at[stage, at],
-                        done,
-                    )
             return count + 1
 
         return lax.fori_loop(0, block.steps(config), fetch_stage, count)

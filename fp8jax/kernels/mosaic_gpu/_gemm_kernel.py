@@ -78,18 +78,15 @@ def gemm_padded(
         empty = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
     else:
         cluster, empty = {}, plgpu.Barrier
-    # A copy spans all the chunks of a stage, or one, where a group may end in between.
-    copies = config.chunks if schedule.ends_within_stage else 1
-    operand_k = config.chunks // copies * CHUNK
-    scales = (config.stages, config.chunks)
+    operand_k, scales = config.chunks * CHUNK, (config.stages, config.chunks)
     scratch = {
         "lhs_smem": plgpu.SMEM(
-            (config.stages, copies, config.block_m, operand_k),
+            (config.stages, config.block_m, operand_k),
             lhs.dtype,
             transforms=OPERAND,
         ),
         "rhs_smem": plgpu.SMEM(
-            (config.stages, copies, config.block_n, operand_k),
+            (config.stages, config.block_n, operand_k),
             rhs.dtype,
             transforms=OPERAND,
         ),
@@ -106,7 +103,7 @@ def gemm_padded(
             some_rows=schedule.stores_some_rows,
         ),
         "full": plgpu.Barrier(
-            num_arrivals=copies * (4 if rhs_scale_rows else 3),
+            num_arrivals=4 if rhs_scale_rows else 3,
             num_barriers=config.stages,
         ),
         "empty": empty(num_arrivals=MATH_WARPGROUPS, num_barriers=config.stages),

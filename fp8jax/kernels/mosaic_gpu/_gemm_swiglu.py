@@ -132,12 +132,12 @@ def _multiply(
         ),
         scratch_types={
             "lhs_smem": plgpu.SMEM(
-                (config.stages, 1, config.block_m, operand_k),
+                (config.stages, config.block_m, operand_k),
                 lhs.dtype,
                 transforms=OPERAND,
             ),
             "rhs_smem": plgpu.SMEM(
-                (config.stages, 1, config.block_n, operand_k),
+                (config.stages, config.block_n, operand_k),
                 gate.dtype,
                 transforms=OPERAND,
             ),

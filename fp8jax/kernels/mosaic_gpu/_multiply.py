@@ -48,9 +48,10 @@ def multiply(
     # The columns in pieces that no tile of the rhs divides: one scale each.
     width = math.gcd(wg_n, CHUNK)
     pieces = range(0, wg_n, width)
-    # Whether a stage may hold chunks that are not the block's.
-    has_rest = schedule.ends_within_stage or ceil_div(schedule.k, CHUNK) % config.chunks
-    chunks_a_copy = config.chunks // lhs_smem.shape[1]
+    # Whether a last stage reaches past the end of k.
+    has_zeros = (
+        not schedule.ends_within_stage and ceil_div(schedule.k, CHUNK) % config.chunks
+    )
 
     def rhs_row_factors(stage: Index, i: int, piece: int):
         """The rhs scales of a piece in chunk i of a stage, one a column."""
@@ -68,17 +69,17 @@ def multiply(
         # A block may reach past the last column.
         last_tile = jnp.int32(first.shape[0] - 1)
         tile = lax.min(lax.div(column, jnp.int32(CHUNK)), last_tile)
-        real = lax.min(chunk, jnp.int32(block.end - 1)) if has_rest else chunk
+        real = lax.min(chunk, jnp.int32(block.end - 1)) if has_zeros else chunk
         factor = first[tile, real]
         for second in others:
             factor = lax.select(wg == 0, factor, second[tile, real])
-        if not has_rest:
+        if not has_zeros:
             return factor
         # A chunk past the end has zero codes and zero lhs scales. The last real
         # scale must not stand in for its own: it may be NaN.
         return jnp.where(chunk < block.end, factor, jnp.float32(0))
 
-    def tile_factors(step: Index, i: int, block: Block):
+    def tile_factors(step: Index, i: int, *, block: Block):
         """The rhs scales of chunk i for the pieces, where they are of tiles."""
         if rhs_scale_smem is not None:
             return None
@@ -100,41 +101,34 @@ def multiply(
             for p in pieces
         ]
 
-    def multiply_stage(step: Index, carry, block: Block):
-        count, *acc = carry
-        stage = lax.rem(count, jnp.int32(config.stages))
-        ahead = [
-            tile_factors(step, i, block) if config.scales_ahead else None
-            for i in range(config.chunks)
-        ]
-        plgpu.barrier_wait(full.at[stage])
+    accumulator = plgpu.ACC((wg_m, wg_n), jnp.float32)  # pyright: ignore
 
-        def issue(i: int, sums, running, partial):
-            """Starts chunk i, then what runs beside it, then promotes all of them."""
-            copy, place = divmod(i, chunks_a_copy)
-            k = slice(place * CHUNK, (place + 1) * CHUNK)
+    def multiply_chunks(chunks: list[int], stage: Index, acc, of_tiles, release: bool):
+        """Adds chunks of a stage, all in flight together; may then release it."""
+
+        def issue(behind: list[int], running, partial):
+            """Starts a chunk, then what runs beside it, then promotes all of them."""
+            i, *others = behind
+            k = slice(i * CHUNK, (i + 1) * CHUNK)
             plgpu.wgmma(
                 partial,
-                lhs_smem.at[stage, copy].at[pl.ds(first_row, wg_m), k],
-                rhs_smem.at[stage, copy].at[pl.ds(first_column, wg_n), k].T,
+                lhs_smem.at[stage].at[pl.ds(first_row, wg_m), k],
+                rhs_smem.at[stage].at[pl.ds(first_column, wg_n), k].T,
             )
             running = {**running, i: partial}
-            if len(running) == config.accumulators:
-                return promote(sums, running)
+            if not others:
+                return promote(running)
             # Nested: an accumulator is zeroed where its scope begins, here while the
             # tensor cores are at work.
-            begin = functools.partial(issue, i + 1, sums, running)
-            return pl.run_scoped(begin, accumulator)
+            return pl.run_scoped(functools.partial(issue, others, running), accumulator)
 
-        def promote(sums, running):
-            scales = {
-                i: factors(stage, i, ahead[i] or tile_factors(step, i, block))
-                for i in running
-            }
+        def promote(running):
+            scales = {i: factors(stage, i, of_tiles(i)) for i in running}
+            sums = acc
             for i, partial in running.items():
                 # The later products run on while this one is promoted.
                 value = plgpu.wgmma_accumulator_load(partial, wait_n=max(running) - i)
-                if i == config.chunks - 1:
+                if release and i == chunks[-1]:
                     plgpu.barrier_arrive(empty.at[stage])
                 sums = [
                     total + value[:, piece : piece + width] * scale
@@ -142,21 +136,59 @@ def multiply(
                 ]
             return sums
 
-        accumulator = plgpu.ACC((wg_m, wg_n), jnp.float32)  # pyright: ignore
+        return pl.run_scoped(functools.partial(issue, chunks, {}), accumulator)
+
+    def multiply_stage(step: Index, carry, block: Block):
+        count, *acc = carry
+        stage = lax.rem(count, jnp.int32(config.stages))
+        of_tiles = functools.partial(tile_factors, step, block=block)
+        if config.scales_ahead:
+            ahead = [of_tiles(i) for i in range(config.chunks)]
+            of_tiles = ahead.__getitem__
+        plgpu.barrier_wait(full.at[stage])
         for i in range(0, config.chunks, config.accumulators):
-            acc = pl.run_scoped(functools.partial(issue, i, acc, {}), accumulator)
+            together = list(range(i, i + config.accumulators))
+            release = together[-1] == config.chunks - 1
+            acc = multiply_chunks(together, stage, acc, of_tiles, release)
+        return count + 1, *acc
+
+    def multiply_rest(step: Index, carry, block: Block):
+        """A stage that holds another group's chunks behind this one's."""
+        count, *acc = carry
+        stage = lax.rem(count, jnp.int32(config.stages))
+        plgpu.barrier_wait(full.at[stage])
+        of_tiles = functools.partial(tile_factors, step, block=block)
+        for i in range(config.chunks - 1):
+            acc = lax.cond(
+                block.begin + step * config.chunks + i < block.end,
+                lambda acc, i=i: multiply_chunks([i], stage, acc, of_tiles, False),
+                lambda acc: acc,
+                acc,
+            )
+        plgpu.barrier_arrive(empty.at[stage])
         return count + 1, *acc
 
     def multiply_block(block: Block, count: Index) -> Index:
         zero = plgpu.layout_cast(
             jnp.zeros((wg_m, width), jnp.float32), plgpu.Layout.WGMMA
         )
-        count, *acc = lax.fori_loop(
+        steps = block.steps(config)
+        if schedule.ends_within_stage:
+            steps = lax.div(block.end - block.begin, jnp.int32(config.chunks))
+        carry = lax.fori_loop(
             0,
-            block.steps(config),
+            steps,
             functools.partial(multiply_stage, block=block),
             (count, *[zero] * len(pieces)),
         )
+        if schedule.ends_within_stage and config.chunks > 1:
+            carry = lax.cond(
+                steps < block.steps(config),
+                functools.partial(multiply_rest, steps, block=block),
+                lambda carry: carry,
+                carry,
+            )
+        count, *acc = carry
         store(acc, wg, block.row + first_row, block.column + first_column, block)
         return count
 
