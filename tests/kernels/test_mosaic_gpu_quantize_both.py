@@ -112,6 +112,28 @@ def test_interpreted_under_vmap(m, tile, tile_t):
     _check_vmap(tile, tile_t, (2, m, 128), _interpreting)
 
 
+@interpreted
+@each_pair
+@pytest.mark.parametrize("shape", [(2, 256, 130), (3, 128, 256)])
+def test_interpreted_matrices_stacked_twice(shape, tile, tile_t):
+    x = _lognormal((2 * shape[0] * shape[1], shape[2]), jnp.bfloat16)
+    x = x.reshape(2, *shape)
+    with _interpreting():
+        mapped = jax.vmap(jax.vmap(_both(mosaic_gpu, tile, tile_t)))(x)
+    for i in np.ndindex(2, shape[0]):
+        expected = _both(xla, tile, tile_t)(x[i])
+        assert_same_bits(jax.tree.map(lambda a, i=i: a[i], mapped), expected)
+
+
+def test_transposed_codes_of_a_stack_are_written_where_they_belong():
+    """As the GEMMs of experts read them: no transposition of a byte a weight."""
+    x = jnp.zeros((4, 256, 384), jnp.bfloat16)
+    run = jax.jit(jax.vmap(_both(mosaic_gpu, (128, 128), (128, 128))))
+    program = run.trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    assert "4x384x256xf8E4M3FN" in program
+    assert "stablehlo.transpose" not in program
+
+
 def _check_vmap(tile, tile_t, shape, context) -> None:
     b, m, k = shape
     x = _lognormal((b * m, k), jnp.bfloat16).reshape(shape)
@@ -178,6 +200,7 @@ def test_one_bad_element_spoils_its_tiles_alone(tile, tile_t):
 def test_under_vmap(tile, tile_t):
     _check_vmap(tile, tile_t, (3, 136, 256), contextlib.nullcontext)
     _check_vmap(tile, tile_t, (3, 256, 128), contextlib.nullcontext)
+    _check_vmap(tile, tile_t, (5, 384, 300), contextlib.nullcontext)
 
 
 @pytest.mark.gpu

@@ -123,7 +123,11 @@ def test_layers_are_the_function_and_the_shared_experts(apply, dtype):
         name, out = "shared", x.dtype
         return y + ops.static_weight_swiglu(name, x, *shared, out_dtype=out), load
 
-    assert_same_bits((y, load), expected(params, x))
+    value, count = expected(params, x)
+    assert y.dtype == value.dtype
+    # XLA may add in another order, and a code at a tie then moves.
+    assert numerics.sqnr_db(y, value) > 45
+    np.testing.assert_array_equal(load, count)
     assert load.sum() == M * TOP_K
 
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from fp8jax.kernels._contract import Quantized, Tile
 from fp8jax.kernels.mosaic_gpu._blocks_config import BlocksConfig, blocks_config
@@ -53,29 +52,21 @@ def quantize_blocks(
     run = functools.partial(
         quantize_padded, directions=directions, fmt=fmt, compute=compute, values=values
     )
+    by_rows = all(d == Direction(ROW, False) for d in directions)
 
-    def fold(*batches: jax.Array) -> Any:
-        b, m = batches[0].shape[:2]
-        whole = all(d == Direction(ROW, False) for d in directions) or m % BLOCK == 0
-        if batches[0].ndim != 3 or not whole:
-            return None  # A tile would span two entries.
-        folded = call(*(x.reshape(b * m, -1) for x in batches))
-        unfold = functools.partial(_unfold, batch=b)
-        return tuple(tuple(map(unfold, value, directions)) for value in folded)
+    def of_stacked(count: int) -> Any:
+        """The call for so many matrices, one below the other, and so their codes."""
 
-    call = mapped_under_vmap(run, fold)
-    return call(*inputs)
+        def fold(*batches: jax.Array) -> Any:
+            b, m = batches[0].shape[:2]
+            if not by_rows and m // count % BLOCK:
+                return None  # A tile would span two matrices.
+            folded = of_stacked(b * count)(*(x.reshape(b * m, -1) for x in batches))
+            return jax.tree.map(lambda x: x.reshape(b, -1, x.shape[-1]), folded)
 
+        return mapped_under_vmap(functools.partial(run, stacked=count), fold)
 
-def _unfold(quantized: Quantized, direction: Direction, batch: int) -> Quantized:
-    """The matrices that were quantized as one tall one."""
-    if not direction.transposed:
-        data, scale = (x.reshape(batch, -1, x.shape[-1]) for x in quantized)
-    else:
-        data, scale = (
-            jnp.moveaxis(x.reshape(len(x), batch, -1), 1, 0) for x in quantized
-        )
-    return data, scale
+    return of_stacked(1)(*inputs)
 
 
 @in_32_bits
@@ -86,8 +77,12 @@ def quantize_padded(
     compute: Compute | None,
     values: int,
     config: BlocksConfig | None = None,
+    stacked: int = 1,
 ) -> tuple[tuple[Quantized, ...], ...]:
     """`quantize_blocks` with a configuration of one's own choice.
+
+    Of several matrices `stacked` one below the other, codes that leave transposed are
+    stacked so, too: where any does, or a tile has 128 rows, each has whole blocks.
 
     Pads to what the copies need, launches, and cuts the padding off again.
     """
@@ -104,10 +99,18 @@ def quantize_padded(
             boxes=any(d.tile != ROW for d in directions),
         )
     outputs = launch(
-        inputs, directions, fmt, compute=compute, values=values, config=config
+        inputs,
+        directions,
+        fmt,
+        compute=compute,
+        values=values,
+        config=config,
+        stacked=stacked,
     )
     cut = [
-        _cut(data, scale, d.tile, (k, m) if d.transposed else (m, k))
+        _cut(data, scale, d.tile, (k, m // stacked), stacked)
+        if d.transposed
+        else _cut(data, scale, d.tile, (m, k))
         for data, scale, d in zip(
             outputs[::2], outputs[1::2], directions * values, strict=True
         )
@@ -117,12 +120,24 @@ def quantize_padded(
 
 
 def _cut(
-    data: jax.Array, scale: jax.Array, tile: Tile, shape: tuple[int, int]
+    data: jax.Array,
+    scale: jax.Array,
+    tile: Tile,
+    shape: tuple[int, int],
+    stacked: int = 1,
 ) -> Quantized:
     """What the kernel wrote, without the padding and with scales one a tile."""
     rows, columns = shape
     if tile == ROW:
         scale = scale.T  # The kernel wrote [columns / 128, rows].
-    return data[:rows, :columns], scale[
-        : ceil_div(rows, tile[0]), : ceil_div(columns, tile[1])
-    ]
+    scales = ceil_div(rows, tile[0]), ceil_div(columns, tile[1])
+    return _sliced(data, shape, stacked), _sliced(scale, scales, stacked)
+
+
+def _sliced(x: jax.Array, shape: tuple[int, int], stacked: int) -> jax.Array:
+    """The first of the rows and columns of each of the matrices in x."""
+    rows, columns = shape
+    if stacked == 1:
+        return x[:rows, :columns]
+    each = x.reshape(stacked, -1, x.shape[-1])[:, :rows, :columns]
+    return each.reshape(stacked * rows, columns)

@@ -66,6 +66,7 @@ def launch(
     compute: Compute | None,
     values: int,
     config: BlocksConfig,
+    stacked: int = 1,
 ) -> tuple[jax.Array, ...]:
     """Codes and scales of each value in each direction, one behind the other.
 
@@ -74,6 +75,8 @@ def launch(
             codes leave transposed.
         directions, fmt, compute, values: as in `quantize_blocks`.
         config: what shared memory holds, and who shares it.
+        stacked: matrices of whole blocks that the inputs are, one below the other. So
+            are their transposes then: [stacked * k, m / stacked].
     """
     (m, k), in_dtype = inputs[0].shape, inputs[0].dtype
     m_blocks, k_blocks = ceil_div(m, BLOCK), ceil_div(k, BLOCK)
@@ -81,7 +84,8 @@ def launch(
     for direction in directions * values:
         shape, blocks = (m, k), (m_blocks, k_blocks)
         if direction.transposed:
-            shape, blocks = shape[::-1], blocks[::-1]
+            shape = (stacked * k, m // stacked)
+            blocks = (stacked * k_blocks, m_blocks // stacked)
         # NOTE: whole blocks, because Mosaic stores a contiguous slice by a plain bulk
         # copy, which does not stop at the array's end as the tensor copies do. Few
         # rows are one copy by one warpgroup: theirs alone, as the GEMM reads them.
@@ -103,6 +107,7 @@ def launch(
             compute=compute,
             values=values,
             config=config,
+            stacked=stacked,
         ),
         out_type=tuple(outputs),
         scratch_types={
@@ -137,6 +142,7 @@ def _body(
     compute: Compute | None,
     values: int,
     config: BlocksConfig,
+    stacked: int,
     in_smem,
     codes_smem,
     scale_smem,
@@ -189,6 +195,13 @@ def _body(
         for step in range(slots):
             fetch(number, jnp.int32(step))
 
+    def turned(row, column):
+        """Where block `row, column` is in the transposed matrix, or its own of some."""
+        if stacked == 1:
+            return column, row
+        m_blocks = jnp.int32(m // BLOCK // stacked)
+        return lax.div(row, m_blocks) * k_blocks + column, lax.rem(row, m_blocks)
+
     def quantize_block(info) -> None:
         (block,) = info.index
         row, column = lax.div(block, k_blocks), lax.rem(block, k_blocks)
@@ -213,7 +226,7 @@ def _body(
                 is_box = direction.tile == _BOX
                 at, source = (row, column), sources[value]
                 if direction.transposed:
-                    at, source = at[::-1], source.at[:, pl.ds(start, share)].T
+                    at, source = turned(*at), source.at[:, pl.ds(start, share)].T
                 else:
                     source = source.at[pl.ds(start, share)]
                 buffer = output % config.buffers, pl.ds(start, share)
