@@ -41,6 +41,7 @@ from fp8jax.kernels.mosaic_gpu._rms_norm_config import (
 )
 
 _FEW_ROWS = 128
+_COPY_ROWS = 8  # Of a tile in shared memory, at whose first a copy begins.
 
 
 def quantize_rms_norm(
@@ -144,11 +145,13 @@ def normalize_padded(
     assert config is not None  # The caller has checked it.
     chunks = config.chunks
     padded = (zero_pad(a, (config.rows, chunks * BLOCK)) for a in inputs)
-    weights = zero_pad(weight.astype(jnp.float32), (chunks * BLOCK,))
-    weights = jnp.tile(weights.reshape(chunks, BLOCK), (config.rows, 1))
+    weight = weight if weight.dtype.itemsize in (2, 4) else weight.astype(jnp.float32)
+    weights = zero_pad(weight, (chunks * BLOCK,)).reshape(chunks, BLOCK)
+    if chunks % _COPY_ROWS:  # No place for a copy to begin in the next row of x.
+        weights = jnp.tile(weights, (config.rows, 1))
     data, factors, inverse_rms, *sums = _launch(
         [a.reshape(-1, BLOCK) for a in padded],
-        zero_pad(weights, (config.parts * PART, 1)),
+        weights,
         k=k,
         epsilon=epsilon,
         dtype=dtype,
@@ -194,7 +197,9 @@ def _launch(
                 transforms=swizzled(in_columns, BLOCK),
             ),
             "weights_smem": plgpu.SMEM(
-                (held, BLOCK), jnp.float32, transforms=swizzled(BLOCK // 4, BLOCK)
+                (held, BLOCK),
+                weights.dtype,
+                transforms=swizzled(BLOCK // weights.dtype.itemsize, BLOCK),
             ),
             "codes_smem": plgpu.SMEM(
                 (held, BLOCK), dtype, transforms=swizzled(BLOCK, BLOCK)
@@ -203,7 +208,9 @@ def _launch(
             "inverse_smem": plgpu.SMEM((held,), jnp.float32),
             "scale_smem": plgpu.SMEM((held,), jnp.float32),
             "full": plgpu.Barrier(num_arrivals=len(inputs), num_barriers=config.stages),
-            "weights_full": plgpu.Barrier(),
+            "weights_full": plgpu.Barrier(
+                num_arrivals=ceil_div(config.tiles, len(weights))
+            ),
         },
         grid=(min(num_sms() * config.ctas_per_sm, steps),),
         grid_names=("grid",),
@@ -249,7 +256,10 @@ def _body(
                     full.at[stage],
                 )
 
-    plgpu.copy_gmem_to_smem(weights, weights_smem, weights_full)
+    for start in range(0, tiles, weights.shape[0]):  # Once for each row of x.
+        plgpu.copy_gmem_to_smem(
+            weights, weights_smem.at[pl.ds(start, weights.shape[0])], weights_full
+        )
     for stage in range(config.stages):
         fetch(jnp.int32(stage), jnp.int32(stage))
     plgpu.barrier_wait(weights_full)
