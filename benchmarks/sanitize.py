@@ -2,11 +2,13 @@
 
     python -m benchmarks.sanitize [--tools memcheck racecheck synccheck]
 
-Runs every GEMM config, the quantizers and their edges under each tool, compares the
-results, prints versions and each tool's last lines, and fails if one found anything.
+Runs every GEMM config, GEMMs of groups, the quantizers and their edges under each tool,
+compares the results, prints versions and each tool's last lines, and fails if one found
+anything.
 """
 
 import argparse
+import functools
 import os
 import pathlib
 import shutil
@@ -27,6 +29,10 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 LINES = 4  # Of a tool's output that are shown where it found nothing.
 QUANTIZED: dict[str, Any] = {"dtype": jnp.float8_e4m3fn, "scale": "pow2", "eps": 0.0}
 Result = tuple[str, Any, Any]  # Name, what a kernel gave, what it should give.
+# As for groups of more rows than there are here.
+CLUSTERS = mosaic_gpu.GemmConfig(
+    128, 128, "m", chunks=2, accumulators=2, stages=3, cluster=2
+)
 # Ragged and whole, fewer and more rows than a block.
 SHAPES = [(1, 64, 128), (65, 96, 300), (136, 160, 384), (264, 320, 256)]
 
@@ -59,7 +65,11 @@ def run_kernels() -> None:
         m, n, k = shape
         rng = np.random.default_rng(m + n + k)
         x, w = (rng.standard_normal((side, k), np.float32) for side in (m, n))
-        results = (*_quantizers(x), *_gemms(x, w, every_config=shape == SHAPES[-1]))
+        results = (
+            *_quantizers(x),
+            *_gemms(x, w, every_config=shape == SHAPES[-1]),
+            *_grouped_gemms(x, w),
+        )
         for name, out, expected in results:
             launches += 1
             for part, reference in zip(
@@ -121,6 +131,55 @@ def _gemms(x: np.ndarray, w: np.ndarray, *, every_config: bool) -> Iterator[Resu
                     *operands, **tiles, out_dtype=out_dtype, config=config
                 )
                 yield f"{name} with {config} to {out_dtype}", out, expected
+
+
+def _grouped_gemms(x: np.ndarray, w: np.ndarray) -> Iterator[Result]:
+    """Rows of x in groups: empty ones, one of one row, and rows that are left over."""
+    m = len(x)
+    sizes = (m // 2, 0, min(1, m // 4), m // 3, 0)
+    kinds = {"rows": _contenders.TILES["1d2d"], **_contenders.TILES}
+    del kinds["1d2d"]  # Of columns: 2d1d with the operands exchanged.
+    for name, (lhs_tile, rhs_tile) in kinds.items():
+        op = "grouped_gemm" if name == "rows" else "grouped_gemm_k"
+        tiles: dict[str, Any] = {"lhs_tile": lhs_tile, "rhs_tile": rhs_tile}
+        with jax.default_device(jax.devices("cpu")[0]):
+            group_sizes = jnp.asarray(sizes, jnp.int32)
+            if name == "rows":
+                lhs = xla.quantize(jnp.asarray(x), tile=lhs_tile, **QUANTIZED)
+                stack = [w * (1 + i) for i in range(len(sizes))]
+                codes = (
+                    xla.quantize(jnp.asarray(one), tile=rhs_tile, **QUANTIZED)
+                    for one in stack
+                )
+                rhs = tuple(map(jnp.stack, zip(*codes, strict=True)))
+            else:
+                lhs, rhs = (
+                    xla.quantize_grouped(
+                        jnp.asarray(one), group_sizes, tile=None, tile_t=t, **QUANTIZED
+                    )[1]
+                    for one, t in ((x, lhs_tile), (x[:, ::-1], rhs_tile))
+                )
+                assert lhs is not None
+                assert rhs is not None
+            operands = *lhs, *rhs, group_sizes
+            expected = getattr(xla, op)(*operands, out_dtype=jnp.float32, **tiles)
+        operands = jax.device_put(operands, jax.devices()[0])
+        run = functools.partial(getattr(mosaic_gpu, op), *operands, **tiles)
+        for out_dtype in ("bfloat16", "float32"):
+            yield (
+                f"{op} {name} {sizes} to {out_dtype}",
+                run(out_dtype=out_dtype),
+                expected,
+            )
+        if name == "rows" and x.shape[1] > mosaic_gpu.CHUNK:  # Two chunks a stage.
+            out = mosaic_gpu.multiply_rows(
+                *operands, out_dtype=jnp.float32, config=CLUSTERS
+            )
+            yield f"{op} in {CLUSTERS}", out, expected
+        if name != "rows":
+            ones = jnp.ones(expected.shape, jnp.float32)
+            out = run(accumulate=ones, out_dtype=jnp.float32)
+            yield f"{op} {name} {sizes} accumulated", out, expected + 1
 
 
 def _clean(sanitizer: str, tool: str, minutes: float) -> bool:

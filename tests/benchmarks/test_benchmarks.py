@@ -1,7 +1,7 @@
 """The benchmarks' own logic, on a CPU: tables, options, CSVs and HLO lists."""
 
 import functools
-import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -61,20 +61,24 @@ def test_what_does_not_run_is_left_out_and_says_why(capsys):
 
 
 def test_a_slow_contender_has_fewer_launches(monkeypatch):
+    now = [0.0]
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(_harness, "time", clock)
     monkeypatch.setattr(_harness, "TURN_US", 4e4)
     calls = {"slow": 0, "fast": 0}
 
     def of(name, seconds):
         def launch():
             calls[name] += 1
-            time.sleep(seconds)
+            now[0] += seconds
             return jnp.zeros(())
 
         return launch
 
-    contenders = {"slow": of("slow", 0.021), "fast": of("fast", 0)}
-    _harness.alternate(contenders, launches=20, rounds=2)
-    assert calls == {"slow": 3 + 2, "fast": 3 + 2 * 20}
+    contenders = {"slow": of("slow", 0.015), "fast": of("fast", 0.001)}
+    found = _harness.alternate(contenders, launches=20, rounds=2)
+    assert calls == {"slow": 3 + 2 * 2, "fast": 3 + 2 * 20}
+    assert found == pytest.approx({"slow": 15e3, "fast": 1e3})
 
 
 def test_layer_beside_bf16_with_its_kernels(on_cpu, monkeypatch):
@@ -267,10 +271,20 @@ def test_sanitized_program_compares_every_kernel(monkeypatch, capsys):
         return xla.gemm(*args, **static)
 
     monkeypatch.setattr(sanitize, "every_gemm_config", lambda *_: [None])
+    # One row, and rows in several groups.
+    monkeypatch.setattr(sanitize, "SHAPES", sanitize.SHAPES[::2])
     kernels = dir(sanitize.mosaic_gpu)
-    for name in ("gemm", *(n for n in kernels if n.startswith("quantize"))):
+    replaced = [n for n in kernels if n.startswith(("quantize", "grouped"))]
+    for name in ("gemm", *replaced):
         monkeypatch.setattr(sanitize.mosaic_gpu, name, getattr(xla, name))
     monkeypatch.setattr(sanitize.mosaic_gpu, "multiply", multiply)
+
+    def multiply_rows(*args, config, out_dtype):
+        assert config.cluster == 2
+        tiles = {"lhs_tile": (1, 128), "rhs_tile": (128, 128)}
+        return xla.grouped_gemm(*args, **tiles, out_dtype=out_dtype)
+
+    monkeypatch.setattr(sanitize.mosaic_gpu, "multiply_rows", multiply_rows)
     sanitize.run_kernels()
     assert "results of Mosaic kernels are right" in capsys.readouterr().out
 
@@ -279,6 +293,15 @@ def test_sanitized_program_compares_every_kernel(monkeypatch, capsys):
 
     monkeypatch.setattr(sanitize.mosaic_gpu, "multiply", wrong)
     with pytest.raises(AssertionError, match="1d2d with None to bfloat16 of 1x64x128"):
+        sanitize.run_kernels()
+
+    monkeypatch.setattr(sanitize.mosaic_gpu, "multiply", multiply)
+    monkeypatch.setattr(
+        sanitize.mosaic_gpu,
+        "grouped_gemm_k",
+        lambda *args, **static: xla.grouped_gemm_k(*args, **static) + 1,
+    )
+    with pytest.raises(AssertionError, match=r"grouped_gemm_k 1d1d .* of 1x64x128"):
         sanitize.run_kernels()
 
 

@@ -22,6 +22,7 @@ from fp8jax.testing import (
     gemm_float64,
     positive_uniform,
 )
+from tests.kernels.trust import run_on_poisoned_output
 
 # Of lhs and rhs. The kernel makes a 2d1d product as 1d2d, transposed.
 TILES = {
@@ -122,17 +123,6 @@ def test_every_config_gives_the_same_bits(kind):
 
 
 # Nothing leaks: poison where no number belongs.
-
-
-def run_on_poisoned_output(run, args, shape, dtype):
-    """`run(*args)` written to a donated buffer of NaN, and whether it was that one."""
-    poison = jax.block_until_ready(jnp.full(shape, jnp.nan, dtype))
-    where = poison.unsafe_buffer_pointer()
-    donating = jax.jit(
-        lambda poison, *args: run(*args), donate_argnums=0, keep_unused=True
-    )
-    out = donating(poison, *args)
-    return out, out.unsafe_buffer_pointer() == where
 
 
 @pytest.mark.gpu

@@ -20,14 +20,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from fp8jax.kernels import mosaic_gpu
 from fp8jax.kernels.mosaic_gpu import _config, _gemm
 from fp8jax.numerics import scale_shape
-from fp8jax.testing import (
-    EDGE_SIZES,
-    distinct_scales,
-    gemm_float64,
-)
+from fp8jax.testing import EDGE_SIZES, distinct_scales
+from tests.kernels.trust import assert_promoted_sum, small_codes
 
 _TILES = ((128, 128), (1, 128))  # Of the rhs: 1d2d and 1d1d.
-_F32_STEP = 2.0**-24
 
 interpreted = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="interpret mode came with JAX 0.11"
@@ -45,35 +41,12 @@ def _operands(
     m: int, n: int, k: int, rhs_tile: tuple[int, int], dtype=jnp.float8_e4m3fn
 ) -> tuple[jax.Array, ...]:
     rng = np.random.default_rng(m * 31 + n * 17 + k)
-    # |l r| <= 16 and 128 of them make at most 2^11: exact in the tensor core, which
-    # keeps 13 bits or more below the largest addend.
-    lhs = jnp.asarray(rng.integers(-4, 5, (m, k)), jnp.float32).astype(dtype)
-    rhs = jnp.asarray(rng.integers(-4, 5, (n, k)), jnp.float32).astype(dtype)
+    lhs, rhs = (small_codes(rng, (side, k), dtype) for side in (m, n))
     return lhs, _scales(rng, m, k), rhs, _scales(rng, n, k, rhs_tile)
 
 
 def _scales(rng, rows: int, k: int, tile: tuple[int, int] = (1, 128)) -> jax.Array:
     return jnp.asarray(distinct_scales(rng, scale_shape((rows, k), tile)))
-
-
-def _oracle(
-    lhs, lhs_scale, rhs, rhs_scale, rhs_tile: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The product in float64, and the sum of its chunks' magnitudes."""
-    total, magnitude = 0.0, 0.0
-    for c in range(lhs_scale.shape[1]):
-        k, chunk = slice(128 * c, 128 * (c + 1)), slice(c, c + 1)
-        term = gemm_float64(
-            np.asarray(lhs[:, k]),
-            np.asarray(lhs_scale[:, chunk]),
-            np.asarray(rhs[:, k]),
-            np.asarray(rhs_scale[:, chunk]),
-            lhs_tile=(1, 128),
-            rhs_tile=rhs_tile,
-        )
-        total += term
-        magnitude += np.abs(term)
-    return total, magnitude
 
 
 def _product(rhs_tile: tuple[int, int], out_dtype=jnp.float32):
@@ -96,15 +69,7 @@ def _check_blocked_lhs(m: int, n: int, k: int, out_dtype=jnp.float32) -> None:
 
 
 def _check(out: jax.Array, operands: tuple[jax.Array, ...], rhs_tile) -> None:
-    total, magnitude = _oracle(*operands, rhs_tile)
-    # Each chunk rounds twice in float32, the product of its scales and the fused sum,
-    # which lies below the sum of magnitudes; the output's own rounding comes last.
-    chunks = operands[1].shape[1]
-    bound = 2 * chunks * _F32_STEP * magnitude
-    bound += float(jnp.finfo(out.dtype).eps) / 2 * (np.abs(total) + bound)
-    error = np.abs(np.asarray(out, np.float64) - total)
-    assert out.shape == total.shape
-    assert (error <= bound).all(), (error - bound).max()
+    assert_promoted_sum(out, *operands, lhs_tile=(1, 128), rhs_tile=rhs_tile)
 
 
 @interpreted
