@@ -9,7 +9,8 @@ queries, keys and values. The weights of all layers do not fit the L2 cache. Con
 
 - `jax bf16`: Flax's layers.
 - `fp8 layers`: this library's, by their names alone; kernels are QTensors.
-- `fp8 fused`: the same, given what `quantize_rms_norm` makes of their input.
+- `fp8 fused`: the same, given what `quantize_add_rms_norm` makes of their input and of
+  the residual before them.
 - `fp8 xla`: activations quantized by XLA's fusions, products by this library's kernels.
 
 Writes benchmarks/results/inference.csv, and with --hlo what the programs launch to
@@ -74,25 +75,32 @@ class Block(nnx.Module):
         self.mlp = mlp(sizes.width, sizes.hidden, **how)
         self.sizes, self.kind = sizes, kind
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What went past a layer and what it added, to this layer's own."""
         ends = self.sizes.queries, self.sizes.queries + self.sizes.keys
-        q, k, v = jnp.split(self.qkv(self.normalized(self.norm, x)), ends, axis=-1)
+        h, x = self.normalized(self.norm, x, y)
+        q, k, v = jnp.split(self.qkv(h), ends, axis=-1)
         mixed = q + jnp.tile(k + v, q.shape[-1] // k.shape[-1])
-        x = x + self.out(by_xla(mixed) if self.kind == BY_XLA else mixed)
-        h = self.normalized(self.mlp_norm, x)
+        y = self.out(by_xla(mixed) if self.kind == BY_XLA else mixed)
+        h, x = self.normalized(self.mlp_norm, x, y)
         if self.kind != BY_XLA:
-            return x + self.mlp(h)
+            return x, self.mlp(h)
         gate, up = (fp8_linear(layer, h) for layer in (self.mlp.gate, self.mlp.up))
         q_h, _ = quant.quantize_swiglu(gate, up, spec_t=None, implementation="xla")
         assert q_h is not None
-        return x + fp8_linear(self.mlp.down, q_h)
+        return x, fp8_linear(self.mlp.down, q_h)
 
-    def normalized(self, norm: nnx.RMSNorm, x: jax.Array) -> Any:
-        """What the layers after a norm take."""
+    def normalized(
+        self, norm: nnx.RMSNorm, x: jax.Array, y: jax.Array
+    ) -> tuple[Any, jax.Array]:
+        """What the layers after a norm take, and what it was made of: the sum."""
         if self.kind == FUSED:
             assert norm.scale is not None
-            return quant.quantize_rms_norm(x, norm.scale[...], epsilon=norm.epsilon)[0]
-        return by_xla(norm(x)) if self.kind == BY_XLA else norm(x)
+            weight, epsilon = norm.scale[...], norm.epsilon
+            q, _, x = quant.quantize_add_rms_norm(x, y, weight, epsilon=epsilon)
+            return q, x
+        x = x + y
+        return by_xla(norm(x)) if self.kind == BY_XLA else norm(x), x
 
 
 def by_xla(x: jax.Array) -> fp8jax.QTensor:
@@ -116,9 +124,10 @@ class Stack(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         m = x.shape[0]
         x = jnp.pad(x, ((0, -m % self.row_multiple), (0, 0)))
+        y = jnp.zeros_like(x)
         for block in self.blocks:
-            x = block(x)
-        return x[:m]
+            x, y = block(x, y)
+        return (x + y)[:m]
 
 
 class Step:

@@ -21,6 +21,7 @@ MARK = "fp8jax_"
 # In order of preference.
 _TABLE: dict[str, tuple[str, ...]] = {
     "quantize": ("mosaic_gpu", "xla"),
+    "quantize_add_rms_norm": ("mosaic_gpu", "xla"),
     "quantize_both": ("mosaic_gpu", "xla"),
     "quantize_rms_norm": ("mosaic_gpu", "xla"),
     "quantize_swiglu": ("mosaic_gpu", "xla"),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fp8jax import numerics
+from fp8jax.checkpoint._ahead import Work
 from fp8jax.checkpoint._config import quantization_config
 from fp8jax.checkpoint._dtypes import E8M0, scale_to_e8m0
 from fp8jax.checkpoint._reader import Reader
@@ -20,9 +21,9 @@ from fp8jax.checkpoint._stream import (
     Outcome,
     Progress,
     bands,
+    copy_work,
     quantize_band,
     rewrite,
-    run_copy,
 )
 from fp8jax.checkpoint._write import ShardWriter, Specs, nbytes
 from fp8jax.quant import QTensor, QuantSpec
@@ -77,7 +78,7 @@ def quantize_checkpoint(
         stored = weight.stored
         note = rules.reason_kept(name, stored.shape, stored.dtype)
         specs: Specs = {name: jax.ShapeDtypeStruct(stored.shape, stored.dtype)}
-        run = functools.partial(run_copy, name=name, note=note or "")
+        work = functools.partial(copy_work, name=name, note=note or "")
         if note is None:
             if name + SCALE_SUFFIX in reader:
                 raise ValueError(
@@ -85,8 +86,8 @@ def quantize_checkpoint(
                     f"which is a tensor of {stored.path} already."
                 )
             specs = _fp8_specs(name, stored.shape, rules)
-            run = functools.partial(_run_quantize, name=name, spec=rules.spec)
-        jobs.append(Job(name, specs, run))
+            work = functools.partial(_quantize_work, name=name, spec=rules.spec)
+        jobs.append(Job(name, specs, work))
         size = sum(map(nbytes, specs.values()))
         outcomes.append(Outcome(name, note or "", stored.nbytes, size))
     if dry_run:
@@ -141,10 +142,10 @@ def dequantize_checkpoint(
     for name, weight in reader.items():
         stored = weight.stored
         to = stored.dtype if weight.scale is None else np.dtype(jnp.dtype(dtype))
-        run = functools.partial(run_copy, name=name, note="not FP8")
+        work = functools.partial(copy_work, name=name, note="not FP8")
         if weight.scale is not None:
-            run = functools.partial(_run_dequantize, name=name, dtype=dtype)
-        jobs.append(Job(name, {name: jax.ShapeDtypeStruct(stored.shape, to)}, run))
+            work = functools.partial(_dequantize_work, name=name, dtype=dtype)
+        jobs.append(Job(name, {name: jax.ShapeDtypeStruct(stored.shape, to)}, work))
     return rewrite(
         reader,
         os.fspath(target),
@@ -166,44 +167,36 @@ def _fp8_specs(name: str, shape: tuple[int, ...], rules: WeightRules) -> Specs:
     }
 
 
-def _run_quantize(
-    reader: Reader,
-    writer: ShardWriter,
-    progress: Progress,
-    *,
-    name: str,
-    spec: QuantSpec,
-) -> Outcome:
+def _quantize_work(
+    reader: Reader, writer: ShardWriter, *, name: str, spec: QuantSpec
+) -> Work[Outcome]:
     stored = reader[name].stored
-    *_, m, k = stored.shape
-    matrices = reader.codes(name).reshape(-1, m, k)
-    scales = np.empty(numerics.scale_shape(matrices.shape, spec.tile), np.float32)
-    error = signal = 0.0
+    *batch, m, k = stored.shape
+    pieces = list(bands(stored.shape, spec.tile))
+    scale_shape = numerics.scale_shape((math.prod(batch), m, k), spec.tile)
+    scales = np.empty(scale_shape, np.float32)
+    sums: list[tuple[float, float]] = [(0.0, 0.0)] * len(pieces)
 
-    def finish(matrix: int, rows: slice, results: tuple) -> None:
-        nonlocal error, signal
-        q, band_error, band_signal = results
+    def run(i: int) -> int:
+        matrix, rows = pieces[i]
+        x = take_rows(reader, name, matrix, rows)
+        q, error, signal = quantize_band(jax.device_put(x), spec)
         writer.write(name, np.asarray(q.data), (matrix * m + rows.start) * k)
         first = rows.start // spec.tile[0]
         scales[matrix, first : first + q.scale.shape[0]] = q.scale
-        error, signal = error + float(band_error), signal + float(band_signal)
-        progress(q.data.size * stored.dtype.itemsize)
+        sums[i] = float(error), float(signal)
+        return x.nbytes
 
-    before = None
-    for matrix, rows in bands(stored.shape, spec.tile):
-        # One band is computed while the one before is written.
-        running = quantize_band(np.array(matrices[matrix, rows]), spec)
-        reader.release(name)
-        if before:
-            finish(*before)
-        before = matrix, rows, running
-    if before:
-        finish(*before)
-    scales = scales.reshape(numerics.scale_shape(stored.shape, spec.tile))
-    kept = scale_to_e8m0(scales, name) if spec.scale == "pow2" else scales
-    writer.write(name + SCALE_SUFFIX, kept)
-    nbytes_out = math.prod(stored.shape) + kept.nbytes
-    return Outcome(name, "", stored.nbytes, nbytes_out, sqnr_of(error, signal))
+    def finish() -> Outcome:
+        whole = scales.reshape(numerics.scale_shape(stored.shape, spec.tile))
+        kept = scale_to_e8m0(whole, name) if spec.scale == "pow2" else whole
+        writer.write(name + SCALE_SUFFIX, kept)
+        # In the order of the bands: the same bits however they ran.
+        error, signal = (sum(side) for side in zip(*sums, strict=True))
+        size = math.prod(stored.shape) + kept.nbytes
+        return Outcome(name, "", stored.nbytes, size, sqnr_of(error, signal))
+
+    return Work((functools.partial(run, i) for i in range(len(pieces))), finish)
 
 
 def sqnr_of(error: float, signal: float) -> float:
@@ -218,35 +211,39 @@ def _dequantize_band(q: QTensor, dtype: str) -> jax.Array:
     return q.dequantize(jnp.dtype(dtype))
 
 
+def take_rows(reader: Reader, name: str, matrix: int, rows: slice) -> np.ndarray:
+    """Rows of one matrix of a tensor `[..., m, k]`, copied: `[rows, k]`."""
+    *_, m, k = reader[name].stored.shape
+    first = matrix * m
+    part = slice((first + rows.start) * k, (first + rows.stop) * k)
+    return reader.take(name, part).reshape(-1, k)
+
+
 def band_values(reader: Reader, name: str, matrix: int, rows: slice, dtype: str):
     """Rows of an FP8 weight as `codes * scale`, a jax.Array `[rows, k]`."""
     weight = reader[name]
     assert weight.tile is not None
-    *_, m, k = weight.stored.shape
     scale = reader.scale(name)
     scale = scale.reshape(-1, *scale.shape[-2:])[matrix]
     tiles = slice(rows.start // weight.tile[0], -(-rows.stop // weight.tile[0]))
-    codes = np.array(reader.codes(name).reshape(-1, m, k)[matrix, rows])
-    q = QTensor(jnp.asarray(codes), jnp.asarray(scale[tiles]), weight.tile)
+    codes = take_rows(reader, name, matrix, rows)
+    q = QTensor(jax.device_put(codes), jnp.asarray(scale[tiles]), weight.tile)
     return _dequantize_band(q, dtype)
 
 
-def _run_dequantize(
-    reader: Reader,
-    writer: ShardWriter,
-    progress: Progress,
-    *,
-    name: str,
-    dtype: str,
-) -> Outcome:
+def _dequantize_work(
+    reader: Reader, writer: ShardWriter, *, name: str, dtype: str
+) -> Work[Outcome]:
     weight = reader[name]
     assert weight.tile is not None
     *_, m, k = weight.stored.shape
-    size = 0
-    for matrix, rows in bands(weight.stored.shape, weight.tile):
+
+    def run(matrix: int, rows: slice) -> int:
         values = np.asarray(band_values(reader, name, matrix, rows, dtype))
         writer.write(name, values, (matrix * m + rows.start) * k)
-        reader.release(name)
-        progress(values.size)
-        size += values.nbytes
-    return Outcome(name, "", weight.nbytes, size)
+        return values.size
+
+    pieces = bands(weight.stored.shape, weight.tile)
+    size = math.prod(weight.stored.shape) * jnp.dtype(dtype).itemsize
+    outcome = Outcome(name, "", weight.nbytes, size)
+    return Work((functools.partial(run, *piece) for piece in pieces), lambda: outcome)

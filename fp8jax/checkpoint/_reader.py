@@ -105,6 +105,16 @@ class Reader(Mapping[str, Weight]):
         """A tensor as it is stored, a read-only view of the mapped file."""
         return self._files[self[name].stored.path].read(name)
 
+    def take(self, name: str, part: slice) -> np.ndarray:
+        """A copy of a part of a tensor's elements, flat, in the order of the file.
+
+        What is taken so is not mapped, and need not be released.
+
+        Raises:
+            CheckpointError: If the file has become shorter.
+        """
+        return self._files[self[name].stored.path].take(name, part)
+
     def scale(self, name: str) -> np.ndarray:
         """The float32 scales of an FP8 weight; KeyError if `name` is none."""
         weight = self[name]

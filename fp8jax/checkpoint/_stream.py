@@ -3,10 +3,12 @@
 Invariant: memory holds some bands, never a model, however large its tensors are.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,13 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from fp8jax import numerics
+from fp8jax.checkpoint._ahead import Work, run_ahead
 from fp8jax.checkpoint._config import write_config
 from fp8jax.checkpoint._publish import publish
 from fp8jax.checkpoint._reader import CONFIG, Reader
 from fp8jax.checkpoint._write import ShardWriter, Specs, split_shards
 from fp8jax.quant import QTensor, QuantSpec, quantize
 
-_BAND_ELEMENTS = 1 << 20
+# What XLA makes of a band, some of it in float32, stays in a core's cache.
+_BAND_ELEMENTS = 1 << 19
 _JOURNAL = "progress.jsonl"
 
 Progress = Callable[[int], None]
@@ -50,11 +54,11 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One tensor to write: `specs` of what, and `run(reader, writer, progress)`."""
+    """One tensor to write: `specs` of what, and `work(reader, writer)` that does it."""
 
     name: str
     specs: Specs
-    run: Callable[[Reader, ShardWriter, Progress], Outcome]
+    work: "functools.partial[Work[Outcome]]"
 
 
 def rewrite(
@@ -96,22 +100,28 @@ def rewrite(
     with (
         ShardWriter(staging, shards, resume=done is not None) as writer,
         open(journal, "w", encoding="utf-8") as log,  # Its last line may be cut short.
-        jax.default_device(jax.local_devices(backend="cpu")[0]),
     ):
         print(json.dumps(key), file=log)
-        for job in jobs:
-            outcome = done.get(job.name) if done else None
-            if outcome is None:
-                outcome = job.run(reader, writer, progress)
-            else:
-                progress(reader[job.name].nbytes)
-            print(json.dumps(dataclasses.asdict(outcome)), file=log, flush=True)
-            outcomes.append(outcome)
+        works = (_work(job, done or {}, reader, writer) for job in jobs)
+        # Closed before the files are: a piece may be writing yet.
+        with contextlib.closing(run_ahead(works, progress)) as running:
+            for outcome in running:
+                print(json.dumps(dataclasses.asdict(outcome)), file=log, flush=True)
+                outcomes.append(outcome)
     os.remove(journal)
     write_config(staging, reader.config, quantization)
     _copy_others(reader.path, staging)
     publish(staging, target)
     return outcomes
+
+
+def _work(
+    job: Job, done: Mapping[str, Outcome], reader: Reader, writer: ShardWriter
+) -> Work[Outcome]:
+    if job.name not in done:
+        return job.work(reader, writer)
+    nbytes = reader[job.name].nbytes
+    return Work([lambda: nbytes], lambda: done[job.name])
 
 
 def _fingerprint(reader: Reader, jobs: Sequence[Job], max_shard_bytes: int) -> str:
@@ -121,7 +131,7 @@ def _fingerprint(reader: Reader, jobs: Sequence[Job], max_shard_bytes: int) -> s
         for path in map(os.path.abspath, reader.files)
     ]
     specs = [[(n, str(s)) for n, s in job.specs.items()] for job in jobs]
-    rules = [job.run.keywords for job in jobs if isinstance(job.run, functools.partial)]
+    rules = [job.work.keywords for job in jobs]
     text = repr((files, specs, rules, max_shard_bytes))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -160,18 +170,20 @@ def bands(shape: tuple[int, ...], tile: numerics.Tile) -> Iterator[tuple[int, sl
             yield matrix, slice(start, min(start + rows, m))
 
 
-def run_copy(
-    reader: Reader, writer: ShardWriter, progress: Progress, *, name: str, note: str
-) -> Outcome:
+def copy_work(
+    reader: Reader, writer: ShardWriter, *, name: str, note: str
+) -> Work[Outcome]:
     """Writes a tensor as it is."""
-    values = reader.codes(name).reshape(-1)
-    for start in range(0, values.size, _BAND_ELEMENTS):
-        piece = values[start : start + _BAND_ELEMENTS]
-        writer.write(name, piece, start)
-        reader.release(name)
-        progress(piece.nbytes)
-    nbytes = reader[name].nbytes
-    return Outcome(name, note, nbytes, nbytes)
+    stored = reader[name].stored
+
+    def run(start: int) -> int:
+        values = reader.take(name, slice(start, start + _BAND_ELEMENTS))
+        writer.write(name, values, start)
+        return values.nbytes
+
+    starts = range(0, math.prod(stored.shape), _BAND_ELEMENTS)
+    outcome = Outcome(name, note, stored.nbytes, stored.nbytes)
+    return Work((functools.partial(run, s) for s in starts), lambda: outcome)
 
 
 @functools.partial(jax.jit, static_argnames="spec")

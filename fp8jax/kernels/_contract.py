@@ -123,6 +123,26 @@ class QuantizeRmsNorm(Protocol):
     ) -> tuple[Quantized, jax.Array]: ...
 
 
+class QuantizeAddRmsNorm(Protocol):
+    """`QuantizeRmsNorm` of `x + residual`, both `[m, k]` of one dtype.
+
+    The sum is rounded to that dtype first. Returned last, after what is there.
+    """
+
+    def __call__(
+        self,
+        x: jax.Array,
+        residual: jax.Array,
+        weight: jax.Array,
+        *,
+        epsilon: float,
+        tile: Tile,
+        dtype: jax.typing.DTypeLike,
+        scale: ScaleKind,
+        eps: float,
+    ) -> tuple[Quantized, jax.Array, jax.Array]: ...
+
+
 class Gemm(Protocol):
     """`lhs [m, k]` times `rhs [n, k]` transposed, FP32 promotion every 128 of k.
 

@@ -9,7 +9,7 @@ from fp8jax.quant._quantize import (
     quantize_transposed,
     requantize,
 )
-from fp8jax.quant._rms_norm import quantize_rms_norm
+from fp8jax.quant._rms_norm import quantize_add_rms_norm, quantize_rms_norm
 from fp8jax.quant._spec import BLOCK_128X128, TILE_1X128, TILE_128X1, QuantSpec
 from fp8jax.quant._statistics import MOMENTS, moments, statistics, sum_moments
 from fp8jax.quant._swiglu import quantize_swiglu, quantize_swiglu_gradient
@@ -25,6 +25,7 @@ __all__ = [
     "grouped_columns",
     "moments",
     "quantize",
+    "quantize_add_rms_norm",
     "quantize_both",
     "quantize_grouped",
     "quantize_rms_norm",

@@ -16,7 +16,7 @@ import safetensors.numpy
 
 import fp8jax
 from fp8jax import checkpoint
-from fp8jax.checkpoint import WeightRules, _stream
+from fp8jax.checkpoint import WeightRules, _ahead, _stream
 from fp8jax.testing import assert_same_bits, quantize_numpy
 
 BF16 = ml_dtypes.bfloat16
@@ -201,27 +201,37 @@ def test_a_run_that_stopped_is_taken_up_where_it_was(source, tmp_path, monkeypat
     expected = tmp_path / "expected"
     checkpoint.quantize_checkpoint(source, expected)
     ran = []
-    plain = _stream.run_copy
+    plain = _stream.copy_work
 
-    def stops(count):
-        def run(*args, name, **kwargs):
-            ran.append(name)
-            if len(ran) == count:
-                raise KeyboardInterrupt
-            return plain(*args, name=name, **kwargs)
+    def stops_at(last):
+        def work(*args, name, **kwargs):
+            pieces, finish = plain(*args, name=name, **kwargs)
 
-        return run
+            def first():
+                ran.append(name)
+                if name == last:
+                    raise KeyboardInterrupt
+                return 0
 
-    monkeypatch.setattr("fp8jax.checkpoint._offline.run_copy", stops(3))
+            return _ahead.Work([first, *pieces], finish)
+
+        return work
+
+    copied = [
+        o.name
+        for o in checkpoint.quantize_checkpoint(source, tmp_path / "dry", dry_run=True)
+        if o.note
+    ]
+    monkeypatch.setattr("fp8jax.checkpoint._offline.copy_work", stops_at(copied[2]))
     with pytest.raises(KeyboardInterrupt):
         checkpoint.quantize_checkpoint(source, tmp_path / "out")
-    stopped_at, ran[:] = list(ran), []
+    assert set(copied[:3]) <= set(ran)
+    ran.clear()
     with open(tmp_path / ".out.partial" / "progress.jsonl", "a") as journal:
         journal.write('{"name": "cut sho')
-    monkeypatch.setattr("fp8jax.checkpoint._offline.run_copy", stops(99))
+    monkeypatch.setattr("fp8jax.checkpoint._offline.copy_work", stops_at(None))
     outcomes = checkpoint.quantize_checkpoint(source, tmp_path / "out")
-    assert not set(ran) & set(stopped_at[:-1])
-    assert stopped_at[-1] in ran
+    assert sorted(ran) == sorted(copied[2:])
     assert len(outcomes) == 9
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (expected / name).read_bytes()

@@ -3,6 +3,7 @@
 import json
 import struct
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -221,3 +222,20 @@ class TestLies:
     def test_nothing_there(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="No checkpoint"):
             Reader(tmp_path / "none")
+
+
+def test_taken_elements_are_those_of_the_file_and_jax_takes_them_uncopied(tmp_path):
+    x = np.arange(1000, dtype=np.float32)
+    path = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file({"a": x[:3], "x": x}, path)
+    reader = Reader(path)
+    for part in (slice(5, 17), slice(990, 2000), slice(7, 7), slice(None)):
+        taken = reader.take("x", part)
+        np.testing.assert_array_equal(taken, x[part])
+        assert not taken.size or taken.ctypes.data % 64 == 0
+    taken = reader.take("x", slice(None))
+    assert jax.device_put(taken).unsafe_buffer_pointer() == taken.ctypes.data
+    with open(path, "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(CheckpointError, match=r"'x'.*was cut short meanwhile"):
+        reader.take("x", slice(None))

@@ -189,3 +189,51 @@ def test_rows_do_not_depend_on_each_other_nor_on_the_run(k):
         assert_same_bits(run(x, weight), first)
     few = run(x[300:313], weight)
     assert_same_bits(few, jax.tree.map(lambda a: a[300:313], first))
+
+
+def _check_add(shape, dtype, context) -> None:
+    """The sum, and the bits that the sum alone would give."""
+    x, weight = _inputs(shape, dtype)
+    residual = x[::-1] * jnp.asarray(3, dtype)
+    add = functools.partial(
+        mosaic_gpu.quantize_add_rms_norm, **_op(mosaic_gpu).keywords
+    )
+    with context():
+        *found, total = jax.jit(add)(x, residual, weight)
+        expected = jax.jit(_op(mosaic_gpu))(x + residual, weight)
+    np.testing.assert_array_equal(total, x + residual)
+    assert_same_bits(tuple(found), expected)
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(5, 130), (140, 512), (2, 9000)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_interpreted_sum_is_normalized(shape, dtype):
+    _check_add(shape, dtype, _interpreting)
+
+
+@interpreted
+def test_sum_of_rows_too_long_for_one_launch_is_made_before():
+    shapes = [jax.ShapeDtypeStruct((2, 16384), jnp.float32)] * 2
+    weight = jax.ShapeDtypeStruct((16384,), jnp.float32)
+    add = functools.partial(
+        mosaic_gpu.quantize_add_rms_norm, **_op(mosaic_gpu).keywords
+    )
+    traced = jax.jit(add).trace(*shapes, weight)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.add" in text
+    assert text.count("mosaic_gpu_v2") == 1
+
+
+@pytest.mark.gpu
+@each_shape
+@each_dtype
+def test_sum_is_normalized(shape, dtype):
+    _check_add(shape, dtype, contextlib.nullcontext)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_sum_of_many_rows_is_normalized(dtype):
+    for _ in range(3):
+        _check_add((3000, 4096), dtype, contextlib.nullcontext)

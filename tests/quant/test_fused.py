@@ -118,3 +118,17 @@ def test_specs_need_not_be_the_ready_made_ones():
     q, q_t = quant.quantize_swiglu(gate, up, spec, spec)
     assert q.dtype == q_t.dtype == jnp.float8_e5m2
     assert (q.scale.shape, q_t.scale.shape) == ((20, 5), (70, 2))
+
+
+def test_add_rms_norm_is_the_norm_of_the_sum():
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, residual = (jax.random.normal(k, (3, 5, 300), jnp.bfloat16) for k in keys[:2])
+    weight = jax.random.normal(keys[2], (300,))
+    *found, total = quant.quantize_add_rms_norm(x, residual, weight, epsilon=1e-3)
+    np.testing.assert_array_equal(total, x + residual)
+    expected = quant.quantize_rms_norm(x + residual, weight, epsilon=1e-3)
+    assert_same_bits(tuple(found), expected)
+    with pytest.raises(
+        ValueError, match=r"one shape and dtype, got bfloat16\[3, 5, 30"
+    ):
+        quant.quantize_add_rms_norm(x, x[:1], weight)

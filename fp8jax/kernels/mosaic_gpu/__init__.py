@@ -25,7 +25,7 @@ from fp8jax.kernels.mosaic_gpu._quantize import (
     quantize_both,
     quantize_grouped,
 )
-from fp8jax.kernels.mosaic_gpu._rms_norm import quantize_rms_norm
+from fp8jax.kernels.mosaic_gpu._rms_norm import quantize_add_rms_norm, quantize_rms_norm
 from fp8jax.kernels.mosaic_gpu._swiglu import quantize_swiglu, quantize_swiglu_gradient
 from fp8jax.kernels.mosaic_gpu._table import Entry, Table, read_table, write_table
 
@@ -53,6 +53,7 @@ __all__ = [
     "num_sms",
     "present_device_kind",
     "quantize",
+    "quantize_add_rms_norm",
     "quantize_both",
     "quantize_grouped",
     "quantize_rms_norm",

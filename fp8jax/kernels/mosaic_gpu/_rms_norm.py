@@ -8,6 +8,7 @@ of squares of each row of x is found from those of its tiles, so that x is read 
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,7 @@ from fp8jax.kernels.mosaic_gpu._rms_norm_config import (
 )
 
 _FEW_ROWS = 128
+_COPY_ROWS = 8  # Of a tile in shared memory, at whose first a copy begins.
 
 
 def quantize_rms_norm(
@@ -85,28 +87,71 @@ def quantize_rms_norm(
     return mapped_under_vmap(run)(x, weight)
 
 
+def quantize_add_rms_norm(
+    x: jax.Array,
+    residual: jax.Array,
+    weight: jax.Array,
+    *,
+    epsilon: float,
+    tile: Tile,
+    dtype: jax.typing.DTypeLike,
+    scale: ScaleKind,
+    eps: float,
+) -> tuple[Quantized, jax.Array, jax.Array]:
+    """`quantize_rms_norm` of `x + residual`, rounded to the dtype of x, and that sum.
+
+    In one launch, unless rows of float32 are longer than 8192.
+
+    Args:
+        x, residual: bfloat16, float16 or float32 [m, k], k at most 16384.
+        weight, epsilon, tile, dtype, scale, eps: as in `quantize_rms_norm`.
+
+    Returns:
+        What `quantize_rms_norm` returns, and the sum [m, k].
+
+    Raises:
+        NotImplementedError: As `quantize_rms_norm` does.
+    """
+    name = "quantize_add_rms_norm"
+    check_arguments(name, (x, residual), {"tile": tile}, ((1, BLOCK),), dtype)
+    how: Any = {"epsilon": epsilon, "dtype": jnp.dtype(dtype), "eps": eps}
+    if rms_norm_config(x.shape[1], x.dtype.itemsize, inputs=2) is None:
+        total = x + residual
+        return *quantize_rms_norm(total, weight, tile=tile, scale=scale, **how), total
+    run = functools.partial(normalize_padded, kind=scale, **how)
+    return mapped_under_vmap(run)(x, weight, residual)
+
+
 @in_32_bits
 def normalize_padded(
     x: jax.Array,
     weight: jax.Array,
+    residual: jax.Array | None = None,
     *,
     epsilon: float,
     dtype: np.dtype,
     kind: ScaleKind,
     eps: float,
     config: RmsNormConfig | None = None,
-) -> tuple[Quantized, jax.Array]:
-    """`quantize_rms_norm` with a configuration of one's own choice."""
-    m, k = x.shape
-    config = config or rms_norm_config(k, x.dtype.itemsize)
+) -> tuple[Any, ...]:
+    """`quantize_rms_norm` with a configuration of one's own choice.
+
+    With a residual, `quantize_add_rms_norm`.
+    """
+    (m, k), inputs = x.shape, [x]
+    if residual is not None:
+        inputs.append(residual)
+    config = config or rms_norm_config(k, x.dtype.itemsize, inputs=len(inputs))
     assert config is not None  # The caller has checked it.
     chunks = config.chunks
-    padded = zero_pad(x, (config.rows, chunks * BLOCK))
-    weights = zero_pad(weight.astype(jnp.float32), (chunks * BLOCK,))
-    weights = jnp.tile(weights.reshape(chunks, BLOCK), (config.rows, 1))
-    data, factors, inverse_rms = _launch(
-        padded.reshape(-1, BLOCK),
-        zero_pad(weights, (config.parts * PART, 1)),
+    padded = (zero_pad(a, (config.rows, chunks * BLOCK)) for a in inputs)
+    weight = weight if weight.dtype.itemsize in (2, 4) else weight.astype(jnp.float32)
+    weights = zero_pad(weight, (chunks * BLOCK,)).reshape(chunks, BLOCK)
+    if chunks % _COPY_ROWS:  # No place for a copy to begin in the next row of x.
+        weights = jnp.tile(weights, (config.rows, 1))
+    data, factors, inverse_rms, *sums = _launch(
+        [a.reshape(-1, BLOCK) for a in padded],
+        weights,
         k=k,
         epsilon=epsilon,
         dtype=dtype,
@@ -117,17 +162,19 @@ def normalize_padded(
     data = data.reshape(-1, chunks * BLOCK)[:m, :k]
     factors = factors.T if factors.ndim > 1 else factors.reshape(-1, chunks)
     factors = factors[:m, : ceil_div(k, BLOCK)]
-    return (data, factors), inverse_rms[:m]
+    sums = [total.reshape(-1, chunks * BLOCK)[:m, :k] for total in sums]
+    return (data, factors), inverse_rms[:m], *sums
 
 
 def _launch(
-    x: jax.Array,
+    inputs: list[jax.Array],
     weights: jax.Array,
     *,
     dtype: np.dtype,
     config: RmsNormConfig,
     **static,
 ) -> list[jax.Array]:
+    x, *others = inputs
     tiles = x.shape[0]  # Of 128, of all rows.
     steps = tiles // config.tiles
     held = config.parts * PART  # Tiles that shared memory holds.
@@ -141,15 +188,18 @@ def _launch(
             jax.ShapeDtypeStruct((tiles, BLOCK), dtype),
             jax.ShapeDtypeStruct(scales_shape, jnp.float32),
             jax.ShapeDtypeStruct((rows,), jnp.float32),
+            *[jax.ShapeDtypeStruct((tiles, BLOCK), x.dtype) for _ in others],
         ],
         scratch_types={
-            "x_smem": plgpu.SMEM(
-                (config.stages, held, BLOCK),
+            "in_smem": plgpu.SMEM(
+                (len(inputs), config.stages, held, BLOCK),
                 x.dtype,
                 transforms=swizzled(in_columns, BLOCK),
             ),
             "weights_smem": plgpu.SMEM(
-                (held, BLOCK), jnp.float32, transforms=swizzled(BLOCK // 4, BLOCK)
+                (held, BLOCK),
+                weights.dtype,
+                transforms=swizzled(BLOCK // weights.dtype.itemsize, BLOCK),
             ),
             "codes_smem": plgpu.SMEM(
                 (held, BLOCK), dtype, transforms=swizzled(BLOCK, BLOCK)
@@ -157,31 +207,28 @@ def _launch(
             "squares_smem": plgpu.SMEM((held,), jnp.float32),
             "inverse_smem": plgpu.SMEM((held,), jnp.float32),
             "scale_smem": plgpu.SMEM((held,), jnp.float32),
-            "full": plgpu.Barrier(num_barriers=config.stages),
-            "weights_full": plgpu.Barrier(),
+            "full": plgpu.Barrier(num_arrivals=len(inputs), num_barriers=config.stages),
+            "weights_full": plgpu.Barrier(
+                num_arrivals=ceil_div(config.tiles, len(weights))
+            ),
         },
         grid=(min(num_sms() * config.ctas_per_sm, steps),),
         grid_names=("grid",),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
-    )(x, weights)
+    )(*inputs, weights)
 
 
 def _body(
-    x,
-    weights,
-    data,
-    scale_out,
-    inverse_rms,
-    *,
+    *refs,
     steps: int,
     k: int,
     epsilon: float,
     kind: ScaleKind,
     eps: float,
     config: RmsNormConfig,
-    x_smem,
+    in_smem,
     weights_smem,
     codes_smem,
     squares_smem,
@@ -191,22 +238,28 @@ def _body(
     weights_full,
 ) -> None:
     """One CTA: every grid-th step of `config.rows` rows of x."""
+    inputs, (weights, *outputs) = refs[: in_smem.shape[0]], refs[in_smem.shape[0] :]
+    data, scale_out, inverse_rms, *sums = outputs
     first, ctas = lax.axis_index("grid"), lax.axis_size("grid")
     tiles = config.tiles
     parts = [pl.ds(part * PART, PART) for part in range(config.parts)]
 
-    def fetch(number, stage) -> None:
-        step = first + number * ctas
+    def fetch(turn, stage) -> None:
+        step = first + turn * ctas
 
         @pl.when(step < steps)
         def _copy():
-            plgpu.copy_gmem_to_smem(
-                x.at[pl.ds(step * tiles, tiles)],
-                x_smem.at[stage, pl.ds(0, tiles)],
-                full.at[stage],
-            )
+            for number, x in enumerate(inputs):
+                plgpu.copy_gmem_to_smem(
+                    x.at[pl.ds(step * tiles, tiles)],
+                    in_smem.at[number, stage, pl.ds(0, tiles)],
+                    full.at[stage],
+                )
 
-    plgpu.copy_gmem_to_smem(weights, weights_smem, weights_full)
+    for start in range(0, tiles, weights.shape[0]):  # Once for each row of x.
+        plgpu.copy_gmem_to_smem(
+            weights, weights_smem.at[pl.ds(start, weights.shape[0])], weights_full
+        )
     for stage in range(config.stages):
         fetch(jnp.int32(stage), jnp.int32(stage))
     plgpu.barrier_wait(weights_full)
@@ -215,15 +268,24 @@ def _body(
         (step,) = info.index
         stage = lax.rem(info.local_index, jnp.int32(config.stages))
         plgpu.barrier_wait(full.at[stage])
-        source = x_smem.at[stage]
+        source = in_smem.at[0, stage]
+        held, whole = pl.ds(0, tiles), pl.ds(step * tiles, tiles)
 
         # Sums of squares, of the tiles.
         for part in parts:
             values = _load(source.at[part])
+            for _ in sums:
+                rounded = (values + _load(in_smem.at[1, stage, part])).astype(
+                    source.dtype
+                )
+                source[part] = rounded
+                values = rounded.astype(jnp.float32)
             squares_smem[part] = jnp.sum(values * values, axis=1)
         plgpu.commit_smem()
         # The copies that still read what is written below.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for total in sums:
+            plgpu.copy_smem_to_gmem(source.at[held], total.at[whole])
 
         for number, part in enumerate(parts):
             inverse = _inverse_rms(squares_smem, number, k, epsilon, config)
@@ -231,14 +293,13 @@ def _body(
             values = _load(source.at[part])
             over_columns = lax.broadcast_in_dim(inverse, values.shape, (0,))
             values = values * over_columns * _load(weights_smem.at[part])
-            values = values.astype(x.dtype).astype(jnp.float32)
+            values = values.astype(source.dtype).astype(jnp.float32)
             bits = plgpu.layout_cast(amax_bits(values), plgpu.Layout.WGMMA.reduce(1))
             factor, reciprocal = scales(bits, kind, eps, data.dtype)
             codes_smem[part] = encode(values, factor, reciprocal, kind, data.dtype)
             scale_smem[part] = factor
         # Also the point where every warp has read its part of the stage.
         plgpu.commit_smem()
-        held, whole = pl.ds(0, tiles), pl.ds(step * tiles, tiles)
         if len(scale_out.shape) > 1:
             for tile in range(tiles):
                 row, chunk = divmod(tile, config.chunks)
@@ -250,6 +311,8 @@ def _body(
         plgpu.copy_smem_to_gmem(codes_smem.at[held], data.at[whole])
         for row in range(config.rows):
             inverse_rms[step * config.rows + row] = inverse_smem[row * config.chunks]
+        if sums:  # The sum has left before its place is filled again.
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         fetch(info.local_index + config.stages, stage)
 
     plgpu.nd_loop((steps,), collective_axes="grid")(normalize)

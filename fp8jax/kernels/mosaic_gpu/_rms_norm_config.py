@@ -34,7 +34,7 @@ class RmsNormConfig:
         return self.rows * self.chunks
 
 
-def rms_norm_config(k: int, itemsize: int = 2) -> RmsNormConfig | None:
+def rms_norm_config(k: int, itemsize: int = 2, inputs: int = 1) -> RmsNormConfig | None:
     """How to divide rows of `k`; None if they are too long.
 
     A step takes so many rows that 64 tiles are full; one, of longer rows. Four steps
@@ -43,6 +43,7 @@ def rms_norm_config(k: int, itemsize: int = 2) -> RmsNormConfig | None:
     Args:
         k: length of a row.
         itemsize: bytes of an element.
+        inputs: 2 where a residual is added.
     """
     chunks = -(-k // BLOCK)
     rows = _GRAIN // math.gcd(chunks, _GRAIN)
@@ -52,5 +53,10 @@ def rms_norm_config(k: int, itemsize: int = 2) -> RmsNormConfig | None:
         return None
     rows *= max(1, PART // (rows * chunks))
     parts = -(-rows * chunks // PART)
+    if inputs > 1:
+        small = parts * itemsize
+        if small > 4:  # Two stages of both do not fit.
+            return None
+        return RmsNormConfig(chunks, rows, parts, 2, ctas_per_sm=2 if small == 2 else 1)
     stages = 4 if parts == 1 and itemsize == 2 else 2
     return RmsNormConfig(chunks, rows, parts, stages, ctas_per_sm=3 - parts)

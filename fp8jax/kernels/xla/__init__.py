@@ -8,7 +8,7 @@ from fp8jax.kernels.xla._grouped import (
     quantize_grouped,
 )
 from fp8jax.kernels.xla._quantize import quantize, quantize_both
-from fp8jax.kernels.xla._rms_norm import quantize_rms_norm
+from fp8jax.kernels.xla._rms_norm import quantize_add_rms_norm, quantize_rms_norm
 from fp8jax.kernels.xla._swiglu import quantize_swiglu, quantize_swiglu_gradient
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_k",
     "quantize",
+    "quantize_add_rms_norm",
     "quantize_both",
     "quantize_grouped",
     "quantize_rms_norm",

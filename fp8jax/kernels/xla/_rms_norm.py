@@ -1,5 +1,7 @@
 """RMS normalization, quantized, in `jnp`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -27,3 +29,13 @@ def quantize_rms_norm(
     normal = values * inverse[:, None] * weight.astype(jnp.float32)
     h = numerics.round_to(normal, x.dtype)
     return quantize(h, tile=tile, dtype=dtype, scale=scale, eps=eps), inverse
+
+
+def quantize_add_rms_norm(
+    x: jax.Array, residual: jax.Array, weight: jax.Array, **how: Any
+) -> tuple[Quantized, jax.Array, jax.Array]:
+    """FP8 of the sum, normalized; see `fp8jax.kernels.QuantizeAddRmsNorm`."""
+    # NOTE: XLA may keep a sum of 16-bit numbers in float32 for what reads it next.
+    total = x.astype(jnp.float32) + residual.astype(jnp.float32)
+    total = numerics.round_to(total, x.dtype)
+    return *quantize_rms_norm(total, weight, **how), total
