@@ -12,7 +12,7 @@ def grouped_summary(grouped: Rows) -> list[list[str]]:
     rows = []
     for kind, name in names.items():
         of_kind = [r for r in grouped if r["gemm"] == kind]
-        if not of_kind:
+        if len(of_kind) < 2:  # No mean of one.
             continue
         ratios = [float(r["of_dense"]) for r in of_kind]
         ours, dense = (mean(float(r[c]) for r in of_kind) for c in ("fp8jax", "dense"))
@@ -55,9 +55,9 @@ def grouped_table(rows: Rows) -> list[str]:
         return []
     head = ["groups; m, n, k", "fp8jax", "dense", "of it", "BF16: lax", "Pallas"]
     return [
-        "Grouped GEMMs, TFLOPS, beside one dense product of as many FLOPs, in FP8 and "
-        "in BF16, and `lax.ragged_dot` and Pallas' own kernels in BF16. 1d2d to BF16; "
-        "wgrad to float32, Pallas' to BF16.",
+        f"Grouped GEMMs, TFLOPS, on one {rows[0]['device']}, beside one dense product "
+        "of as many FLOPs, in FP8 and in BF16, and `lax.ragged_dot` and Pallas' own "
+        "kernels in BF16. 1d2d to BF16; wgrad to float32, Pallas' to BF16.",
         table(
             [*head, "dense", "over the best", "clock"],
             [
@@ -85,10 +85,11 @@ def moe_table(rows: Rows) -> list[str]:
     if not rows:
         return []
     return [
-        "Mixture of experts: y and all gradients, with routing and every "
-        f"quantization. TFLOPS by wall time (FP8 peak {PEAK_TFLOPS}), speed against "
-        "the layer in BF16 by `lax.ragged_dot`, by Pallas' own kernels, and against a "
-        f"dense MLP of as many FLOPs in BF16 (ceiling {PEAK_RATIO:.2f}).",
+        f"Mixture of experts, on one {rows[0]['device']}: y and all gradients, with "
+        f"routing and every quantization. TFLOPS by wall time (FP8 peak {PEAK_TFLOPS}),"
+        " speed against the layer in BF16 by `lax.ragged_dot`, by Pallas' own kernels, "
+        "and against a dense MLP of as many FLOPs in BF16 (ceiling "
+        f"{PEAK_RATIO:.2f}).",
         table(
             [
                 "tokens, in, hidden, experts, top",

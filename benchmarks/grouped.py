@@ -58,10 +58,12 @@ def main() -> None:
     print(
         f"{'':6}{'groups':>7}{'m':>7}{'n':>7}{'k':>7}", *(f"{c:>12}" for c in COLUMNS)
     )
+    path = None
     for kind, shapes in SHAPES.items():
-        if options.only in (None, kind):
-            rows += [_row(kind, shape, options) for shape in shapes]
-    path = _harness.write_csv("grouped", rows, options.commit)
+        for shape in shapes if options.only in (None, kind) else ():
+            rows.append(_row(kind, shape, options))
+            # Each time: a run that is stopped loses no row.
+            path = _harness.write_csv("grouped", rows, options.commit)
     print(f"ceiling {CEILING} TFLOPS; wrote {path}")
 
 

@@ -188,14 +188,15 @@ def main() -> None:
         f"{'m':>5}  {'contender':12}{'wall us':>9}{'kernel us':>10}{'GB/s':>7}"
         f"{'TFLOPS':>8}{'wall x':>8}{'kernel x':>9}{'SQNR dB':>9}"
     )
-    rows, programs = [], []
+    rows, programs, path = [], [], None
     for m in options.tokens:
         x = jax.random.normal(jax.random.key(m), (m, SIZES.width)).astype(jnp.bfloat16)
         rows += _rows(x, options, runs)
+        # Each time: a run that is stopped loses no row.
+        path = _harness.write_csv("inference", rows, options.commit)
         for kind, (run, leaves) in runs.items() if options.hlo else ():
             hlo = run.lower(leaves, x).compile().as_text() or ""
             programs += [f"{kind}: m {m}", *_hlo.report(hlo), ""]
-    path = _harness.write_csv("inference", rows, options.commit)
     print(f"a layer's time; ceilings 4800 GB/s, 1979 TFLOPS; wrote {path}")
     if programs:
         path = _harness.RESULTS / "inference_kernels.txt"

@@ -19,6 +19,7 @@ from benchmarks._group_tables import (
     moe_summary,
     moe_table,
 )
+from benchmarks._inference_tables import inference_summary, inference_table
 from benchmarks._tables import PEAK_RATIO, PEAK_TFLOPS, Rows, mean, table
 
 HERE = pathlib.Path(__file__).parent
@@ -59,11 +60,15 @@ def summary() -> list[str]:
     """README.md's paragraphs and tables, in order."""
     gemm, losses = read("gemm"), read("train_lm_h200/summary")
     rows = [*gemm_summary(gemm), *grouped_summary(read("grouped"))]
-    rows += [*moe_summary(read("moe")), *decode_summary(), *quantize_summary()]
+    rows += [*moe_summary(read("moe")), *inference_summary(read("inference"))]
+    rows += [*decode_summary(), *quantize_summary()]
+    newer = [read(name)[:1] for name in ("grouped", "moe", "inference")]
+    others = {r["device"] for found in newer for r in found} - {gemm[0]["device"]}
+    elsewhere = f" (groups, mixtures, decoding: {', '.join(others)})" if others else ""
     written = [
-        f"On one {gemm[0]['device']}, JAX {gemm[0]['jax']}, contenders side by side in "
-        "one run; 1x128 by 128x128 gives cuBLASLt's bits. How, and all rows: "
-        "[benchmarks/README.md](benchmarks/README.md).",
+        f"On one {gemm[0]['device']}{elsewhere}, JAX {gemm[0]['jax']}, contenders side "
+        "by side in one run; 1x128 by 128x128 gives cuBLASLt's bits. How, and all "
+        "rows: [benchmarks/README.md](benchmarks/README.md).",
         table(["what", "fp8jax", "against", "ratio", "ceiling"], rows),
     ]
     if (RESULTS / "gemm_by_m.png").exists():
@@ -100,6 +105,7 @@ def every_row() -> list[str]:
         *layer_table(read("layer")),
         *grouped_table(read("grouped")),
         *moe_table(read("moe")),
+        *inference_table(read("inference")),
         *decode_table(read("decode")),
         *quantize_table(read("quantize")),
         *transform_table(read("transform")),

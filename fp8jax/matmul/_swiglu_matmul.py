@@ -1,5 +1,7 @@
 """Two products of one `QTensor` and the SwiGLU of them, as a `QTensor`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,11 +54,9 @@ def swiglu_matmul(
         )
     check_out(name, dtype, None, ())
     if spec.tile != TILE_1X128.tile or gate.tile != up.tile:
-        products = (
-            scaled_matmul(x, w, out_dtype=dtype, implementation=implementation)
-            for w in (gate, up)
-        )
-        h, _ = quantize_swiglu(*products, spec, None, implementation=implementation)
+        how: Any = {"implementation": implementation}
+        gated, upped = (scaled_matmul(x, w, out_dtype=dtype, **how) for w in (gate, up))
+        h, _ = quantize_swiglu(gated, upped, spec, None, **how)
         assert h is not None
         return h
     data, scale = _dispatch.call(

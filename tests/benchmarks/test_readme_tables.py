@@ -89,7 +89,12 @@ def test_a_transformed_step_has_its_roles_and_shares(results):
 
 
 GROUPED = {"m": "512", "n": "256", "k": "128", "clock": "wall", "dense": "1000"}
-GROUPED |= {"lax_bf16": "50", "pallas_bf16": "400", "dense_bf16": "700"}
+GROUPED |= {
+    "device": "another GPU",
+    "lax_bf16": "50",
+    "pallas_bf16": "400",
+    "dense_bf16": "700",
+}
 
 
 def test_grouped_gemms_stand_beside_the_dense_kernel(results):
@@ -99,6 +104,9 @@ def test_grouped_gemms_stand_beside_the_dense_kernel(results):
     uneven |= {"pallas_bf16": "", "lax_bf16": "", "over_bf16": ""}
     write(results / "grouped.csv", [even, uneven])
     # sqrt(900 * 400) and sqrt(0.9 * 0.4)
+    assert "On one a GPU (groups, mixtures, decoding: another GPU), JAX" in " ".join(
+        readme.summary()
+    )
     assert (
         "| Grouped GEMM, 1x128 by 128x128, 2 shapes, TFLOPS | 600 | "
         "1000 our dense kernel | 0.60 (0.40 to 0.90) | 1979 peak |"
@@ -115,7 +123,8 @@ def test_grouped_gemms_stand_beside_the_dense_kernel(results):
 def test_a_mixture_is_compared_with_the_fastest_in_bf16(results):
     sizes = dict.fromkeys(("tokens", "features", "hidden", "experts", "top_k"), "8")
     times = {"kernel_us": "90.0", "tflops": "7", "over_lax": "2", "over_pallas": ""}
-    base = of(sizes | times, contender="jax bf16", wall_us="400.0", over_dense="0.5")
+    times |= {"device": "a GPU", "over_dense": "0.5"}
+    base = of(sizes | times, contender="jax bf16", wall_us="400.0")
     pallas = of(base, contender="pallas bf16", wall_us="300.0", over_pallas="1")
     dense = of(base, contender="dense bf16", wall_us="100.0")
     fp8 = of(base, contender="fp8jax deepseek_v3", wall_us="200.0", over_pallas="1.5")
@@ -133,6 +142,21 @@ def test_a_mixture_is_compared_with_the_fastest_in_bf16(results):
     )
     assert row in text
     assert "| 4, 8, 8, 8, 8 | jax bf16 | 400.0 | 90.0 | 7 | 2.00 |  | 0.50 |" in text
+
+
+def test_decoding_is_compared_with_bf16(results):
+    times = {"wall_us": "100.0", "kernel_us": "90.0", "device": "a GPU"}
+    speeds = {"wall_speedup": "1.000", "kernel_speedup": "1.000"}
+    base = of(times | speeds, m="16", contender="jax bf16")
+    slow = of(base, contender="fp8 layers", wall_us="80.0", wall_speedup="1.250")
+    fast = of(slow, contender="fp8 fused", wall_us="50.0", wall_speedup="2.000")
+    write(results / "inference.csv", [base, slow, fast, of(base, m="1")])
+    assert (
+        "| Decode 16 tokens, a 7B layer, fp8 fused, us | 50 | 100 BF16 | 2.00 | 2.00 |"
+    ) in "\n".join(readme.summary())
+    text = "\n".join(readme.every_row())
+    assert "| 16 | fp8 layers | 80.0 | 90.0 | 1.25 | 1.00 |" in text
+    assert "| 1 | jax bf16 | 100.0 | 90.0 | 1.00 | 1.00 |" in text
 
 
 @pytest.mark.usefixtures("results")
