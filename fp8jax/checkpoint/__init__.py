@@ -2,6 +2,7 @@
 
 from fp8jax.checkpoint._compare import Difference, code_histogram, diff
 from fp8jax.checkpoint._error import CheckpointError
+from fp8jax.checkpoint._experts import stack_experts, unstack_experts
 from fp8jax.checkpoint._load import load
 from fp8jax.checkpoint._offline import dequantize_checkpoint, quantize_checkpoint
 from fp8jax.checkpoint._reader import Reader, Weight
@@ -23,4 +24,6 @@ __all__ = [
     "quantize_checkpoint",
     "quantize_params",
     "save",
+    "stack_experts",
+    "unstack_experts",
 ]

@@ -9,6 +9,7 @@ from flax.linen.dtypes import promote_dtype
 
 from fp8jax import ops
 from fp8jax.linen._parameter import Parameter
+from fp8jax.quant import QTensor
 from fp8jax.recipes import Recipe
 
 _KERNEL_INIT = nn.initializers.lecun_normal()  # nn.Dense's default.
@@ -21,6 +22,10 @@ class RMSNormDense(nn.Module):
     `flax.linen.Dense(use_bias=False)` called `dense`: a checkpoint of a block written
     with those loads into this one. `fp8jax.ops.rms_norm_dot` says what is fused, and
     when it is not; it takes several kernels, too.
+
+    For inference `dense/kernel` may be a QTensor [k, features], as in
+    `fp8jax.linen.Dense`: what is normalized is quantized online, the weight never
+    inflated; the output is in `dtype`, or that of the input. There is no gradient then.
 
     Attributes:
         features: Size of the last dimension that goes out.
@@ -53,13 +58,18 @@ class RMSNormDense(nn.Module):
             name="dense",
         )
         scale, kernel = norm(), dense()
+        how: Any = {
+            "epsilon": self.epsilon,
+            "recipe": self.recipe,
+            "implementation": self.implementation,
+        }
+        if isinstance(kernel, QTensor) or isinstance(x, QTensor):
+            dtype = x.dtype if self.dtype is None else self.dtype
+            x = x if isinstance(x, QTensor) else x.astype(dtype)
+            (y,) = ops.static_weight_rms_norm(
+                "fp8jax.linen.RMSNormDense", x, scale, kernel, out_dtype=dtype, **how
+            )
+            return y
         arrays: Any = promote_dtype(x, kernel, dtype=self.dtype)
-        (y,) = ops.rms_norm_dot(
-            arrays[0],
-            scale,
-            arrays[1],
-            epsilon=self.epsilon,
-            recipe=self.recipe,
-            implementation=self.implementation,
-        )
+        (y,) = ops.rms_norm_dot(arrays[0], scale, arrays[1], **how)
         return y

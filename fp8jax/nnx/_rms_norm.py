@@ -1,11 +1,14 @@
 """RMS normalization and a dense layer in FP8, without the array between them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 from fp8jax import ops
+from fp8jax.quant import QTensor
 from fp8jax.recipes import Recipe
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()  # nnx.Linear's default.
@@ -18,6 +21,10 @@ class RMSNormLinear(nnx.Module):
     use_bias=False)` called `linear`: a checkpoint of a block written with those loads
     into this one. `fp8jax.ops.rms_norm_dot` says what is fused, and when it is not; it
     takes several kernels, too.
+
+    For inference `linear.kernel` may be a QTensor [in_features, out_features], as in
+    `fp8jax.nnx.Linear`: what is normalized is quantized online, the weight never
+    inflated; the output is in `dtype`, or that of the input. There is no gradient then.
 
     Args:
         in_features: Size of the last dimension that comes in.
@@ -57,13 +64,19 @@ class RMSNormLinear(nnx.Module):
         """`[..., in_features]` to `[..., out_features]`, in `dtype` or theirs."""
         assert self.norm.scale is not None
         scale = self.norm.scale[...]
-        x, kernel = promote_dtype((x, self.linear.kernel[...]), dtype=self.dtype)
-        (y,) = ops.rms_norm_dot(
-            x,
-            scale,
-            kernel,
-            epsilon=self.epsilon,
-            recipe=self.recipe,
-            implementation=self.implementation,
-        )
+        kernel: Any = self.linear.kernel.get_value()
+        how: Any = {
+            "epsilon": self.epsilon,
+            "recipe": self.recipe,
+            "implementation": self.implementation,
+        }
+        if isinstance(kernel, QTensor) or isinstance(x, QTensor):
+            dtype = x.dtype if self.dtype is None else self.dtype
+            x = x if isinstance(x, QTensor) else x.astype(dtype)
+            (y,) = ops.static_weight_rms_norm(
+                "fp8jax.nnx.RMSNormLinear", x, scale, kernel, out_dtype=dtype, **how
+            )
+            return y
+        x, kernel = promote_dtype((x, kernel), dtype=self.dtype)
+        (y,) = ops.rms_norm_dot(x, scale, kernel, **how)
         return y

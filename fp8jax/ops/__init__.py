@@ -25,6 +25,7 @@ from fp8jax.ops._spread import Spread, spread, spread_of_mesh, spread_of_shardin
 from fp8jax.ops._static_weight import (
     check_quantized_input,
     static_weight_dot,
+    static_weight_rms_norm,
     static_weight_swiglu,
 )
 from fp8jax.ops._swiglu import swiglu_mlp
@@ -68,6 +69,7 @@ __all__ = [
     "spread_of_mesh",
     "spread_of_sharding",
     "static_weight_dot",
+    "static_weight_rms_norm",
     "static_weight_swiglu",
     "swiglu_mlp",
     "takes_own_product",

@@ -9,7 +9,7 @@ import numpy as np
 from fp8jax.matmul import scaled_matmul, swiglu_matmul
 from fp8jax.ops._derivatives import refuse_derivatives
 from fp8jax.ops._gemm import INPUT_DTYPES
-from fp8jax.quant import QTensor, QuantSpec, quantize
+from fp8jax.quant import QTensor, QuantSpec, quantize, quantize_rms_norm
 from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
 
 
@@ -64,6 +64,63 @@ def static_weight_dot(
 
     y = without_derivative(name, product)(_rows(name, x), kernel)
     return y.reshape(*x.shape[:-1], kernel.shape[1])
+
+
+def static_weight_rms_norm(
+    name: str,
+    x: jax.Array,
+    scale: jax.Array,
+    *kernels: QTensor,
+    epsilon: float,
+    out_dtype: jax.typing.DTypeLike,
+    recipe: Recipe | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, ...]:
+    r"""$y_i = q(h) W_i$ with $h = x / rms(x) \odot scale$, of weights stored in FP8.
+
+    h goes to FP8 as it is computed, once for all kernels: a kernel for it and one for
+    each product.
+
+    Args:
+        name, out_dtype, recipe, implementation: as in `static_weight_dot`.
+        x: `[..., k]`, bfloat16, float16 or float32.
+        scale: `[k]` of any float dtype: the norm's weight.
+        kernels: `[k, n_i]` each, as the kernel there.
+        epsilon: added to the mean of squares.
+
+    Returns:
+        `[..., n_i]` of `out_dtype` for each kernel.
+
+    Raises:
+        ValueError, NotImplementedError, TypeError: As `static_weight_dot` does; x may
+            not be a QTensor.
+
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
+    """
+    if isinstance(x, QTensor):
+        raise ValueError(f"{name} normalizes its input: an array, got a QTensor.")
+    spec = _activation_spec(name, x, out_dtype, recipe)
+    side = x.shape[-1:]
+    fits = all(isinstance(w, QTensor) and w.ndim == 2 for w in kernels)
+    fits = fits and bool(side) and all(w.shape[:1] == side for w in kernels)
+    if not fits or scale.shape != side:
+        kinds = ", ".join(f"{_kind(w)} {list(w.shape)}" for w in kernels)
+        raise ValueError(
+            f"{name} takes x [..., k], a norm's scale [k] and QTensors [k, n], got "
+            f"{x.shape}, {scale.shape} and {kinds}."
+        )
+
+    def product(
+        x: jax.Array, scale: jax.Array, *kernels: QTensor
+    ) -> tuple[jax.Array, ...]:
+        q, _ = quantize_rms_norm(
+            x, scale, spec, epsilon=epsilon, implementation=implementation
+        )
+        how: Any = {"out_dtype": out_dtype, "implementation": implementation}
+        return tuple(scaled_matmul(q, kernel.T, **how) for kernel in kernels)
+
+    ys = _without_derivative(name, product)(_rows(name, x), scale, *kernels)
+    return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
 def static_weight_swiglu(

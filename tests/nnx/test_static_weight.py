@@ -170,6 +170,72 @@ def scaled_by_one_quantization(layer, x, dtype):
     chex.assert_trees_all_equal(layer(q), layer(x.astype(dtype)))
 
 
+@pytest.fixture
+def block(params):
+    scale = jax.random.normal(jax.random.key(3), (IN,))
+    return {"norm": {"scale": scale}, "kernel": params["kernel"]}
+
+
+def norm_by_nnx(block, x, **options):
+    layer = fp8jax.nnx.RMSNormLinear(IN, OUT, rngs=nnx.Rngs(0), **options)
+    nnx.update(layer, {"norm": block["norm"], "linear": {"kernel": block["kernel"]}})
+    return nnx.jit(lambda layer, x: layer(x))(layer, x)
+
+
+def norm_by_linen(block, x, **options):
+    layer = fp8jax.linen.RMSNormDense(OUT, **options)
+    params = {"norm": block["norm"], "dense": {"kernel": block["kernel"]}}
+    return jax.jit(layer.apply)({"params": params}, x)
+
+
+both_norms = pytest.mark.parametrize("apply", [norm_by_nnx, norm_by_linen])
+
+
+@both_norms
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_norm_is_the_product_of_its_codes(block, x, apply, dtype):
+    @jax.jit
+    def expected(block, x):
+        wide = x.astype(dtype or x.dtype).astype(jnp.float32)
+        mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        h = wide * jax.lax.rsqrt(mean + 1e-3) * block["norm"]["scale"]
+        q = fp8jax.quantize(h.astype(dtype or x.dtype).reshape(-1, IN))
+        y = fp8jax.scaled_matmul(q, block["kernel"].T, out_dtype=dtype or x.dtype)
+        return y.reshape(2, 5, OUT)
+
+    y = apply(block, x, dtype=dtype, epsilon=1e-3)
+    assert y.dtype == (dtype or x.dtype)
+    # A code of h may move by a step where it lies at a tie: see quantize_rms_norm.
+    assert fp8jax.numerics.sqnr_db(expected(block, x), y) > 40
+
+
+@both_norms
+def test_norm_is_close_to_the_product_of_the_values(block, x, apply):
+    wide = x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+    exact = (wide * block["norm"]["scale"]) @ block["kernel"].dequantize()
+    error = fp8jax.numerics.relative_error(apply(block, x), exact)
+    assert error < 2**-4  # A code's largest rounding error; that of a sum is less.
+
+
+@both_norms
+def test_norm_refusals_name_the_layer(block, x, apply):
+    name = r"fp8jax\.(nnx\.RMSNormLinear|linen\.RMSNormDense)"
+    with pytest.raises(ValueError, match=name + " with a QTensor .* whose fprop"):
+        apply(block, x, recipe=recipes.bf16())
+    for kernel in (block["kernel"], block["kernel"].dequantize()):
+        with pytest.raises(ValueError, match=name + " normalizes its input: an array"):
+            apply({**block, "kernel": kernel}, fp8jax.quantize(x), dtype=jnp.float32)
+    with pytest.raises(TypeError, match=name + " .*has no gradient: it is for infer"):
+        jax.grad(lambda x: apply(block, x).sum())(x)
+
+
+def test_norm_of_another_width_is_refused(block, x):
+    with pytest.raises(
+        ValueError, match=r"RMSNormLinear takes x.*\(2, 5, 199\), \(200"
+    ):
+        norm_by_nnx(block, x[..., 1:])
+
+
 @both
 def test_input_in_codes_is_the_input_it_was_made_of(params, x, apply):
     def layer(x):
