@@ -99,12 +99,12 @@ def static_weight_rms_norm(
     """
     if isinstance(x, QTensor):
         raise ValueError(f"{name} normalizes its input: an array, got a QTensor.")
-    spec = _activation_spec(name, x, out_dtype, recipe)
+    spec = activation_spec(name, x, out_dtype, recipe)
     side = x.shape[-1:]
     fits = all(isinstance(w, QTensor) and w.ndim == 2 for w in kernels)
     fits = fits and bool(side) and all(w.shape[:1] == side for w in kernels)
     if not fits or scale.shape != side:
-        kinds = ", ".join(f"{_kind(w)} {list(w.shape)}" for w in kernels)
+        kinds = ", ".join(f"{kind_of(w)} {list(w.shape)}" for w in kernels)
         raise ValueError(
             f"{name} takes x [..., k], a norm's scale [k] and QTensors [k, n], got "
             f"{x.shape}, {scale.shape} and {kinds}."
@@ -119,7 +119,7 @@ def static_weight_rms_norm(
         how: Any = {"out_dtype": out_dtype, "implementation": implementation}
         return tuple(scaled_matmul(q, kernel.T, **how) for kernel in kernels)
 
-    ys = _without_derivative(name, product)(_rows(name, x), scale, *kernels)
+    ys = without_derivative(name, product)(_rows(name, x), scale, *kernels)
     return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
