@@ -11,6 +11,7 @@ import numpy as np
 
 from fp8jax import numerics
 from fp8jax.checkpoint._ahead import Work
+from fp8jax.checkpoint._band import quantize_band
 from fp8jax.checkpoint._config import quantization_config
 from fp8jax.checkpoint._dtypes import E8M0, scale_to_e8m0
 from fp8jax.checkpoint._reader import Reader
@@ -22,7 +23,6 @@ from fp8jax.checkpoint._stream import (
     Progress,
     bands,
     copy_work,
-    quantize_band,
     rewrite,
 )
 from fp8jax.checkpoint._write import ShardWriter, Specs, nbytes

@@ -14,8 +14,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fp8jax import numerics
@@ -24,7 +22,6 @@ from fp8jax.checkpoint._config import write_config
 from fp8jax.checkpoint._publish import publish
 from fp8jax.checkpoint._reader import CONFIG, Reader
 from fp8jax.checkpoint._write import ShardWriter, Specs, split_shards
-from fp8jax.quant import QTensor, QuantSpec, quantize
 
 # What XLA makes of a band, some of it in float32, stays in a core's cache.
 _BAND_ELEMENTS = 1 << 19
@@ -184,15 +181,3 @@ def copy_work(
     starts = range(0, math.prod(stored.shape), _BAND_ELEMENTS)
     outcome = Outcome(name, note, stored.nbytes, stored.nbytes)
     return Work((functools.partial(run, s) for s in starts), lambda: outcome)
-
-
-@functools.partial(jax.jit, static_argnames="spec")
-def quantize_band(
-    x: jax.Array, spec: QuantSpec
-) -> tuple[QTensor, jax.Array, jax.Array]:
-    """`quantize(x, spec)`, and the sums of squares of its error and of x."""
-    q = quantize(x, spec)
-    exact = x.astype(jnp.float32)
-    # Down the rows first: XLA:CPU vectorizes that sum, and one across it does not.
-    error = jnp.sum(jnp.square(q.dequantize() - exact), axis=0)
-    return q, jnp.sum(error), jnp.sum(jnp.sum(jnp.square(exact), axis=0))

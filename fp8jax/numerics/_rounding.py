@@ -86,11 +86,17 @@ def encode(x: jax.Array, scale: jax.Array, dtype: jax.typing.DTypeLike) -> jax.A
         scale: float32, broadcast against `x`.
         dtype: FP8 dtype of the codes.
     """
+    return clipped_quotient(x, scale, dtype).astype(dtype)
+
+
+def clipped_quotient(
+    x: jax.Array, scale: jax.Array, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    r"""$clip(x / s, \pm q_{max})$ in float32, what `encode` rounds; a NaN stays one."""
     limit = max_value(dtype)
     t = x.astype(jnp.float32) / scale
     # Casts differ by backend beyond the largest value, and a bare clip may drop NaN.
-    clipped = jnp.where(jnp.isnan(t), t, jnp.clip(t, -limit, limit))
-    return clipped.astype(dtype)
+    return jnp.where(jnp.isnan(t), t, jnp.clip(t, -limit, limit))
 
 
 def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

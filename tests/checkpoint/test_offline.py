@@ -16,7 +16,7 @@ import safetensors.numpy
 
 import fp8jax
 from fp8jax import checkpoint
-from fp8jax.checkpoint import WeightRules, _ahead, _stream
+from fp8jax.checkpoint import WeightRules, _ahead, _band, _stream
 from fp8jax.testing import assert_same_bits, quantize_numpy
 
 BF16 = ml_dtypes.bfloat16
@@ -88,6 +88,28 @@ def test_file_holds_the_bits_of_quantize_and_of_the_oracle(
         assert outcome.bytes_in == x.nbytes
     reader = checkpoint.Reader(tmp_path / "out")
     assert [o.bytes_out for o in outcomes] == [reader[o.name].nbytes for o in outcomes]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("kind", ["pow2", "fp32"])
+def test_a_band_has_quantizes_bits_whatever_it_holds(dtype, kind):
+    spec = fp8jax.QuantSpec(tile=(128, 128), scale=kind)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((300, 520)) * np.exp(rng.normal(0, 6, (300, 520)))
+    x[:128, :128] = 0
+    x[0, 200], x[200, 0] = np.nan, np.inf
+    with np.errstate(over="ignore"):
+        x = jnp.asarray(x.astype(dtype))
+    q, error, _ = _band.quantize_band(x, spec)
+    assert_same_bits(q, fp8jax.quantize(x, spec))
+    assert np.isnan(error)
+    y = jnp.where(jnp.isfinite(x), x, 0)
+    q, error, signal = _band.quantize_band(y, spec)
+    exact = np.asarray(y, np.float64)
+    off = np.asarray(fp8jax.quantize(y, spec).dequantize(), np.float64) - exact
+    # Sums of 1e5 positive float32 terms.
+    assert error == pytest.approx(np.sum(off**2), rel=1e5 * 2**-24)
+    assert signal == pytest.approx(np.sum(exact**2), rel=1e5 * 2**-24)
 
 
 def test_config_and_other_files_come_along(source, tmp_path):
