@@ -10,9 +10,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fp8jax.kernels.mosaic_gpu._common import swizzled
 from fp8jax.kernels.mosaic_gpu._config import OUT_SLOTS, GemmConfig
+from fp8jax.kernels.mosaic_gpu._pipeline import MATH_WARPGROUPS
 from fp8jax.kernels.mosaic_gpu._schedule import Block
 
-MATH_WARPGROUPS = 2
 # Of an output row in `store_some_rows`: from each row of it a copy may begin.
 _EDGE_BYTES = 128
 

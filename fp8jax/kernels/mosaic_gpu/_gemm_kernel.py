@@ -14,23 +14,18 @@ fetched with the stage. Groups are the schedule's: `_schedule.py`.
 import functools
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fp8jax.kernels.mosaic_gpu import _epilogue
-from fp8jax.kernels.mosaic_gpu._common import swizzled
-from fp8jax.kernels.mosaic_gpu._config import CHUNK, SMEM_BYTES
-from fp8jax.kernels.mosaic_gpu._epilogue import MATH_WARPGROUPS
+from fp8jax.kernels.mosaic_gpu._config import SMEM_BYTES
 from fp8jax.kernels.mosaic_gpu._fetch import fetch
 from fp8jax.kernels.mosaic_gpu._multiply import multiply
+from fp8jax.kernels.mosaic_gpu._pipeline import (
+    MATH_WARPGROUPS,
+    ring,
+    split_warpgroups,
+)
 from fp8jax.kernels.mosaic_gpu._schedule import Dense
-
-MEMORY_REGISTERS = 40
-MATH_REGISTERS = 232  # (64K registers / 128 threads - 40) / 2, a multiple of 8.
-
-# Bytes of an 8-bit row that the swizzled layout of wgmma keeps together.
-OPERAND = swizzled(CHUNK, CHUNK)
 
 
 def gemm_padded(
@@ -73,41 +68,18 @@ def gemm_padded(
     assert config.smem_bytes(rhs_scale_rows=rhs_scale_rows) <= SMEM_BYTES, config
     assert len(tables) == schedule.tables
 
+    cluster = {}
     if config.cluster > 1:
         cluster = {"cluster": (config.cluster,), "cluster_names": ("cluster",)}
-        empty = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
-    else:
-        cluster, empty = {}, plgpu.Barrier
-    operand_k, scales = config.chunks * CHUNK, (config.stages, config.chunks)
-    scratch = {
-        "lhs_smem": plgpu.SMEM(
-            (config.stages, config.block_m, operand_k),
-            lhs.dtype,
-            transforms=OPERAND,
-        ),
-        "rhs_smem": plgpu.SMEM(
-            (config.stages, config.block_n, operand_k),
-            rhs.dtype,
-            transforms=OPERAND,
-        ),
-        "lhs_scale_smem": plgpu.SMEM((*scales, config.block_m), jnp.float32),
-        "rhs_scale_smem": (
-            plgpu.SMEM((*scales, config.block_n), jnp.float32)
-            if rhs_scale_rows
-            else None
-        ),
-        "slots": _epilogue.slots(
-            config,
-            out_dtype,
-            transposed=transposed,
-            some_rows=schedule.stores_some_rows,
-        ),
-        "full": plgpu.Barrier(
-            num_arrivals=4 if rhs_scale_rows else 3,
-            num_barriers=config.stages,
-        ),
-        "empty": empty(num_arrivals=MATH_WARPGROUPS, num_barriers=config.stages),
-    }
+    slots = _epilogue.slots(
+        config,
+        out_dtype,
+        transposed=transposed,
+        some_rows=schedule.stores_some_rows,
+    )
+    scratch = ring(
+        config, lhs.dtype, rhs_scale_rows=rhs_scale_rows, results={"slots": slots}
+    )
     m, n = lhs.shape[0], rhs.shape[-2]
     shape = (n, m) if transposed else (m, n)
     if schedule.out_in_groups:
@@ -143,12 +115,10 @@ def _body(*refs, schedule: Dense, store, slots, **scratch) -> None:
     tables, config = tuple(tables), schedule.config
 
     def math() -> None:
-        plgpu.set_max_registers(MATH_REGISTERS, action="increase")
         store_block = functools.partial(store, out=out, slots=slots)
         multiply((rhs_scale,), tables, schedule, config, store_block, **scratch)
 
     def memory() -> None:
-        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
         fetch(lhs, lhs_scale, (rhs,), rhs_scale, tables, schedule, config, **scratch)
 
-    lax.cond(lax.axis_index("wg") < MATH_WARPGROUPS, math, memory)
+    split_warpgroups(math, memory)

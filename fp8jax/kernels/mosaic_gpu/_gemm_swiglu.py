@@ -28,16 +28,16 @@ from fp8jax.kernels.mosaic_gpu._common import (
 )
 from fp8jax.kernels.mosaic_gpu._config import CHUNK, gemm_swiglu_config
 from fp8jax.kernels.mosaic_gpu._encode import amax_bits, encode, scales
-from fp8jax.kernels.mosaic_gpu._epilogue import MATH_WARPGROUPS
 from fp8jax.kernels.mosaic_gpu._fetch import fetch
 from fp8jax.kernels.mosaic_gpu._gemm import gemm
-from fp8jax.kernels.mosaic_gpu._gemm_kernel import (
-    MATH_REGISTERS,
-    MEMORY_REGISTERS,
-    OPERAND,
-)
 from fp8jax.kernels.mosaic_gpu._multiply import multiply
 from fp8jax.kernels.mosaic_gpu._operands import BLOCK, ROW
+from fp8jax.kernels.mosaic_gpu._pipeline import (
+    MATH_WARPGROUPS,
+    OPERAND,
+    ring,
+    split_warpgroups,
+)
 from fp8jax.kernels.mosaic_gpu._schedule import ROW_MULTIPLE, Paired
 from fp8jax.kernels.mosaic_gpu._swiglu import quantize_swiglu
 
@@ -122,8 +122,15 @@ def _multiply(
     rows, k = lhs.shape
     config = gemm_swiglu_config(k)
     schedule = Paired(m=rows, n=n, k=k, config=config)
-    operand_k = config.chunks * CHUNK
-    slot = (config.stages, config.chunks)
+    results = {
+        "up_smem": plgpu.SMEM(
+            (config.block_m, CHUNK),
+            jnp.bfloat16,
+            transforms=swizzled(CHUNK // 2, CHUNK),
+        ),
+        "codes_smem": plgpu.SMEM((config.block_m, CHUNK), dtype, transforms=OPERAND),
+        "scale_smem": plgpu.SMEM((config.block_m,), jnp.float32),
+    }
     data, factors = plgpu.kernel(
         functools.partial(_body, schedule=schedule, **how),
         out_type=(
@@ -131,31 +138,7 @@ def _multiply(
             jax.ShapeDtypeStruct((n // CHUNK, rows), jnp.float32),
         ),
         scratch_types={
-            "lhs_smem": plgpu.SMEM(
-                (config.stages, config.block_m, operand_k),
-                lhs.dtype,
-                transforms=OPERAND,
-            ),
-            "rhs_smem": plgpu.SMEM(
-                (config.stages, config.block_n, operand_k),
-                gate.dtype,
-                transforms=OPERAND,
-            ),
-            "lhs_scale_smem": plgpu.SMEM((*slot, config.block_m), jnp.float32),
-            "up_smem": plgpu.SMEM(
-                (config.block_m, CHUNK),
-                jnp.bfloat16,
-                transforms=swizzled(CHUNK // 2, CHUNK),
-            ),
-            "codes_smem": plgpu.SMEM(
-                (config.block_m, CHUNK), dtype, transforms=OPERAND
-            ),
-            "scale_smem": plgpu.SMEM((config.block_m,), jnp.float32),
-            # Two operands of two parts, and the scales of one.
-            "full": plgpu.Barrier(num_arrivals=4, num_barriers=config.stages),
-            "empty": plgpu.Barrier(
-                num_arrivals=MATH_WARPGROUPS, num_barriers=config.stages
-            ),
+            **ring(config, lhs.dtype, rhs_parts=2, results=results),
             "given": plgpu.Barrier(),
             "taken": plgpu.Barrier(),
         },
@@ -198,7 +181,6 @@ def _body(
     **scratch,
 ) -> None:
     """Splits the warpgroups: one multiplies by gate, one by up, one fetches."""
-    scratch["rhs_scale_smem"] = None
     rows = pl.ds(0, lhs.shape[0])
 
     def store(acc, wg, row, column, block) -> None:
@@ -236,8 +218,6 @@ def _body(
             )
 
     def math() -> None:
-        plgpu.set_max_registers(MATH_REGISTERS, action="increase")
-
         @pl.when(lax.axis_index("wg") == 0)
         def _nothing_to_take():
             plgpu.barrier_arrive(taken)
@@ -250,8 +230,7 @@ def _body(
             plgpu.barrier_wait(taken)
 
     def memory() -> None:
-        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
         rhs, config = (gate, up), schedule.config
         fetch(lhs, lhs_scale, rhs, None, (), schedule, config, **scratch)
 
-    lax.cond(lax.axis_index("wg") < MATH_WARPGROUPS, math, memory)
+    split_warpgroups(math, memory)

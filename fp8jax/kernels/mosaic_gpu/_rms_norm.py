@@ -35,13 +35,13 @@ from fp8jax.kernels.mosaic_gpu._encode import (
     scales,
 )
 from fp8jax.kernels.mosaic_gpu._rms_norm_config import (
+    GRAIN,
     PART,
     RmsNormConfig,
     rms_norm_config,
 )
 
 _FEW_ROWS = 128
-_COPY_ROWS = 8  # Of a tile in shared memory, at whose first a copy begins.
 
 
 def quantize_rms_norm(
@@ -147,7 +147,7 @@ def normalize_padded(
     padded = (zero_pad(a, (config.rows, chunks * BLOCK)) for a in inputs)
     weight = weight if weight.dtype.itemsize in (2, 4) else weight.astype(jnp.float32)
     weights = zero_pad(weight, (chunks * BLOCK,)).reshape(chunks, BLOCK)
-    if chunks % _COPY_ROWS:  # No place for a copy to begin in the next row of x.
+    if chunks % GRAIN:  # No place for a copy to begin in the next row of x.
         weights = jnp.tile(weights, (config.rows, 1))
     data, factors, inverse_rms, *sums = _launch(
         [a.reshape(-1, BLOCK) for a in padded],
@@ -274,7 +274,7 @@ def _body(
         # Sums of squares, of the tiles.
         for part in parts:
             values = _load(source.at[part])
-            for _ in sums:
+            if sums:
                 rounded = (values + _load(in_smem.at[1, stage, part])).astype(
                     source.dtype
                 )

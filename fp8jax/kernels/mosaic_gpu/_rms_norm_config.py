@@ -7,7 +7,7 @@ from fp8jax.kernels.mosaic_gpu._encode import BLOCK
 
 PART = 64  # Tiles that a warpgroup holds in registers at a time.
 _MOST_PARTS = 2
-_GRAIN = 8  # Copies move whole groups of 8 tiles.
+GRAIN = 8  # Copies move whole groups of 8 tiles.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,17 +46,17 @@ def rms_norm_config(k: int, itemsize: int = 2, inputs: int = 1) -> RmsNormConfig
         inputs: 2 where a residual is added.
     """
     chunks = -(-k // BLOCK)
-    rows = _GRAIN // math.gcd(chunks, _GRAIN)
+    rows = GRAIN // math.gcd(chunks, GRAIN)
     if rows * chunks > _MOST_PARTS * PART:
-        chunks, rows = -(-chunks // _GRAIN) * _GRAIN, 1
+        chunks, rows = -(-chunks // GRAIN) * GRAIN, 1
     if chunks > _MOST_PARTS * PART:
         return None
     rows *= max(1, PART // (rows * chunks))
     parts = -(-rows * chunks // PART)
     if inputs > 1:
-        small = parts * itemsize
-        if small > 4:  # Two stages of both do not fit.
+        size = parts * itemsize  # Of a stage: 2 for 16 KB.
+        if size > 4:  # Two stages of both do not fit.
             return None
-        return RmsNormConfig(chunks, rows, parts, 2, ctas_per_sm=2 if small == 2 else 1)
+        return RmsNormConfig(chunks, rows, parts, 2, ctas_per_sm=2 if size == 2 else 1)
     stages = 4 if parts == 1 and itemsize == 2 else 2
     return RmsNormConfig(chunks, rows, parts, stages, ctas_per_sm=3 - parts)
