@@ -30,6 +30,8 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 SHORT_US = 100.0
 # A turn of a slow contender has fewer launches, so that it takes no longer than this.
 TURN_US = 100_000.0
+# Longer than the host takes to queue a turn's launches, at a millisecond each.
+_AHEAD_LOOPS, _AHEAD_BYTES = 60, 1 << 30
 
 
 def alternate(
@@ -52,6 +54,47 @@ def alternate(
     for _ in range(rounds):
         for name, run in contenders.items():
             times[name].append(_turn(run, counts[name]))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def alternate_queued(
+    contenders: Mapping[str, Callable[[], Any]], *, launches: int = 24, rounds: int = 7
+) -> dict[str, float]:
+    """Median microseconds a launch keeps the device busy, taking turns.
+
+    Gaps between its kernels count, and what the host takes to launch it does not: the
+    device is kept busy until the host has queued a whole turn. Of two turns, one of a
+    third of the launches, the difference is taken: what they have in common cancels.
+
+    Args:
+        contenders: as in `alternate`; JAX functions.
+        launches: in the longer turn, at most: see `TURN_US`. JAX queues 32 at most.
+        rounds: how often every contender has its turns.
+    """
+    busy = jax.jit(
+        lambda x: jax.lax.fori_loop(0, _AHEAD_LOOPS, lambda _, x: x * 0.5 + 1, x)
+    )
+    x = jnp.ones(_AHEAD_BYTES // 4, jnp.float32)
+
+    def turn(run: Callable[[], Any], count: int) -> float:
+        _wait(x)
+        start = time.perf_counter()
+        busy(x)
+        for _ in range(count):
+            out = run()
+        _wait(out)
+        return (time.perf_counter() - start) * 1e6
+
+    counts = {}
+    for name, run in contenders.items():
+        _wait((busy(x), run()))
+        most = max(3, min(launches, int(TURN_US / _turn(run, 1))))
+        counts[name] = most, most // 3
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            most, few = counts[name]
+            times[name].append((turn(run, most) - turn(run, few)) / (most - few))
     return {name: statistics.median(t) for name, t in times.items()}
 
 

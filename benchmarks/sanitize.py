@@ -68,6 +68,7 @@ def run_kernels() -> None:
         results = (
             *_quantizers(x),
             *_gemms(x, w, every_config=shape == SHAPES[-1]),
+            *_gemm_swiglu(x, w),
             *_grouped_gemms(x, w),
         )
         for name, out, expected in results:
@@ -97,6 +98,7 @@ def _quantizers(x: np.ndarray) -> Iterator[Result]:
         ("quantize_swiglu", (x, y), {"tile": row, "tile_t": row}),
         ("quantize_swiglu_gradient", (x, y, z), {"tile": row, "tile_t": row}),
         ("quantize_rms_norm", (x, x[0]), {"tile": row, "epsilon": 1e-6}),
+        ("quantize_add_rms_norm", (x, y, x[0]), {"tile": row, "epsilon": 1e-6}),
     ]
     for name, arrays, static in calls:
         out = getattr(mosaic_gpu, name)(
@@ -131,6 +133,25 @@ def _gemms(x: np.ndarray, w: np.ndarray, *, every_config: bool) -> Iterator[Resu
                     *operands, **tiles, out_dtype=out_dtype, config=config
                 )
                 yield f"{name} with {config} to {out_dtype}", out, expected
+
+
+def _gemm_swiglu(x: np.ndarray, w: np.ndarray) -> Iterator[Result]:
+    """Of up to 64 rows of x and a whole tile of columns: in one launch."""
+    lhs_tile, rhs_tile = _contenders.TILES["1d2d"]
+    with jax.default_device(jax.devices("cpu")[0]):
+        gate = jnp.asarray(np.resize(w, (128, w.shape[1])))
+        rows = jnp.asarray(x[:64])
+        matrices = ((rows, lhs_tile), (gate, rhs_tile), (-gate, rhs_tile))
+        operands = [
+            array
+            for matrix, tile in matrices
+            for array in xla.quantize(matrix, tile=tile, **QUANTIZED)
+        ]
+        how: dict[str, Any] = {"lhs_tile": lhs_tile, "rhs_tile": rhs_tile, **QUANTIZED}
+        expected = xla.gemm_swiglu(*operands, between=jnp.bfloat16, **how)
+    operands = jax.device_put(operands, jax.devices()[0])
+    out = mosaic_gpu.gemm_swiglu(*operands, between=jnp.bfloat16, **how)
+    yield "gemm_swiglu", out, expected
 
 
 def _grouped_gemms(x: np.ndarray, w: np.ndarray) -> Iterator[Result]:

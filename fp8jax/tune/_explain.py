@@ -114,7 +114,7 @@ def explain(
             f"the loaded table: measured {entry.us:.1f} us at m={entry.problem.m}, the "
             f"computed config {entry.computed_us:.1f} us"
         )
-    rows, columns = -(-m // config.block_m), -(-n // config.block_n)
+    rows, columns = (-(-a // b) for a, b in zip((m, n), config.covers, strict=True))
     # Clusters take whole groups of rows, and leave SMs over that make up none.
     ctas = num_sms // config.cluster * config.cluster
     waves = -(-(-(-rows // config.cluster) * config.cluster * columns) // ctas)
@@ -138,8 +138,9 @@ def _bounds(problem: GemmProblem, config: GemmConfig, waves: int) -> dict[str, f
     """Microseconds that each resource needs if nothing else takes any time."""
     steps = waves * -(-problem.k // CHUNK)  # Chunks that the busiest SM multiplies.
     block = config.block_m * config.block_n
-    # A chunk is written once, and each of two warpgroups reads its parts of it.
-    rows = config.block_m + config.block_n + 2 * (config.wg_m + config.wg_n)
+    # A chunk is written once, and each warpgroup reads its parts of it.
+    read = config.warpgroups * (config.wg_m + config.wg_n)
+    rows = config.block_m + config.block_n + read
     per_chunk = {
         "tensor cores": 2 * block * CHUNK / _FLOPS_PER_CYCLE,
         "shared memory": rows * CHUNK / _SMEM_BYTES_PER_CYCLE,
@@ -155,10 +156,15 @@ def _reasons(
     problem: GemmProblem, config: GemmConfig, rows: int, columns: int, num_sms: int
 ) -> list[str]:
     reasons = []
-    if problem.m < config.block_m:
+    if problem.m < config.covers[0]:
         reasons.append(
-            f"m={problem.m} fills {problem.m} of {config.block_m} rows of a block: the "
-            "rest is computed and dropped."
+            f"m={problem.m} fills {problem.m} of {config.covers[0]} rows of a block: "
+            "the rest is computed and dropped."
+        )
+    if config.turned:
+        reasons.append(
+            "The transposed product is made: columns of the output, not its few rows, "
+            "fill the 64 rows of a wgmma, which reads them all from shared memory."
         )
     blocks = rows * columns
     if blocks < num_sms:

@@ -23,6 +23,8 @@ def on_cpu(monkeypatch, tmp_path):
 
     monkeypatch.setattr(_harness, "kernel_clock", clock)
     monkeypatch.setattr(_harness, "kernel_us", lambda *a, **kw: clock(*a)()[0])
+    monkeypatch.setattr(_harness, "_AHEAD_LOOPS", 1)
+    monkeypatch.setattr(_harness, "_AHEAD_BYTES", 1 << 10)
     monkeypatch.setattr(_harness, "HAS_TORCH", False)
     monkeypatch.setattr(_harness, "RESULTS", tmp_path)
     monkeypatch.setattr(_contenders.mosaic_gpu, "gemm", xla.gemm)

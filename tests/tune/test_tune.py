@@ -37,8 +37,9 @@ def test_explanation_is_consistent(shape, kind):
     m, n, _ = shape
     rows, columns = e.blocks
     assert e.config == mosaic_gpu.choose_config(kind, *shape, "bfloat16", 132)
-    assert (rows - 1) * e.config.block_m < m <= rows * e.config.block_m
-    assert (columns - 1) * e.config.block_n < n <= columns * e.config.block_n
+    of_m, of_n = e.config.covers
+    assert (rows - 1) * of_m < m <= rows * of_m
+    assert (columns - 1) * of_n < n <= columns * of_n
     assert (e.waves - 1) * 132 < rows * columns + e.config.cluster * columns
     assert 0 < e.wave_efficiency <= 1
     assert e.tflops("tensor cores") <= 1979

@@ -161,7 +161,11 @@ def _body(
     num_blocks = ceil_div(m, BLOCK) * k_blocks
     first, ctas = lax.axis_index("grid"), lax.axis_size("grid")
     warpgroup = lax.axis_index("wg") if config.warpgroups > 1 else 0
-    share = BLOCK // config.warpgroups  # Rows of a block that are this warpgroup's.
+    # A warpgroup's registers hold 64 rows or 128: of few, the others are not there.
+    by_rows = all(d == Direction(ROW, False) for d in directions)
+    few = m <= BLOCK // 2 and by_rows and config.warpgroups == 1
+    side = BLOCK // 2 if few else BLOCK
+    share = side // config.warpgroups  # Rows of a block that are this warpgroup's.
     start = warpgroup * share
 
     def meet() -> None:
@@ -185,9 +189,9 @@ def _body(
             row, column = lax.div(block, k_blocks), lax.rem(block, k_blocks)
             plgpu.copy_gmem_to_smem(
                 inputs[number].at[
-                    pl.ds(row * BLOCK, BLOCK), pl.ds(column * BLOCK, BLOCK)
+                    pl.ds(row * BLOCK, side), pl.ds(column * BLOCK, BLOCK)
                 ],
-                in_smem.at[slot(number, step)],
+                in_smem.at[slot(number, step), pl.ds(0, side)],
                 full.at[slot(number, step)],
             )
 
@@ -248,7 +252,9 @@ def _body(
             refill(value)
 
     plgpu.nd_loop((num_blocks,), collective_axes="grid")(quantize_block)
-    plgpu.wait_smem_to_gmem(0)
+    # Shared memory must outlive the reads from it; that the writes are seen, the end of
+    # the kernel sees to.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _compute_in_place(

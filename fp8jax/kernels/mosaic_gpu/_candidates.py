@@ -1,6 +1,7 @@
 """GEMM configs worth measuring for a shape."""
 
 import dataclasses
+import functools
 import itertools
 
 from fp8jax.kernels.mosaic_gpu._choose import computed_config
@@ -12,6 +13,7 @@ from fp8jax.kernels.mosaic_gpu._problem import GemmKind
 _BLOCKS_M = (64, 128, 256)
 _BLOCKS_N = (64, 128, 192, 256)
 _DEPTHS = (6, 5, 4, 3, 2)
+_TURNED_N = (16, 32, 64)  # Rows of the lhs in a block, where they are its columns.
 _SMALL_M = 512  # Above it there are blocks enough for rows of 128 and more.
 
 
@@ -25,6 +27,8 @@ def gemm_candidates(
     """
     first = computed_config(kind, m, n, k, out_dtype, num_sms)
     found = [first]
+    if kind == "1d2d" and m <= _TURNED_N[-1]:
+        found += _turned(m, k)
     chunk_pairs = ((1, 1), (2, 1), (2, 2)) if k > CHUNK else ((1, 1),)
     for block_m, block_n, (chunks, accumulators) in itertools.product(
         _BLOCKS_M, _BLOCKS_N, chunk_pairs
@@ -41,12 +45,26 @@ def gemm_candidates(
             split="n" if block_m == _BLOCKS_M[0] else "m",
             chunks=chunks,
             accumulators=accumulators,
+            turned=False,
         )
         deep = (dataclasses.replace(shape, stages=depth) for depth in _DEPTHS)
         fitting = next((c for c in deep if refusal(kind, c) is None), None)
         if fitting is not None:
             found += _schedules(fitting, m, n, num_sms)
     return list(dict.fromkeys(found))
+
+
+def _turned(m: int, k: int) -> list[GemmConfig]:
+    """Blocks of 64 columns by all rows, of the transposed product: every depth."""
+    block_n = next(side for side in _TURNED_N if m <= side)
+    shaped = functools.partial(
+        GemmConfig, 64, block_n, "none", cluster=1, scales_ahead=True, turned=True
+    )
+    configs = (
+        shaped(chunks=chunks, accumulators=chunks, stages=stages)
+        for chunks, stages in itertools.product((2, 4) if k > CHUNK else (1,), _DEPTHS)
+    )
+    return [c for c in configs if refusal("1d2d", c) is None]
 
 
 def _schedules(config: GemmConfig, m: int, n: int, num_sms: int) -> list[GemmConfig]:

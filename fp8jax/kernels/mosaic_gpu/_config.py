@@ -9,6 +9,7 @@ SMEM_BYTES = 227 * 1024  # What one CTA may use on Hopper.
 _RESERVED_BYTES = 1024  # Barriers and what Mosaic keeps for itself.
 OUT_SLOTS = 3  # Output slices of a warpgroup in flight to global memory.
 OUT_SLICE_BYTES = 64  # Bytes of an output row that one slice spans at most.
+_FEW_ROWS = 64  # Of a block: with fewer, nothing but the rhs is worth fetching.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,8 @@ class GemmConfig:
     Attributes:
         block_m: rows of the output block of a CTA.
         block_n: columns of it.
-        split: the side of the block that the two math warpgroups share out.
+        split: the side of the block that two math warpgroups share out; "none" for one
+            warpgroup.
         chunks: chunks of 128 of k in one stage of the pipeline.
         accumulators: products of one chunk that a math warpgroup has in flight: with
             two, one is promoted while the tensor cores fill the next. Divides `chunks`.
@@ -28,11 +30,13 @@ class GemmConfig:
         snake_width: how many blocks of that side are walked before the other advances.
         scales_ahead: whether the rhs scales of 1d2d are read before a stage is awaited.
             It hides their latency where few blocks leave it bare, and costs registers.
+        turned: whether the kernel multiplies the rhs by the lhs, and stores the product
+            turned around. Rows of a block are then the rhs's, columns the lhs's.
     """
 
     block_m: int
     block_n: int
-    split: Literal["m", "n"]
+    split: Literal["m", "n", "none"]
     chunks: int
     accumulators: int
     stages: int
@@ -40,6 +44,19 @@ class GemmConfig:
     snake_axis: int = 0
     snake_width: int = 8
     scales_ahead: bool = False
+    turned: bool = False
+
+    @property
+    def warpgroups(self) -> int:
+        """Math warpgroups of a CTA."""
+        return 1 if self.split == "none" else 2
+
+    @property
+    def covers(self) -> tuple[int, int]:
+        """Rows and columns of the [m, n] product that a block covers."""
+        if self.turned:
+            return self.block_n, self.block_m
+        return self.block_m, self.block_n
 
     @property
     def wg_m(self) -> int:
@@ -62,9 +79,11 @@ class GemmConfig:
             rhs_scale_rows: whether every rhs row has a scale of its own (1d1d).
         """
         rows = self.block_m + self.block_n
-        scales = self.block_m + (self.block_n if rhs_scale_rows else 0)
+        scales = self.block_n if self.turned else self.block_m
+        if rhs_scale_rows:
+            scales = rows
         stage = self.chunks * (CHUNK * rows + 4 * scales)
-        out = 2 * OUT_SLOTS * self.wg_m * OUT_SLICE_BYTES
+        out = self.warpgroups * OUT_SLOTS * self.wg_m * OUT_SLICE_BYTES
         return self.stages * stage + out + _RESERVED_BYTES
 
 
@@ -78,12 +97,18 @@ def gemm_1d2d_config(m: int, n: int, k: int, num_sms: int) -> GemmConfig:
     narrow = functools.partial(
         GemmConfig, accumulators=chunks, cluster=1, scales_ahead=True
     )
-    if m <= 64:
+    if m <= _FEW_ROWS:
         # Decoding waits for memory: long stages take fewer copies for the same bytes.
         chunks = 4 if k > 2 * CHUNK else chunks
+        shaped = functools.partial(narrow, chunks=chunks, accumulators=chunks)
+        if m <= 32:
+            # A wgmma has 64 rows, and reads them all from shared memory: the rhs's
+            # are there, where the lhs's would be a half or less.
+            tokens = 16 if m <= 16 and chunks > 1 else 32
+            return shaped(64, tokens, "none", stages=3, turned=True)
         if 2 * -(-n // 64) <= num_sms:
-            return narrow(64, 32, "n", chunks=chunks, stages=4)
-        return narrow(64, 64, "n", chunks=chunks, stages=3)
+            return shaped(64, 32, "n", stages=4)
+        return shaped(64, 64, "n", stages=3)
     if m <= 128 and -(-n // 128) < num_sms:
         return narrow(128, 64, "m", chunks=chunks, stages=4)
     # A cluster pays where there is more than one wave of blocks.
@@ -191,4 +216,6 @@ def column_groups_config(
     """
     of_one = {"1d2d": gemm_1d2d_config, "1d1d": gemm_1d1d_config}[kind]
     # One group's blocks run beside the next one's.
-    return of_one(m, n, max(k // groups, 2 * CHUNK), max(1, num_sms // groups))
+    return of_one(
+        max(m, _FEW_ROWS + 1), n, max(k // groups, 2 * CHUNK), max(1, num_sms // groups)
+    )

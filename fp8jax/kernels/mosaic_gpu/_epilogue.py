@@ -10,7 +10,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fp8jax.kernels.mosaic_gpu._common import swizzled
 from fp8jax.kernels.mosaic_gpu._config import OUT_SLOTS, GemmConfig
-from fp8jax.kernels.mosaic_gpu._pipeline import MATH_WARPGROUPS
 from fp8jax.kernels.mosaic_gpu._schedule import Block
 
 # Of an output row in `store_some_rows`: from each row of it a copy may begin.
@@ -36,7 +35,7 @@ def slots(
     columns = slice_bytes // jnp.dtype(dtype).itemsize
     out_slice = (columns, config.wg_m) if transposed else (config.wg_m, columns)
     whole = plgpu.SMEM(
-        (MATH_WARPGROUPS, OUT_SLOTS, *out_slice),
+        (config.warpgroups, OUT_SLOTS, *out_slice),
         dtype,
         transforms=swizzled(columns, slice_bytes),
     )
@@ -44,7 +43,7 @@ def slots(
         return whole
     # As large as three of them are the six slices: the first is the first
     # warpgroup's, the last the other's, and neither touches the other's slices.
-    assert MATH_WARPGROUPS * OUT_SLOTS * slice_bytes == 3 * _EDGE_BYTES
+    assert config.warpgroups * OUT_SLOTS * slice_bytes == 3 * _EDGE_BYTES
     edge_columns = _EDGE_BYTES // jnp.dtype(dtype).itemsize
     edges = plgpu.SMEM(
         (3, config.wg_m, edge_columns),

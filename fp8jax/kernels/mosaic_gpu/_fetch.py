@@ -30,15 +30,15 @@ def fetch(
     """Copies what every block of this CTA takes, block after block.
 
     Args:
-        lhs, lhs_scale: [m, k], and its scales [k / 128, m].
+        lhs: [m, k].
         rhs: [n, k] or, in groups, [g, n, k]; several share a block between them.
-        rhs_scale: [k / 128, n], where its scales are of rows.
+        lhs_scale, rhs_scale: [k / 128, m or n], where scales are of rows.
         tables: of the schedule.
         schedule, config: which blocks, and their shape.
         full, empty: barriers of the stages.
         lhs_smem, rhs_smem: [stages, rows, k of a stage].
-        lhs_scale_smem, rhs_scale_smem: [stages, chunks, rows]; None for the rhs where
-            its scales are of tiles.
+        lhs_scale_smem, rhs_scale_smem: [stages, chunks, rows]; None where scales are
+            of tiles.
     """
     shared = "cluster" if config.cluster > 1 else None
     # With fewer rows than a block has, the others keep what they held: nothing of them
@@ -76,11 +76,11 @@ def fetch(
                 lhs_smem.at[stage].at[pl.ds(0, present)],
                 done,
             )
-            plgpu.copy_gmem_to_smem(
-                lhs_scale.at[chunks, pl.ds(block.row, config.block_m)],
-                lhs_scale_smem.at[stage],
-                done,
-            )
+            if lhs_scale_smem is not None:
+                rows = pl.ds(block.row, config.block_m)
+                plgpu.copy_gmem_to_smem(
+                    lhs_scale.at[chunks, rows], lhs_scale_smem.at[stage], done
+                )
             if rhs_scale_smem is not None:
                 plgpu.copy_gmem_to_smem(
                     rhs_scale.at[chunks, columns], rhs_scale_smem.at[stage], done

@@ -140,10 +140,14 @@ def _multiply(
 ) -> jax.Array:
     """Pads and launches: [m, n], or [n, m] where `transposed`."""
     (m, k), n = lhs.shape, rhs.shape[0]
-    scale_rows, sms = rhs_tile[0] == 1, num_sms()
+    lhs_scale_rows, rhs_scale_rows, sms = True, rhs_tile[0] == 1, num_sms()
     if config is None:
         stored = jnp.dtype(out_dtype).name
         config = choose_config(KINDS[rhs_tile], m, n, k, stored, sms)
+    if config.turned:
+        lhs, lhs_scale, rhs, rhs_scale = rhs, rhs_scale, lhs, lhs_scale
+        lhs_scale_rows, rhs_scale_rows = rhs_scale_rows, lhs_scale_rows
+        (m, n), transposed = (n, m), not transposed
     rows, columns = output_multiples(m, n, transposed=transposed)
     if accumulate is not None:
         accumulate = zero_pad(
@@ -153,13 +157,14 @@ def _multiply(
     out = gemm_padded(
         lhs,
         # The quantization kernel writes [k / 128, m]: XLA cancels the transposes.
-        zero_pad(lhs_scale.T, (1, rows)),
+        zero_pad(lhs_scale.T, (1, rows)) if lhs_scale_rows else lhs_scale,
         rhs,
-        zero_pad(rhs_scale.T, (1, columns)) if scale_rows else rhs_scale,
+        zero_pad(rhs_scale.T, (1, columns)) if rhs_scale_rows else rhs_scale,
         schedule=Dense(m=len(lhs), n=len(rhs), k=lhs.shape[1], config=config),
         out_dtype=out_dtype,
         num_sms=sms,
-        rhs_scale_rows=scale_rows,
+        lhs_scale_rows=lhs_scale_rows,
+        rhs_scale_rows=rhs_scale_rows,
         transposed=transposed,
         accumulate=accumulate,
     )

@@ -6,9 +6,9 @@ stages in shared memory; two math warpgroups multiply them and promote every chu
 blocks, so the memory warpgroup is already fetching the next block while the last one is
 being stored: there is no bubble between blocks.
 
-The GEMMs differ in the rhs scale and in the schedule. In 1d2d a scale is one number a
-(block_n, chunk), read from global memory; in 1d1d it is a row of block_n numbers,
-fetched with the stage. Groups are the schedule's: `_schedule.py`.
+The GEMMs differ in the scales and in the schedule. Scales of rows are fetched with the
+stage; those of tiles, of one operand at most, are one number for a warpgroup's part of
+a block and a chunk, read from global memory. Groups are the schedule's: `_schedule.py`.
 """
 
 import functools
@@ -20,11 +20,7 @@ from fp8jax.kernels.mosaic_gpu import _epilogue
 from fp8jax.kernels.mosaic_gpu._config import SMEM_BYTES
 from fp8jax.kernels.mosaic_gpu._fetch import fetch
 from fp8jax.kernels.mosaic_gpu._multiply import multiply
-from fp8jax.kernels.mosaic_gpu._pipeline import (
-    MATH_WARPGROUPS,
-    ring,
-    split_warpgroups,
-)
+from fp8jax.kernels.mosaic_gpu._pipeline import ring, split_warpgroups
 from fp8jax.kernels.mosaic_gpu._schedule import Dense
 
 
@@ -38,6 +34,7 @@ def gemm_padded(
     schedule: Dense,
     out_dtype: jax.typing.DTypeLike,
     num_sms: int,
+    lhs_scale_rows: bool = True,
     rhs_scale_rows: bool,
     transposed: bool = False,
     accumulate: jax.Array | None = None,
@@ -46,7 +43,8 @@ def gemm_padded(
 
     Args:
         lhs: FP8 [m, k], m a multiple of 8, k of 128.
-        lhs_scale: float32 [k / 128, m].
+        lhs_scale: float32 [k / 128, m], or [ceil(m / 128), k / 128] unless
+            `lhs_scale_rows`.
         rhs: FP8 [n, k], n a multiple of 8; [g, n, k] where rows are in groups. The side
             of the output that is contiguous, n or, where `transposed`, m, is a multiple
             of 32 and at least 64.
@@ -56,7 +54,8 @@ def gemm_padded(
         schedule: which blocks there are, and their shape.
         out_dtype: bfloat16 or float32.
         num_sms: multiprocessors to fill.
-        rhs_scale_rows: whether every rhs row has scales of its own (1d1d).
+        lhs_scale_rows, rhs_scale_rows: whether every row of an operand has scales of
+            its own. One of them has at least; without groups, either.
         transposed: whether to store the product as [n, m].
         accumulate: what to add the product to, of the result's shape and dtype
             float32; in place, where XLA need not keep it.
@@ -78,7 +77,11 @@ def gemm_padded(
         some_rows=schedule.stores_some_rows,
     )
     scratch = ring(
-        config, lhs.dtype, rhs_scale_rows=rhs_scale_rows, results={"slots": slots}
+        config,
+        lhs.dtype,
+        lhs_scale_rows=lhs_scale_rows,
+        rhs_scale_rows=rhs_scale_rows,
+        results={"slots": slots},
     )
     m, n = lhs.shape[0], rhs.shape[-2]
     shape = (n, m) if transposed else (m, n)
@@ -94,7 +97,7 @@ def gemm_padded(
         scratch_types=scratch,
         grid=(max(1, min(num_sms // config.cluster, schedule.most)),),
         grid_names=("grid",),
-        num_threads=MATH_WARPGROUPS + 1,
+        num_threads=config.warpgroups + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane
@@ -110,15 +113,15 @@ def gemm_padded(
 
 
 def _body(*refs, schedule: Dense, store, slots, **scratch) -> None:
-    """Splits the warpgroups: two that multiply, one that fetches."""
+    """Splits the warpgroups: those that multiply, and one that fetches."""
     lhs, lhs_scale, rhs, rhs_scale, *tables, out = refs
     tables, config = tuple(tables), schedule.config
 
     def math() -> None:
-        store_block = functools.partial(store, out=out, slots=slots)
-        multiply((rhs_scale,), tables, schedule, config, store_block, **scratch)
+        leave = functools.partial(store, out=out, slots=slots)
+        multiply(lhs_scale, (rhs_scale,), tables, schedule, config, leave, **scratch)
 
     def memory() -> None:
         fetch(lhs, lhs_scale, (rhs,), rhs_scale, tables, schedule, config, **scratch)
 
-    split_warpgroups(math, memory)
+    split_warpgroups(config, math, memory)

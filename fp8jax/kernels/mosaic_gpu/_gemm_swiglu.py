@@ -33,7 +33,6 @@ from fp8jax.kernels.mosaic_gpu._gemm import gemm
 from fp8jax.kernels.mosaic_gpu._multiply import multiply
 from fp8jax.kernels.mosaic_gpu._operands import BLOCK, ROW
 from fp8jax.kernels.mosaic_gpu._pipeline import (
-    MATH_WARPGROUPS,
     OPERAND,
     ring,
     split_warpgroups,
@@ -79,7 +78,7 @@ def gemm_swiglu(
     Raises:
         NotImplementedError: As `gemm` and `quantize_swiglu` do.
 
-    Error: of the products that of `gemm`; of h less than `quantize_swiglu`'s.
+    Error: of the products that of `gemm`; of h that of `quantize_swiglu`.
     """
     operands = lhs, lhs_scale, gate, gate_scale, up, up_scale
     how: Any = {"dtype": jnp.dtype(dtype), "kind": scale, "eps": eps}
@@ -144,10 +143,11 @@ def _multiply(
         },
         grid=(min(num_sms(), schedule.most),),
         grid_names=("grid",),
-        num_threads=MATH_WARPGROUPS + 1,
+        num_threads=config.warpgroups + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True,  # As where SwiGLU is quantized by itself.
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )(
         lhs,
@@ -223,7 +223,7 @@ def _body(
             plgpu.barrier_arrive(taken)
 
         factors = gate_scale, up_scale
-        multiply(factors, (), schedule, schedule.config, store, **scratch)
+        multiply(lhs_scale, factors, (), schedule, schedule.config, store, **scratch)
 
         @pl.when(lax.axis_index("wg") == 1)
         def _last_is_taken():
@@ -233,4 +233,4 @@ def _body(
         rhs, config = (gate, up), schedule.config
         fetch(lhs, lhs_scale, rhs, None, (), schedule, config, **scratch)
 
-    split_warpgroups(math, memory)
+    split_warpgroups(schedule.config, math, memory)

@@ -17,6 +17,7 @@ from fp8jax.kernels.mosaic_gpu._schedule import Block, Dense, Index, walk
 
 
 def multiply(
+    lhs_scale: Any,
     rhs_scale: tuple[Any, ...],
     tables: tuple,
     schedule: Dense,
@@ -33,8 +34,8 @@ def multiply(
     """Multiplies every block of this CTA, and has it stored.
 
     Args:
-        rhs_scale: scales of the rhs, read where they are of tiles; of the second one
-            for the second warpgroup, where two share a block.
+        lhs_scale, rhs_scale: read where they are of tiles; of the second rhs for the
+            second warpgroup, where two share a block.
         tables: of the schedule.
         schedule, config: which blocks, and their shape.
         store: called with a block's sums, this warpgroup's part of it, in pieces of
@@ -53,6 +54,13 @@ def multiply(
         not schedule.ends_within_stage and ceil_div(schedule.k, CHUNK) % config.chunks
     )
 
+    def lhs_row_factors(stage: Index, i: int):
+        """The lhs scales in chunk i of a stage, one a row."""
+        return _compat.mosaic_load(
+            lhs_scale_smem.at[stage, i, pl.ds(first_row, wg_m)],
+            plgpu.Layout.WGMMA.reduce(1),
+        )
+
     def rhs_row_factors(stage: Index, i: int, piece: int):
         """The rhs scales of a piece in chunk i of a stage, one a column."""
         return _compat.mosaic_load(
@@ -60,39 +68,46 @@ def multiply(
             plgpu.Layout.WGMMA.reduce(0),
         )
 
-    def rhs_tile_factor(chunk: Index, block: Block, piece: int):
-        """The rhs scale of a piece in a chunk of k: one number."""
-        first, *others = (
-            s.at[block.group] if schedule.rhs_in_groups else s for s in rhs_scale
-        )
-        column = block.column + piece + (0 if others else first_column)
-        # A block may reach past the last column.
+    def tile_factor(scale: tuple[Any, ...], row: Index, chunk: Index, block: Block):
+        """The scale of an operand's rows from `row` on in a chunk of k: one number."""
+        first, *others = scale
+        # A block may reach past the last row.
         last_tile = jnp.int32(first.shape[0] - 1)
-        tile = lax.min(lax.div(column, jnp.int32(CHUNK)), last_tile)
+        tile = lax.min(lax.div(row, jnp.int32(CHUNK)), last_tile)
         real = lax.min(chunk, jnp.int32(block.end - 1)) if has_zeros else chunk
         factor = first[tile, real]
         for second in others:
             factor = lax.select(wg == 0, factor, second[tile, real])
         if not has_zeros:
             return factor
-        # A chunk past the end has zero codes and zero lhs scales. The last real
+        # A chunk past the end has zero codes and zero scales of rows. The last real
         # scale must not stand in for its own: it may be NaN.
         return jnp.where(chunk < block.end, factor, jnp.float32(0))
 
     def tile_factors(step: Index, i: int, *, block: Block):
-        """The rhs scales of chunk i for the pieces, where they are of tiles."""
+        """The scales of tiles, of either operand, in chunk i: one for each piece."""
+        chunk = block.begin + step * config.chunks + i
+        if lhs_scale_smem is None:
+            row = block.row + first_row
+            return [tile_factor((lhs_scale,), row, chunk, block)] * len(pieces)
         if rhs_scale_smem is not None:
             return None
-        chunk = block.begin + step * config.chunks + i
-        return [rhs_tile_factor(chunk, block, p) for p in pieces]
+        of_group = tuple(
+            s.at[block.group] if schedule.rhs_in_groups else s for s in rhs_scale
+        )
+        # Of two matrices each warpgroup has its own, whose columns are all of these.
+        column = block.column + (0 if len(rhs_scale) > 1 else first_column)
+        return [tile_factor(of_group, column + p, chunk, block) for p in pieces]
 
     def factors(stage: Index, i: int, of_tiles):
         """What to multiply the product of a chunk by: [wg_m, width] for each piece."""
-        left = _compat.mosaic_load(
-            lhs_scale_smem.at[stage, i, pl.ds(first_row, wg_m)],
-            plgpu.Layout.WGMMA.reduce(1),
-        )
         shape = (wg_m, width)
+        if lhs_scale_smem is None:
+            return [
+                lax.broadcast_in_dim(rhs_row_factors(stage, i, p) * s, shape, (1,))
+                for p, s in zip(pieces, of_tiles, strict=True)
+            ]
+        left = lhs_row_factors(stage, i)
         if of_tiles is not None:
             return [lax.broadcast_in_dim(left * s, shape, (0,)) for s in of_tiles]
         left = lax.broadcast_in_dim(left, shape, (0,))
@@ -211,4 +226,6 @@ def multiply(
 
     body = multiply_some if schedule.stores_some_rows else multiply_block
     walk(schedule, tables, body, jnp.int32(0))
-    plgpu.wait_smem_to_gmem(0)
+    # Shared memory must outlive the reads from it; that the writes are seen, the end of
+    # the kernel sees to.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -12,7 +12,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from fp8jax.kernels.mosaic_gpu._common import swizzled
 from fp8jax.kernels.mosaic_gpu._config import CHUNK, GemmConfig
 
-MATH_WARPGROUPS = 2
 # Bytes of an 8-bit row that the swizzled layout of wgmma keeps together.
 OPERAND = swizzled(CHUNK, CHUNK)
 
@@ -25,6 +24,7 @@ def ring(
     dtype: jax.typing.DTypeLike,
     *,
     rhs_parts: int = 1,
+    lhs_scale_rows: bool = True,
     rhs_scale_rows: bool = False,
     results: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def ring(
         config: the block shape.
         dtype: of the operands.
         rhs_parts: matrices that share a block of the rhs, each with a copy of its own.
-        rhs_scale_rows: whether scales of the rhs are fetched with it.
+        lhs_scale_rows, rhs_scale_rows: whether scales are fetched with an operand.
         results: shared memory, by name, for what leaves.
     """
     empty: Any = plgpu.Barrier
@@ -45,30 +45,38 @@ def ring(
     def operand(rows: int) -> Any:
         return plgpu.SMEM((config.stages, rows, k), dtype, transforms=OPERAND)
 
-    rhs_scale = plgpu.SMEM((*scales, config.block_n), jnp.float32)
+    def scale(rows: int) -> Any:
+        return plgpu.SMEM((*scales, rows), jnp.float32)
+
     return {
         "lhs_smem": operand(config.block_m),
         "rhs_smem": operand(config.block_n),
-        "lhs_scale_smem": plgpu.SMEM((*scales, config.block_m), jnp.float32),
-        "rhs_scale_smem": rhs_scale if rhs_scale_rows else None,
+        "lhs_scale_smem": scale(config.block_m) if lhs_scale_rows else None,
+        "rhs_scale_smem": scale(config.block_n) if rhs_scale_rows else None,
         **results,
-        # The lhs, its scales, and what there is of the rhs.
+        # The operands, and what there is of their scales.
         "full": plgpu.Barrier(
-            num_arrivals=2 + rhs_parts + rhs_scale_rows, num_barriers=config.stages
+            num_arrivals=1 + rhs_parts + lhs_scale_rows + rhs_scale_rows,
+            num_barriers=config.stages,
         ),
-        "empty": empty(num_arrivals=MATH_WARPGROUPS, num_barriers=config.stages),
+        "empty": empty(num_arrivals=config.warpgroups, num_barriers=config.stages),
     }
 
 
-def split_warpgroups(math: Callable[[], None], memory: Callable[[], None]) -> None:
-    """Two warpgroups multiply, with most of the registers; the last one fetches."""
+def split_warpgroups(
+    config: GemmConfig, math: Callable[[], None], memory: Callable[[], None]
+) -> None:
+    """The last warpgroup fetches; two multiply with most of the registers, or one."""
 
     def multiply() -> None:
-        plgpu.set_max_registers(_MATH_REGISTERS, action="increase")
+        # One has registers enough: half of them.
+        if config.warpgroups > 1:
+            plgpu.set_max_registers(_MATH_REGISTERS, action="increase")
         math()
 
     def fetch() -> None:
-        plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
+        if config.warpgroups > 1:
+            plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
         memory()
 
-    lax.cond(lax.axis_index("wg") < MATH_WARPGROUPS, multiply, fetch)
+    lax.cond(lax.axis_index("wg") < config.warpgroups, multiply, fetch)

@@ -262,7 +262,6 @@ def _body(
         )
     for stage in range(config.stages):
         fetch(jnp.int32(stage), jnp.int32(stage))
-    plgpu.barrier_wait(weights_full)
 
     def normalize(info) -> None:
         (step,) = info.index
@@ -287,6 +286,10 @@ def _body(
         for total in sums:
             plgpu.copy_smem_to_gmem(source.at[held], total.at[whole])
 
+        @pl.when(info.local_index == 0)
+        def _wait_for_weights():
+            plgpu.barrier_wait(weights_full)
+
         for number, part in enumerate(parts):
             inverse = _inverse_rms(squares_smem, number, k, epsilon, config)
             inverse_smem[part] = inverse
@@ -300,15 +303,15 @@ def _body(
             scale_smem[part] = factor
         # Also the point where every warp has read its part of the stage.
         plgpu.commit_smem()
-        if len(scale_out.shape) > 1:
-            for tile in range(tiles):
-                row, chunk = divmod(tile, config.chunks)
-                scale_out[chunk, step * config.rows + row] = scale_smem[tile]
-        else:
+        by_tile = len(scale_out.shape) == 1
+        if by_tile:
             plgpu.copy_smem_to_gmem(
                 scale_smem.at[held], scale_out.at[whole], commit_group=False
             )
         plgpu.copy_smem_to_gmem(codes_smem.at[held], data.at[whole])
+        for tile in () if by_tile else range(tiles):
+            row, chunk = divmod(tile, config.chunks)
+            scale_out[chunk, step * config.rows + row] = scale_smem[tile]
         for row in range(config.rows):
             inverse_rms[step * config.rows + row] = inverse_smem[row * config.chunks]
         if sums:  # The sum has left before its place is filled again.
@@ -316,7 +319,9 @@ def _body(
         fetch(info.local_index + config.stages, stage)
 
     plgpu.nd_loop((steps,), collective_axes="grid")(normalize)
-    plgpu.wait_smem_to_gmem(0)
+    # Shared memory must outlive the reads from it; that the writes are seen, the end of
+    # the kernel sees to.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _inverse_rms(
