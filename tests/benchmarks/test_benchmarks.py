@@ -275,7 +275,7 @@ def test_sanitized_program_compares_every_kernel(monkeypatch, capsys):
     monkeypatch.setattr(sanitize, "SHAPES", sanitize.SHAPES[::2])
     kernels = dir(sanitize.mosaic_gpu)
     replaced = [n for n in kernels if n.startswith(("quantize", "grouped"))]
-    for name in ("gemm", *replaced):
+    for name in ("gemm", "gemm_swiglu", *replaced):
         monkeypatch.setattr(sanitize.mosaic_gpu, name, getattr(xla, name))
     monkeypatch.setattr(sanitize.mosaic_gpu, "multiply", multiply)
 
