@@ -91,6 +91,35 @@ def test_interpreted_blocked_lhs(m, n, k):
         _check_blocked_lhs(m, n, k)
 
 
+def _check_turned(m: int, n: int, k: int, out_dtype=jnp.float32) -> None:
+    """Few rows make the transposed product: of the same bits as the plain one."""
+    operands = _operands(m, n, k, (128, 128))
+    turned = mosaic_gpu.computed_config("1d2d", m, n, k, "float32", 132)
+    assert turned.turned
+    plain = _config.GemmConfig(
+        64, 64, "n", chunks=2, accumulators=2, stages=3, cluster=1
+    )
+    run = functools.partial(_gemm.multiply, rhs_tile=(128, 128), out_dtype=out_dtype)
+    out, same = (run(*operands, config=config) for config in (turned, plain))
+    assert out.shape == (m, n)
+    np.testing.assert_array_equal(out, same)
+
+
+@interpreted
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 3, 1), (16, 160, 700), (27, 200, 300)])
+def test_interpreted_turned_product_has_the_same_bits(m, n, k):
+    with _interpreting():
+        _check_turned(m, n, k)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("m", [1, 8, 13, 16, 17, 32])
+@pytest.mark.parametrize(("n", "k"), [(4096, 14336), (576, 1408), (96, 300), (7, 100)])
+def test_turned_product_has_the_same_bits(m, n, k, out_dtype):
+    _check_turned(m, n, k, out_dtype)
+
+
 @interpreted
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 12),
