@@ -4,9 +4,11 @@ The safetensors library writes a file from tensors that are all in memory; quant
 model larger than that needs to write one band of rows after another.
 """
 
+import concurrent.futures
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,6 +17,8 @@ import numpy as np
 
 from fp8jax.checkpoint._dtypes import TO_CODE
 from fp8jax.checkpoint._reader import INDEX
+
+_FLUSH_SECONDS = 0.3
 
 # Shape and dtype of every tensor, in the order that it has in the model.
 Specs = Mapping[str, jax.ShapeDtypeStruct]
@@ -52,6 +56,9 @@ def split_shards(groups: Iterable[Specs], max_bytes: int) -> dict[str, Specs]:
 class ShardWriter:
     """The files of a checkpoint, of their full size from the start; a context manager.
 
+    What was written goes to the disk while more is computed: little is left for the
+    flush of who publishes the files.
+
     Args:
         folder: where they are made, or, to `resume`, where they are already.
         shards: as `split_shards` gives them.
@@ -62,6 +69,7 @@ class ShardWriter:
         self, folder: str, shards: Mapping[str, Specs], *, resume: bool = False
     ) -> None:
         self._files: list[int] = []
+        self._closing = threading.Event()
         self._places: dict[str, tuple[int, int, int]] = {}  # file, start, bytes
         for file_name, specs in shards.items():
             flags = os.O_RDWR | (0 if resume else os.O_CREAT | os.O_TRUNC)
@@ -84,11 +92,22 @@ class ShardWriter:
         _write_at(file, data.data, start + begin)
 
     def __enter__(self) -> "ShardWriter":
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._flushed = self._pool.submit(self._flush_until_closing)
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._closing.set()
+        self._pool.shutdown()
         for file in self._files:
             os.close(file)
+        # A write that failed is told of once: here, not by the flush at the end.
+        self._flushed.result()
+
+    def _flush_until_closing(self) -> None:
+        while not self._closing.wait(_FLUSH_SECONDS):
+            for file in self._files:
+                os.fsync(file)
 
 
 def _header(specs: Specs) -> tuple[bytes, dict[str, tuple[int, int]]]:

@@ -1,11 +1,13 @@
 """Offline quantization: `quantize`'s bits, whatever the model's size or fate."""
 
+import errno
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ import safetensors.numpy
 
 import fp8jax
 from fp8jax import checkpoint
-from fp8jax.checkpoint import WeightRules, _ahead, _band, _stream
+from fp8jax.checkpoint import WeightRules, _ahead, _band, _stream, _write
 from fp8jax.testing import assert_same_bits, quantize_numpy
 
 BF16 = ml_dtypes.bfloat16
@@ -306,9 +308,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     x = np.full((8192, 4096), 0.5, BF16)  # 64 MiB each, 512 together.
     names = [f"layers.{i}.weight" for i in range(8)]
     specs = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n in names}
-    from fp8jax.checkpoint._write import ShardWriter
-
-    with ShardWriter(str(tmp_path), {"model.safetensors": specs}) as writer:
+    with _write.ShardWriter(str(tmp_path), {"model.safetensors": specs}) as writer:
         for name in names:
             writer.write(name, x)
     done = subprocess.run(
@@ -323,6 +323,23 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     assert done.returncode == 0, done.stderr
     # Python with JAX alone takes about 215 MB.
     assert int(done.stdout) << 10 <= 3 * x.nbytes + 200e6
+
+
+def test_a_disk_that_fails_while_it_runs_is_told_of(source, tmp_path, monkeypatch):
+    flushed = threading.Event()
+
+    def fsync(file: int) -> None:
+        flushed.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    def wait(_: int) -> None:
+        assert flushed.wait(timeout=60)
+
+    monkeypatch.setattr(_write, "_FLUSH_SECONDS", 0.001)
+    monkeypatch.setattr(_write.os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoint.quantize_checkpoint(source, tmp_path / "out", progress=wait)
+    assert not (tmp_path / "out").exists()
 
 
 def test_killed_for_good_it_goes_on_too(source, tmp_path):
