@@ -26,7 +26,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from fp8jax import _compat
 from fp8jax.kernels._contract import ScaleKind, Tile
 from fp8jax.kernels.mosaic_gpu._blocks_config import BlocksConfig
-from fp8jax.kernels.mosaic_gpu._common import ceil_div, num_sms, swizzled
+from fp8jax.kernels.mosaic_gpu._common import (
+    await_stores,
+    ceil_div,
+    num_sms,
+    swizzled,
+)
 from fp8jax.kernels.mosaic_gpu._encode import BLOCK, amax_bits, encode, scales
 
 Compute = Callable[..., tuple[jax.Array, ...]]
@@ -252,9 +257,7 @@ def _body(
             refill(value)
 
     plgpu.nd_loop((num_blocks,), collective_axes="grid")(quantize_block)
-    # Shared memory must outlive the reads from it; that the writes are seen, the end of
-    # the kernel sees to.
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    await_stores()
 
 
 def _compute_in_place(

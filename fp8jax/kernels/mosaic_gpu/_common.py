@@ -35,6 +35,15 @@ def swizzled(columns: int, swizzle: int) -> tuple[Any, ...]:
     )
 
 
+def await_stores() -> None:
+    """Ends a kernel: its copies to global memory have read what they copy.
+
+    Shared memory must outlive that. That they are written, too, before the next kernel
+    begins, is the device's part.
+    """
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
 def in_32_bits(kernel: _Function) -> _Function:
     """`kernel`, traced with 32-bit integers where the user has enabled 64-bit ones.
 

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fp8jax import _compat
-from fp8jax.kernels.mosaic_gpu._common import ceil_div
+from fp8jax.kernels.mosaic_gpu._common import await_stores, ceil_div
 from fp8jax.kernels.mosaic_gpu._config import CHUNK, GemmConfig
 from fp8jax.kernels.mosaic_gpu._schedule import Block, Dense, Index, walk
 
@@ -226,6 +226,4 @@ def multiply(
 
     body = multiply_some if schedule.stores_some_rows else multiply_block
     walk(schedule, tables, body, jnp.int32(0))
-    # Shared memory must outlive the reads from it; that the writes are seen, the end of
-    # the kernel sees to.
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    await_stores()

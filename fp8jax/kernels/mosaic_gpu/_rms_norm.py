@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from fp8jax import _compat
 from fp8jax.kernels._contract import Quantized, ScaleKind, Tile
 from fp8jax.kernels.mosaic_gpu._common import (
+    await_stores,
     ceil_div,
     in_32_bits,
     mapped_under_vmap,
@@ -319,9 +320,7 @@ def _body(
         fetch(info.local_index + config.stages, stage)
 
     plgpu.nd_loop((steps,), collective_axes="grid")(normalize)
-    # Shared memory must outlive the reads from it; that the writes are seen, the end of
-    # the kernel sees to.
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    await_stores()
 
 
 def _inverse_rms(
