@@ -14,8 +14,8 @@ import jax
 
 T = TypeVar("T")
 
-# Each thread has a band and what XLA makes of it in memory.
-_MAX_THREADS = 8
+# Each thread has a band and what XLA makes of it in memory, some 15 MB.
+_MAX_THREADS = 4
 
 
 class Work(NamedTuple, Generic[T]):
