@@ -77,17 +77,11 @@ def alternate_queued(
     x = jnp.ones(_AHEAD_BYTES // 4, jnp.float32)
 
     def turn(run: Callable[[], Any], count: int) -> float:
-        _wait(x)
-        start = time.perf_counter()
-        busy(x)
-        for _ in range(count):
-            out = run()
-        _wait(out)
-        return (time.perf_counter() - start) * 1e6
+        return count * _turn(run, count, ahead=lambda: busy(x))
 
     counts = {}
     for name, run in contenders.items():
-        _wait((busy(x), run()))
+        _wait((busy(x), run()))  # Compile.
         most = max(3, min(launches, int(TURN_US / _turn(run, 1))))
         counts[name] = most, most // 3
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -227,9 +221,12 @@ def _commit() -> str:
     return run.stdout.strip()
 
 
-def _turn(run: Callable[[], Any], launches: int) -> float:
-    """Microseconds a launch, by wall clock."""
+def _turn(
+    run: Callable[[], Any], launches: int, ahead: Callable[[], Any] = lambda: None
+) -> float:
+    """Microseconds a launch, by wall clock, what is launched `ahead` included."""
     start = time.perf_counter()
+    ahead()
     for _ in range(launches):
         out = run()
     _wait(out)

@@ -168,8 +168,8 @@ def _body(
     warpgroup = lax.axis_index("wg") if config.warpgroups > 1 else 0
     # A warpgroup's registers hold 64 rows or 128: of few, the others are not there.
     by_rows = all(d == Direction(ROW, False) for d in directions)
-    few = m <= BLOCK // 2 and by_rows and config.warpgroups == 1
-    side = BLOCK // 2 if few else BLOCK
+    halved = m <= BLOCK // 2 and by_rows and config.warpgroups == 1
+    side = BLOCK // 2 if halved else BLOCK
     share = side // config.warpgroups  # Rows of a block that are this warpgroup's.
     start = warpgroup * share
 

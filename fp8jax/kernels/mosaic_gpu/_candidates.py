@@ -1,19 +1,18 @@
 """GEMM configs worth measuring for a shape."""
 
 import dataclasses
-import functools
 import itertools
 
 from fp8jax.kernels.mosaic_gpu._choose import computed_config
 from fp8jax.kernels.mosaic_gpu._common import ceil_div
-from fp8jax.kernels.mosaic_gpu._config import CHUNK, GemmConfig
+from fp8jax.kernels.mosaic_gpu._config import CHUNK, GemmConfig, turned_config
 from fp8jax.kernels.mosaic_gpu._limits import refusal
 from fp8jax.kernels.mosaic_gpu._problem import GemmKind
 
 _BLOCKS_M = (64, 128, 256)
 _BLOCKS_N = (64, 128, 192, 256)
 _DEPTHS = (6, 5, 4, 3, 2)
-_TURNED_N = (16, 32, 64)  # Rows of the lhs in a block, where they are its columns.
+_TURNED_M = 64  # Rows of the lhs that one block takes as its columns.
 _SMALL_M = 512  # Above it there are blocks enough for rows of 128 and more.
 
 
@@ -27,7 +26,7 @@ def gemm_candidates(
     """
     first = computed_config(kind, m, n, k, out_dtype, num_sms)
     found = [first]
-    if kind == "1d2d" and m <= _TURNED_N[-1]:
+    if kind == "1d2d" and m <= _TURNED_M:
         found += _turned(m, k)
     chunk_pairs = ((1, 1), (2, 1), (2, 2)) if k > CHUNK else ((1, 1),)
     for block_m, block_n, (chunks, accumulators) in itertools.product(
@@ -55,13 +54,9 @@ def gemm_candidates(
 
 
 def _turned(m: int, k: int) -> list[GemmConfig]:
-    """Blocks of 64 columns by all rows, of the transposed product: every depth."""
-    block_n = next(side for side in _TURNED_N if m <= side)
-    shaped = functools.partial(
-        GemmConfig, 64, block_n, "none", cluster=1, scales_ahead=True, turned=True
-    )
+    """Of the transposed product: every depth."""
     configs = (
-        shaped(chunks=chunks, accumulators=chunks, stages=stages)
+        turned_config(m, chunks, stages)
         for chunks, stages in itertools.product((2, 4) if k > CHUNK else (1,), _DEPTHS)
     )
     return [c for c in configs if refusal("1d2d", c) is None]

@@ -9,6 +9,7 @@ SMEM_BYTES = 227 * 1024  # What one CTA may use on Hopper.
 _RESERVED_BYTES = 1024  # Barriers and what Mosaic keeps for itself.
 OUT_SLOTS = 3  # Output slices of a warpgroup in flight to global memory.
 OUT_SLICE_BYTES = 64  # Bytes of an output row that one slice spans at most.
+COPIED_SCALES = 32  # A copy to shared memory moves a multiple of 128 bytes.
 _FEW_ROWS = 64  # Of a block: with fewer, nothing but the rhs is worth fetching.
 
 
@@ -102,10 +103,7 @@ def gemm_1d2d_config(m: int, n: int, k: int, num_sms: int) -> GemmConfig:
         chunks = 4 if k > 2 * CHUNK else chunks
         shaped = functools.partial(narrow, chunks=chunks, accumulators=chunks)
         if m <= 32:
-            # A wgmma has 64 rows, and reads them all from shared memory: the rhs's
-            # are there, where the lhs's would be a half or less.
-            tokens = 16 if m <= 16 and chunks > 1 else 32
-            return shaped(64, tokens, "none", stages=3, turned=True)
+            return turned_config(m, chunks, stages=3)
         if 2 * -(-n // 64) <= num_sms:
             return shaped(64, 32, "n", stages=4)
         return shaped(64, 64, "n", stages=3)
@@ -122,6 +120,28 @@ def gemm_1d2d_config(m: int, n: int, k: int, num_sms: int) -> GemmConfig:
         stages=3,
         cluster=2 if fills and m > 128 else 1,
         snake_axis=0 if m <= n else 1,
+    )
+
+
+def turned_config(m: int, chunks: int, stages: int) -> GemmConfig:
+    """Blocks of 64 rows of the rhs by all m of the lhs, up to 64: decoding.
+
+    A wgmma has 64 rows, and reads them all from shared memory: the rhs's are there,
+    where the lhs's would be a half or less.
+    """
+    block_n = next(
+        side for side in (16, 32, 64) if side >= m and side * chunks >= COPIED_SCALES
+    )
+    return GemmConfig(
+        64,
+        block_n,
+        "none",
+        chunks=chunks,
+        accumulators=chunks,
+        stages=stages,
+        cluster=1,
+        scales_ahead=True,
+        turned=True,
     )
 
 

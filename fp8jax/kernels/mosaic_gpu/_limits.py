@@ -1,11 +1,14 @@
 """What the GEMM kernels can run: shared memory and registers of a config."""
 
-from fp8jax.kernels.mosaic_gpu._config import SMEM_BYTES, GemmConfig
+from fp8jax.kernels.mosaic_gpu._config import (
+    COPIED_SCALES,
+    SMEM_BYTES,
+    GemmConfig,
+)
 from fp8jax.kernels.mosaic_gpu._problem import GemmKind
 
 _WGMMA_ROWS, _STORED_COLUMNS = 64, 16
 _THREADS = 128  # Of a warpgroup.
-_WARP = 32  # Numbers of 4 bytes that a copy moves at least.
 # Of the 232 that a thread has; more accumulators than this spill.
 _ACCUMULATOR_REGISTERS = 192
 
@@ -34,10 +37,8 @@ def refusal(kind: GemmKind, config: GemmConfig) -> str | None:
             f"gives a warpgroup {config.wg_m}x{config.wg_n}, no multiple of "
             f"{_WGMMA_ROWS}x{_STORED_COLUMNS}"
         )
-    # A copy of scales moves 128 bytes at least.
-    scales = config.covers[0] * config.chunks
-    if scales % _WARP:
-        return f"fetches {scales} scales a stage, no multiple of {_WARP}"
+    if (scales := config.covers[0] * config.chunks) % COPIED_SCALES:
+        return f"fetches {scales} scales a stage, no multiple of {COPIED_SCALES}"
     if (registers := accumulator_registers(config)) > _ACCUMULATOR_REGISTERS:
         return (
             f"needs {registers} registers a thread for sums, of at most "
