@@ -1,21 +1,22 @@
 """Are the kernels free of bad accesses and races? compute-sanitizer on small shapes.
 
-    python -m benchmarks.sanitize [--tools memcheck racecheck synccheck]
+    python -m benchmarks.sanitize [--tools memcheck racecheck synccheck] [--jobs 16]
 
 Runs every GEMM config, GEMMs of groups, the quantizers and their edges under each tool,
 compares the results, prints versions and each tool's last lines, and fails if one found
-anything.
+anything. What a tool checks is split among processes: they compile most of the time.
 """
 
 import argparse
+import concurrent.futures
 import functools
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from fp8jax.testing import every_gemm_config
 TOOLS = ("memcheck", "racecheck", "synccheck")
 LINES = 4  # Of a tool's output that are shown where it found nothing.
 QUANTIZED: dict[str, Any] = {"dtype": jnp.float8_e4m3fn, "scale": "pow2", "eps": 0.0}
-Result = tuple[str, Any, Any]  # Name, what a kernel gave, what it should give.
+PARTS = 6  # Processes of each tool; of a shape, each has GEMMs of one kind and dtype.
 # As for groups of more rows than there are here.
 CLUSTERS = mosaic_gpu.GemmConfig(
     128, 128, "m", chunks=2, accumulators=2, stages=3, cluster=2
@@ -37,55 +38,103 @@ CLUSTERS = mosaic_gpu.GemmConfig(
 SHAPES = [(1, 64, 128), (65, 96, 300), (136, 160, 384), (264, 320, 256)]
 
 
+class Result(NamedTuple):
+    """What a kernel gave and what it should give, pytrees, and how far they may lie."""
+
+    name: str
+    out: Any
+    expected: Any
+    atol: float = 1e-2
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
-    parser.add_argument("--minutes", type=float, default=9, help="limit of each tool")
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--minutes", type=float, default=9, help="limit of each one")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time")
+    parser.add_argument("--inside", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.inside:
-        run_kernels()
+    if options.inside is not None:
+        run_kernels(options.inside)
         return
     sanitizer = _sanitizer()
     if sanitizer is None:
         parser.error("finds no compute-sanitizer: put CUDA's bin folder on PATH.")
     print(_output([sanitizer, "--version"])[1].strip())
-    failed = [t for t in options.tools if not _clean(sanitizer, t, options.minutes)]
+    runs = [(tool, part) for tool in options.tools for part in range(PARTS)]
+
+    def sanitized(run: tuple[str, int]) -> tuple[int, str]:
+        tool, part = run
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable]
+        command += ["-m", "benchmarks.sanitize", "--inside", str(part)]
+        return _output(command, options.minutes)
+
+    failed = []
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        for (tool, part), (code, text) in zip(
+            runs, pool.map(sanitized, runs), strict=True
+        ):
+            print(f"== {tool}, part {part + 1} of {PARTS}")
+            lines = text.strip().splitlines()
+            print(*lines[-LINES if code == 0 else -60 :], sep="\n", flush=True)
+            if code:
+                failed.append(tool)
     if failed:
-        sys.exit(f"not clean: {', '.join(failed)}")
+        sys.exit(f"not clean: {', '.join(dict.fromkeys(failed))}")
 
 
-def run_kernels() -> None:
-    """Every kernel once, on the GPU; raises where one gives wrong numbers."""
+def run_kernels(part: int) -> None:
+    """Every kernel of a part once, on the GPU; raises where one gives wrong numbers."""
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
+    # Those of the last shape are the most: each to another part.
+    units = [unit for shape in reversed(SHAPES) for unit in _units(*shape)]
     launches = 0
-    for shape in SHAPES:
-        m, n, k = shape
-        rng = np.random.default_rng(m + n + k)
-        x, w = (rng.standard_normal((side, k), np.float32) for side in (m, n))
-        results = (
-            *_quantizers(x),
-            *_gemms(x, w, every_config=shape == SHAPES[-1]),
-            *_gemm_swiglu(x, w),
-            *_grouped_gemms(x, w),
-        )
-        for name, out, expected in results:
+    for unit in units[part::PARTS]:
+        for result in unit():
             launches += 1
-            for part, reference in zip(
-                jax.tree.leaves(out), jax.tree.leaves(expected), strict=True
+            for leaf, reference in zip(
+                jax.tree.leaves(result.out),
+                jax.tree.leaves(result.expected),
+                strict=True,
             ):
                 # Sums were made in another order, from which a code of a fused kernel
                 # may lie on the other side: a step, 2^-3 of it.
                 np.testing.assert_allclose(
-                    np.asarray(part).astype(np.float32),
+                    np.asarray(leaf).astype(np.float32),
                     np.asarray(reference).astype(np.float32),
                     rtol=0.13,
-                    atol=1e-2,
-                    err_msg=f"{name} of {m}x{n}x{k}",
+                    atol=result.atol,
+                    err_msg=result.name,
                 )
     print(f"{launches} results of Mosaic kernels are right")
+
+
+def _units(m: int, n: int, k: int) -> list[Callable[[], Iterator[Result]]]:
+    """What can run by itself, of one shape."""
+    rng = np.random.default_rng(m + n + k)
+    x, w = (rng.standard_normal((side, k), np.float32) for side in (m, n))
+    every = (m, n, k) == SHAPES[-1]
+    gemms = [
+        functools.partial(_gemms, x, w, kind, out_dtype, every_config=every)
+        for kind in _contenders.TILES
+        for out_dtype in ("bfloat16", "float32")
+    ]
+    grouped = [
+        functools.partial(_grouped_gemms, x, w, kind) for kind in _contenders.TILES
+    ]
+    return [
+        *gemms,
+        *grouped,
+        functools.partial(_quantizers, x),
+        functools.partial(_gemm_swiglu, x, w),
+    ]
+
+
+def _tolerance(expected: jax.Array, k: int) -> float:
+    """A tensor core adds 32 products at once, with 13 bits below the largest."""
+    return -(-k // 32) * 2**-13 * float(jnp.abs(expected).max())
 
 
 def _quantizers(x: np.ndarray) -> Iterator[Result]:
@@ -108,31 +157,32 @@ def _quantizers(x: np.ndarray) -> Iterator[Result]:
             expected = getattr(xla, name)(
                 *map(jnp.asarray, arrays), **static, **QUANTIZED
             )
-        yield f"{name} {static}", out, expected
+        yield Result(f"{name} {static} of {x.shape}", out, expected)
 
 
-def _gemms(x: np.ndarray, w: np.ndarray, *, every_config: bool) -> Iterator[Result]:
-    for name, (lhs_tile, rhs_tile) in _contenders.TILES.items():
-        tiles: dict[str, Any] = {"lhs_tile": lhs_tile, "rhs_tile": rhs_tile}
-        with jax.default_device(jax.devices("cpu")[0]):
-            lhs, lhs_scale = xla.quantize(jnp.asarray(x), tile=lhs_tile, **QUANTIZED)
-            rhs, rhs_scale = xla.quantize(jnp.asarray(w), tile=rhs_tile, **QUANTIZED)
-            operands = lhs, lhs_scale, rhs, rhs_scale
-            expected = xla.gemm(*operands, out_dtype=jnp.float32, **tiles)
-        operands = jax.device_put(operands, jax.devices()[0])
+def _gemms(
+    x: np.ndarray, w: np.ndarray, kind: str, out_dtype: str, *, every_config: bool
+) -> Iterator[Result]:
+    lhs_tile, rhs_tile = _contenders.TILES[kind]
+    tiles: dict[str, Any] = {"lhs_tile": lhs_tile, "rhs_tile": rhs_tile}
+    with jax.default_device(jax.devices("cpu")[0]):
+        lhs, lhs_scale = xla.quantize(jnp.asarray(x), tile=lhs_tile, **QUANTIZED)
+        rhs, rhs_scale = xla.quantize(jnp.asarray(w), tile=rhs_tile, **QUANTIZED)
+        operands = lhs, lhs_scale, rhs, rhs_scale
+        expected = xla.gemm(*operands, out_dtype=jnp.float32, **tiles)
+    operands = jax.device_put(operands, jax.devices()[0])
+    atol = _tolerance(expected, x.shape[1])
+    name = f"{kind} of {x.shape} by {w.shape} to {out_dtype}"
+    if out_dtype == "float32":
         ones = jnp.ones(expected.shape, jnp.float32)
-        out = mosaic_gpu.gemm(
-            *operands, accumulate=ones, out_dtype=jnp.float32, **tiles
+        out = mosaic_gpu.gemm(*operands, accumulate=ones, out_dtype=out_dtype, **tiles)
+        yield Result(f"{name}, accumulated", out, expected + 1, atol)
+    of_kind = "1d1d" if kind == "1d1d" else "1d2d"  # 2d1d is 1d2d, transposed.
+    for config in every_gemm_config(of_kind, out_dtype) if every_config else [None]:
+        out = mosaic_gpu.multiply(
+            *operands, **tiles, out_dtype=out_dtype, config=config
         )
-        yield f"{name} accumulated", out, expected + 1
-        kind = "1d1d" if name == "1d1d" else "1d2d"  # 2d1d is 1d2d, transposed.
-        for out_dtype in ("bfloat16", "float32"):
-            configs = every_gemm_config(kind, out_dtype) if every_config else [None]
-            for config in configs:
-                out = mosaic_gpu.multiply(
-                    *operands, **tiles, out_dtype=out_dtype, config=config
-                )
-                yield f"{name} with {config} to {out_dtype}", out, expected
+        yield Result(f"{name} with {config}", out, expected, atol)
 
 
 def _gemm_swiglu(x: np.ndarray, w: np.ndarray) -> Iterator[Result]:
@@ -151,66 +201,54 @@ def _gemm_swiglu(x: np.ndarray, w: np.ndarray) -> Iterator[Result]:
         expected = xla.gemm_swiglu(*operands, between=jnp.bfloat16, **how)
     operands = jax.device_put(operands, jax.devices()[0])
     out = mosaic_gpu.gemm_swiglu(*operands, between=jnp.bfloat16, **how)
-    yield "gemm_swiglu", out, expected
+    yield Result(f"gemm_swiglu of {rows.shape}", out, expected)
 
 
-def _grouped_gemms(x: np.ndarray, w: np.ndarray) -> Iterator[Result]:
+def _grouped_gemms(x: np.ndarray, w: np.ndarray, kind: str) -> Iterator[Result]:
     """Rows of x in groups: empty ones, one of one row, and rows that are left over."""
-    m = len(x)
+    m, k = x.shape
     sizes = (m // 2, 0, min(1, m // 4), m // 3, 0)
-    kinds = {"rows": _contenders.TILES["1d2d"], **_contenders.TILES}
-    del kinds["1d2d"]  # Of columns: 2d1d with the operands exchanged.
-    for name, (lhs_tile, rhs_tile) in kinds.items():
-        op = "grouped_gemm" if name == "rows" else "grouped_gemm_k"
-        tiles: dict[str, Any] = {"lhs_tile": lhs_tile, "rhs_tile": rhs_tile}
-        with jax.default_device(jax.devices("cpu")[0]):
-            group_sizes = jnp.asarray(sizes, jnp.int32)
-            if name == "rows":
-                lhs = xla.quantize(jnp.asarray(x), tile=lhs_tile, **QUANTIZED)
-                stack = [w * (1 + i) for i in range(len(sizes))]
-                codes = (
-                    xla.quantize(jnp.asarray(one), tile=rhs_tile, **QUANTIZED)
-                    for one in stack
-                )
-                rhs = tuple(map(jnp.stack, zip(*codes, strict=True)))
-            else:
-                lhs, rhs = (
-                    xla.quantize_grouped(
-                        jnp.asarray(one), group_sizes, tile=None, tile_t=t, **QUANTIZED
-                    )[1]
-                    for one, t in ((x, lhs_tile), (x[:, ::-1], rhs_tile))
-                )
-                assert lhs is not None
-                assert rhs is not None
-            operands = *lhs, *rhs, group_sizes
-            expected = getattr(xla, op)(*operands, out_dtype=jnp.float32, **tiles)
-        operands = jax.device_put(operands, jax.devices()[0])
-        run = functools.partial(getattr(mosaic_gpu, op), *operands, **tiles)
-        for out_dtype in ("bfloat16", "float32"):
-            yield (
-                f"{op} {name} {sizes} to {out_dtype}",
-                run(out_dtype=out_dtype),
-                expected,
+    lhs_tile, rhs_tile = _contenders.TILES[kind]
+    in_rows = kind == "1d2d"  # Of columns it is 2d1d with the operands exchanged.
+    op = "grouped_gemm" if in_rows else "grouped_gemm_k"
+    tiles: dict[str, Any] = {"lhs_tile": lhs_tile, "rhs_tile": rhs_tile}
+    with jax.default_device(jax.devices("cpu")[0]):
+        group_sizes = jnp.asarray(sizes, jnp.int32)
+        if in_rows:
+            lhs = xla.quantize(jnp.asarray(x), tile=lhs_tile, **QUANTIZED)
+            stack = [w * (1 + i) for i in range(len(sizes))]
+            codes = (
+                xla.quantize(jnp.asarray(one), tile=rhs_tile, **QUANTIZED)
+                for one in stack
             )
-        if name == "rows" and x.shape[1] > mosaic_gpu.CHUNK:  # Two chunks a stage.
-            out = mosaic_gpu.multiply_rows(
-                *operands, out_dtype=jnp.float32, config=CLUSTERS
+            rhs = tuple(map(jnp.stack, zip(*codes, strict=True)))
+        else:
+            lhs, rhs = (
+                xla.quantize_grouped(
+                    jnp.asarray(one), group_sizes, tile=None, tile_t=t, **QUANTIZED
+                )[1]
+                for one, t in ((x, lhs_tile), (x[:, ::-1], rhs_tile))
             )
-            yield f"{op} in {CLUSTERS}", out, expected
-        if name != "rows":
-            ones = jnp.ones(expected.shape, jnp.float32)
-            out = run(accumulate=ones, out_dtype=jnp.float32)
-            yield f"{op} {name} {sizes} accumulated", out, expected + 1
-
-
-def _clean(sanitizer: str, tool: str, minutes: float) -> bool:
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
-    command += [sys.executable, "-m", "benchmarks.sanitize", "--inside"]
-    print(f"== {tool}", flush=True)
-    code, text = _output(command, minutes)
-    summary = text.strip().splitlines()
-    print(*(summary[-LINES:] if code == 0 else summary[-60:]), sep="\n", flush=True)
-    return code == 0
+            assert lhs is not None
+            assert rhs is not None
+        operands = *lhs, *rhs, group_sizes
+        expected = getattr(xla, op)(*operands, out_dtype=jnp.float32, **tiles)
+    operands = jax.device_put(operands, jax.devices()[0])
+    atol = _tolerance(expected, k if in_rows else m)
+    name = f"{op} {kind} of {x.shape} in {sizes}"
+    run = functools.partial(getattr(mosaic_gpu, op), *operands, **tiles)
+    for out_dtype in ("bfloat16", "float32"):
+        out = run(out_dtype=out_dtype)
+        yield Result(f"{name} to {out_dtype}", out, expected, atol)
+    if in_rows and k > mosaic_gpu.CHUNK:  # Two chunks a stage.
+        out = mosaic_gpu.multiply_rows(
+            *operands, out_dtype=jnp.float32, config=CLUSTERS
+        )
+        yield Result(f"{name} with {CLUSTERS}", out, expected, atol)
+    if not in_rows:
+        ones = jnp.ones(expected.shape, jnp.float32)
+        out = run(accumulate=ones, out_dtype=jnp.float32)
+        yield Result(f"{name}, accumulated", out, expected + 1, atol)
 
 
 def _output(command: list[str], minutes: float = 1) -> tuple[int, str]:
