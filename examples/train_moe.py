@@ -108,7 +108,7 @@ PRESETS = {
         batch=8,
         steps=800,
         learning_rate=6e-4,
-        balance_rate=1e-3,
+        balance_rate=1e-2,
     ),
 }
 
