@@ -28,6 +28,11 @@ def mosaic_load(ref: Any, layout: Any) -> jax.Array:
     return load(ref, layout=layout)
 
 
+def interprets_kernels() -> bool:
+    """Whether a Mosaic GPU kernel that is traced now runs in Pallas' interpret mode."""
+    return config.pallas_tpu_interpret_mode_context_manager.value is not None
+
+
 def open_jaxpr(jaxpr: Any) -> Any:
     """The jaxpr without its constants; JAX 0.12 has no other kind."""
     return getattr(jaxpr, "jaxpr", jaxpr)

@@ -45,6 +45,16 @@ def test_jit_info_of_a_jit_object_holds_its_options():
     assert _compat.jit_options(f) == _compat.JitOptions()
 
 
+def test_interpret_mode_of_kernels_is_seen():
+    plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+    if not hasattr(plgpu, "force_gpu_interpret_mode"):
+        pytest.skip("this JAX interprets no Mosaic GPU kernel")
+    assert not _compat.interprets_kernels()
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        assert _compat.interprets_kernels()
+    assert not _compat.interprets_kernels()
+
+
 def test_equinox_filter_jit_objects_say_what_they_donate():
     eqx = pytest.importorskip("equinox")
     jitted = eqx.filter_jit(lambda model, x: x, donate="all-except-first")

@@ -117,6 +117,15 @@ def multiply(
         ]
 
     accumulator = plgpu.ACC((wg_m, wg_n), jnp.float32)  # pyright: ignore
+    # A zero that LLVM does not know. The one it knows may share a register with an
+    # accumulator, for whose product ptxas then waits before others begin.
+    unknown_zero = lax.optimization_barrier(jnp.float32(0))
+
+    def clear(partial) -> None:
+        """Zeroes an accumulator, which is zero already, in registers of its own."""
+        if not _compat.interprets_kernels():  # Where a store is not implemented.
+            zero = lax.broadcast_in_dim(unknown_zero, (wg_m, wg_n), ())
+            partial[...] = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
 
     def multiply_chunks(chunks: list[int], stage: Index, acc, of_tiles, release: bool):
         """Adds chunks of a stage, all in flight together; may then release it."""
@@ -124,6 +133,8 @@ def multiply(
         def issue(behind: list[int], running, partial):
             """Starts a chunk, then what runs beside it, then promotes all of them."""
             i, *others = behind
+            if running:
+                clear(partial)
             k = slice(i * CHUNK, (i + 1) * CHUNK)
             plgpu.wgmma(
                 partial,
@@ -174,12 +185,12 @@ def multiply(
         plgpu.barrier_wait(full.at[stage])
         of_tiles = functools.partial(tile_factors, step, block=block)
         for i in range(config.chunks - 1):
-            acc = lax.cond(
-                block.begin + step * config.chunks + i < block.end,
-                lambda acc, i=i: multiply_chunks([i], stage, acc, of_tiles, False),
-                lambda acc: acc,
-                acc,
+            add = functools.partial(
+                multiply_chunks, [i], stage, of_tiles=of_tiles, release=False
             )
+            is_past = block.begin + step * config.chunks + i >= block.end
+            # The first chunk is this group's: else there were no stage.
+            acc = lax.cond(is_past, lambda acc: acc, add, acc) if i else add(acc)
         plgpu.barrier_arrive(empty.at[stage])
         return count + 1, *acc
 
