@@ -2,9 +2,10 @@
 
     python -m benchmarks.sanitize [--tools memcheck racecheck synccheck] [--jobs 16]
 
-Runs every GEMM config, GEMMs of groups, the quantizers and their edges under each tool,
-compares the results, prints versions and each tool's last lines, and fails if one found
-anything. What a tool checks is split among processes: they compile most of the time.
+Runs every GEMM config with one output dtype, GEMMs of groups, the quantizers and their
+edges under each tool, compares the results, prints versions and each tool's last lines,
+and fails if one found anything. What a tool checks is split among processes: they
+compile most of the time.
 """
 
 import argparse
@@ -29,7 +30,9 @@ from fp8jax.testing import every_gemm_config
 TOOLS = ("memcheck", "racecheck", "synccheck")
 LINES = 4  # Of a tool's output that are shown where it found nothing.
 QUANTIZED: dict[str, Any] = {"dtype": jnp.float8_e4m3fn, "scale": "pow2", "eps": 0.0}
-PARTS = 6  # Processes of each tool; of a shape, each has GEMMs of one kind and dtype.
+PARTS = 8  # Processes of each tool.
+# With which output every config of a kind runs; with the other one, the computed one.
+EVERY = {"1d2d": "bfloat16", "1d1d": "float32", "2d1d": "float32"}
 # As for groups of more rows than there are here.
 CLUSTERS = mosaic_gpu.GemmConfig(
     128, 128, "m", chunks=2, accumulators=2, stages=3, cluster=2
@@ -86,7 +89,7 @@ def main() -> None:
 
 
 def run_kernels(part: int) -> None:
-    """Every kernel of a part once, on the GPU; raises where one gives wrong numbers."""
+    """A part of the kernels once, on the GPU; raises where one gives wrong numbers."""
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
     # Those of the last shape are the most: each to another part.
     units = [unit for shape in reversed(SHAPES) for unit in _units(*shape)]
@@ -115,11 +118,13 @@ def _units(m: int, n: int, k: int) -> list[Callable[[], Iterator[Result]]]:
     """What can run by itself, of one shape."""
     rng = np.random.default_rng(m + n + k)
     x, w = (rng.standard_normal((side, k), np.float32) for side in (m, n))
-    every = (m, n, k) == SHAPES[-1]
+    is_last = (m, n, k) == SHAPES[-1]
     gemms = [
-        functools.partial(_gemms, x, w, kind, out_dtype, every_config=every)
-        for kind in _contenders.TILES
+        functools.partial(_gemms, x, w, kind, out_dtype, every_config=is_last and every)
+        for every in (True, False)
+        for kind, of_every in EVERY.items()
         for out_dtype in ("bfloat16", "float32")
+        if every == (out_dtype == of_every)
     ]
     grouped = [
         functools.partial(_grouped_gemms, x, w, kind) for kind in _contenders.TILES
