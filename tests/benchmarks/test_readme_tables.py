@@ -39,10 +39,11 @@ def results(monkeypatch, tmp_path):
     decode = {"m": "16", "n": "7168", "k": "16384", "us": "30.0", "tflops": "125"}
     decode |= {"weight_gbps": "3900", "copy_gbps": "4300", "of_copy": "0.907"}
     write(tmp_path / "decode.csv", [of(decode, ratio=""), of(decode, m="1", ratio="2")])
-    (tmp_path / "train_lm_h200").mkdir()
     losses = {"train_loss": "2.0", "heldout_loss": "3.0", "tokens_per_second": "10"}
-    arms = [of(losses, arm=arm) for arm in ("bf16", "fp8")]
-    write(tmp_path / "train_lm_h200" / "summary.csv", arms)
+    for program, held_out in (("train_lm", "3.0"), ("train_moe", "1.5")):
+        arms = [of(losses, arm="bf16"), of(losses, arm="fp8", heldout_loss=held_out)]
+        (tmp_path / f"{program}_h200").mkdir()
+        write(tmp_path / f"{program}_h200" / "summary.csv", arms)
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     return tmp_path
 
@@ -65,7 +66,8 @@ def test_summary_has_a_line_for_each_target_with_its_ceiling():
         "Layer 256 to 128, 512 tokens, deepseek_v3: fprop, dgrad, wgrad, us | 125 | "
         "200 BF16 | 1.60 | 2.00 |",
         "m=16, n=7168, k=16384, GB/s of the weight | 3900 | 4300 a copy | 0.91 | 4800",
-        "The gap is +0.00% in training loss",
+        "| train_lm | fp8 | 2.0000 | 3.0000 | +0.00% and +0.00% | 10 |",
+        "| train_moe | fp8 | 2.0000 | 1.5000 | +0.00% and -50.00% | 10 |",
     ):
         assert line in text, text
     assert "gemm_by_m.png" not in text
