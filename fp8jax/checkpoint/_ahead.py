@@ -10,11 +10,9 @@ import os
 from collections.abc import Callable, Generator, Iterable
 from typing import Generic, NamedTuple, TypeVar
 
-import jax
-
 T = TypeVar("T")
 
-# Each thread has a band and what XLA makes of it in memory, some 15 MB.
+# Each thread has a band and what becomes of it in memory, some 10 MB.
 _MAX_THREADS = 4
 
 
@@ -34,7 +32,7 @@ class Work(NamedTuple, Generic[T]):
 def run_ahead(
     works: Iterable[Work[T]], progress: Callable[[int], None]
 ) -> Generator[T]:
-    """Runs pieces on every core, on the CPU's first JAX device.
+    """Runs pieces on every core.
 
     An exception of a piece is raised in the place of its work's outcome, after those
     of the works before it. However it ends, no piece runs any longer: close it.
@@ -46,12 +44,6 @@ def run_ahead(
     Yields:
         The outcome of each, in the order of `works`.
     """
-    cpu = jax.local_devices(backend="cpu")[0]
-
-    def run(piece: Callable[[], int]) -> int:
-        with jax.default_device(cpu):  # A setting of each thread's own.
-            return piece()
-
     threads = min(_cores(), _MAX_THREADS)
     queue: collections.deque[concurrent.futures.Future[int] | Callable[[], T]]
     queue = collections.deque()
@@ -68,7 +60,7 @@ def run_ahead(
     try:
         for work in works:
             for piece in work.pieces:
-                queue.append(pool.submit(run, piece))
+                queue.append(pool.submit(piece))
                 # Enough that no thread waits for the oldest piece to be done with.
                 yield from drain(4 * threads)
             queue.append(work.finish)

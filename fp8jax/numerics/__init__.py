@@ -1,6 +1,5 @@
 """What an FP8 number means: formats, rounding, tiles, groups and error measures."""
 
-from fp8jax.numerics._e4m3 import encode_e4m3, round_to_e4m3
 from fp8jax.numerics._errors import cosine_similarity, relative_error, sqnr_db
 from fp8jax.numerics._formats import FP8_DTYPES, is_fp8, max_value
 from fp8jax.numerics._groups import (
@@ -12,7 +11,6 @@ from fp8jax.numerics._groups import (
 from fp8jax.numerics._rounding import (
     SMALLEST_SCALE,
     ScaleKind,
-    clipped_quotient,
     decode_tiles,
     encode,
     integer_amax,
@@ -35,12 +33,10 @@ __all__ = [
     "ScaleKind",
     "Tile",
     "check_group_sizes",
-    "clipped_quotient",
     "cosine_similarity",
     "count_group_blocks",
     "decode_tiles",
     "encode",
-    "encode_e4m3",
     "expand_scale",
     "group_blocks",
     "integer_amax",
@@ -49,7 +45,6 @@ __all__ = [
     "max_value",
     "relative_error",
     "round_to",
-    "round_to_e4m3",
     "round_up_pow2",
     "scale_from_amax",
     "scale_shape",

@@ -1,12 +1,13 @@
 """Scales and codes: the arithmetic of fine-grained FP8 quantization.
 
 Every function here is elementwise or a reduction over a tile, in float32, and gives
-the same bits on every backend, jitted or not, as far as IEEE arithmetic does.
+the same bits on every backend, jitted or not, as far as IEEE arithmetic does. Scales
+of NumPy arrays are made in NumPy.
 
 Convention: the scale multiplies, `x ~= data * scale`. No array holds a reciprocal.
 """
 
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,13 @@ from jax import lax
 from fp8jax.numerics._formats import max_value
 
 ScaleKind = Literal["pow2", "fp32"]
+AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 
 # Below it 1 / scale overflows float32 and the codes lose exactness.
 SMALLEST_SCALE = 2.0**-126
 
-_MANTISSA_BITS = 23
-_MANTISSA_MASK = np.int32((1 << _MANTISSA_BITS) - 1)
+_MANTISSA_BITS = np.int32(23)
+_MANTISSA_MASK = np.int32((1 << 23) - 1)
 
 
 def integer_amax(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -35,26 +37,24 @@ def integer_amax(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return lax.bitcast_convert_type(largest, jnp.float32)
 
 
-def round_up_pow2(scale: jax.Array) -> jax.Array:
+def round_up_pow2(scale: AnyArray) -> AnyArray:
     """The smallest power of two that is at least `scale`, a positive normal float32.
 
     By bit arithmetic: `exp2(ceil(log2(s)))` is inexact on XLA:CPU, and a cast to
     `float8_e8m0fnu` rounds to nearest.
     """
-    bits = lax.bitcast_convert_type(scale, jnp.int32)
-    exponent = lax.shift_right_logical(bits, jnp.int32(_MANTISSA_BITS))
-    exponent = exponent + ((bits & _MANTISSA_MASK) != 0).astype(jnp.int32)
-    return lax.bitcast_convert_type(
-        lax.shift_left(exponent, jnp.int32(_MANTISSA_BITS)), jnp.float32
-    )
+    bits: Any = scale.view(np.int32)
+    exponent = bits >> _MANTISSA_BITS
+    exponent = exponent + ((bits & _MANTISSA_MASK) != 0).astype(np.int32)
+    return (exponent << _MANTISSA_BITS).view(np.float32)
 
 
 def scale_from_amax(
-    amax: jax.Array,
+    amax: AnyArray,
     dtype: jax.typing.DTypeLike,
     kind: ScaleKind,
     eps: float = 0.0,
-) -> jax.Array:
+) -> AnyArray:
     r"""The float32 dequantization multiplier of tiles of largest magnitude `amax`.
 
     $$s = \max(\max(amax, eps) \cdot q_{max}^{-1}, 2^{-126})$$
@@ -68,14 +68,15 @@ def scale_from_amax(
         kind: `"pow2"` or `"fp32"`.
         eps: floor of `amax`, in units of `x`.
     """
+    xp: Any = np if isinstance(amax, np.ndarray) else jnp
     # A product, because XLA turns `amax / 448` into one inside jit anyway.
     inverse_max = np.float32(1.0 / max_value(dtype))
-    floored = jnp.maximum(amax, jnp.float32(eps)) if eps else amax
-    scale = jnp.maximum(floored * inverse_max, jnp.float32(SMALLEST_SCALE))
+    floored = xp.maximum(amax, np.float32(eps)) if eps else amax
+    scale = xp.maximum(floored * inverse_max, np.float32(SMALLEST_SCALE))
     if kind == "pow2":
         scale = round_up_pow2(scale)
-    scale = jnp.where(amax == 0, jnp.float32(1), scale)
-    return jnp.where(jnp.isfinite(amax), scale, jnp.float32(jnp.nan))
+    scale = xp.where(amax == 0, np.float32(1), scale)
+    return xp.where(xp.isfinite(amax), scale, np.float32(np.nan))
 
 
 def encode(x: jax.Array, scale: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -86,17 +87,10 @@ def encode(x: jax.Array, scale: jax.Array, dtype: jax.typing.DTypeLike) -> jax.A
         scale: float32, broadcast against `x`.
         dtype: FP8 dtype of the codes.
     """
-    return clipped_quotient(x, scale, dtype).astype(dtype)
-
-
-def clipped_quotient(
-    x: jax.Array, scale: jax.Array, dtype: jax.typing.DTypeLike
-) -> jax.Array:
-    r"""$clip(x / s, \pm q_{max})$ in float32, what `encode` rounds; a NaN stays one."""
     limit = max_value(dtype)
     t = x.astype(jnp.float32) / scale
     # Casts differ by backend beyond the largest value, and a bare clip may drop NaN.
-    return jnp.where(jnp.isnan(t), t, jnp.clip(t, -limit, limit))
+    return jnp.where(jnp.isnan(t), t, jnp.clip(t, -limit, limit)).astype(dtype)
 
 
 def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
