@@ -1,6 +1,6 @@
 """Are the kernels free of bad accesses and races? compute-sanitizer on small shapes.
 
-    python -m benchmarks.sanitize [--tools memcheck racecheck synccheck] [--jobs 16]
+    python -m benchmarks.sanitize [--tools memcheck racecheck synccheck] [--jobs 4]
 
 Runs every GEMM config with one output dtype, GEMMs of groups, the quantizers and their
 edges under each tool, compares the results, prints versions and each tool's last lines,
@@ -56,7 +56,7 @@ def main() -> None:
     )
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--minutes", type=float, default=9, help="limit of each one")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time")
+    parser.add_argument("--jobs", type=int, default=4, help="processes at a time")
     parser.add_argument("--inside", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside is not None:
