@@ -117,15 +117,12 @@ def multiply(
         ]
 
     accumulator = plgpu.ACC((wg_m, wg_n), jnp.float32)  # pyright: ignore
-    # A zero that LLVM does not know. The one it knows may share a register with an
-    # accumulator, for whose product ptxas then waits before others begin.
-    unknown_zero = lax.optimization_barrier(jnp.float32(0))
-
-    def clear(partial) -> None:
-        """Zeroes an accumulator, which is zero already, in registers of its own."""
-        if not _compat.interprets_kernels():  # Where a store is not implemented.
-            zero = lax.broadcast_in_dim(unknown_zero, (wg_m, wg_n), ())
-            partial[...] = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
+    # Where a loop may take no step at all, LLVM has an accumulator share a register
+    # with the zero of another, which ptxas then has wait. This zero LLVM does not know.
+    # In interpret mode nothing can be stored to an accumulator.
+    unknown_zero = None
+    if schedule.ends_within_stage and not _compat.interprets_kernels():
+        unknown_zero = lax.optimization_barrier(jnp.float32(0))
 
     def multiply_chunks(chunks: list[int], stage: Index, acc, of_tiles, release: bool):
         """Adds chunks of a stage, all in flight together; may then release it."""
@@ -133,8 +130,9 @@ def multiply(
         def issue(behind: list[int], running, partial):
             """Starts a chunk, then what runs beside it, then promotes all of them."""
             i, *others = behind
-            if running:
-                clear(partial)
+            if running and unknown_zero is not None:  # It is zero, in other registers.
+                zero = lax.broadcast_in_dim(unknown_zero, (wg_m, wg_n), ())
+                partial[...] = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
             k = slice(i * CHUNK, (i + 1) * CHUNK)
             plgpu.wgmma(
                 partial,
