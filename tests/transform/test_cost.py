@@ -47,15 +47,13 @@ def seconds(run):
 @pytest.mark.slow
 def test_analysis_of_24_unrolled_layers_takes_under_a_tenth_of_compilation():
     args = layers(24), X
-    # The best of several: other programs on the machine only ever add time.
-    analysis = min(
-        seconds(functools.partial(fp8_transform(anew()).report, *args))
-        for _ in range(4)
-    )
-    compilation = min(
-        seconds(fp8_transform(anew()).lower(*args).compile) for _ in range(2)
-    )
-    assert analysis < 0.1 * compilation
+
+    def ratio():
+        analysis = seconds(functools.partial(fp8_transform(anew()).report, *args))
+        return analysis / seconds(fp8_transform(anew()).lower(*args).compile)
+
+    # In turns, and the best: other programs slow down now one, now the other.
+    assert min(ratio() for _ in range(6)) < 0.1
 
 
 @pytest.mark.slow
