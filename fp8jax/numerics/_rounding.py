@@ -23,7 +23,7 @@ AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 SMALLEST_SCALE = 2.0**-126
 
 _MANTISSA_BITS = np.int32(23)
-_MANTISSA_MASK = np.int32((1 << 23) - 1)
+_MANTISSA_MASK = np.int32((1 << _MANTISSA_BITS) - 1)
 
 
 def integer_amax(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
