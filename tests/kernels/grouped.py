@@ -53,12 +53,14 @@ def row_operands(groups, m, n, k, dtype=jnp.float8_e4m3fn):
     return *lhs, *rhs
 
 
+@functools.cache  # One function, which is compiled once for all sizes.
 def by_rows(out_dtype=jnp.float32):
     return functools.partial(
         mosaic_gpu.grouped_gemm, lhs_tile=ROW, rhs_tile=BLOCK, out_dtype=out_dtype
     )
 
 
+@functools.cache
 def dense(lhs_tile, rhs_tile, out_dtype):
     run = functools.partial(mosaic_gpu.gemm, lhs_tile=lhs_tile, rhs_tile=rhs_tile)
     return jax.jit(functools.partial(run, out_dtype=out_dtype))
@@ -67,11 +69,13 @@ def dense(lhs_tile, rhs_tile, out_dtype):
 def check_rows(
     sizes, m, n, k, context, out_dtype=jnp.float32, run=None, dtype=jnp.float8_e4m3fn
 ):
-    lhs, lhs_scale, rhs, rhs_scale = row_operands(len(sizes), m, n, k, dtype)
+    # NumPy's: JAX would compile every slice.
+    operands = map(np.array, row_operands(len(sizes), m, n, k, dtype))
+    lhs, lhs_scale, rhs, rhs_scale = operands
     used = sum(sizes)
     # Of no group: whatever lies there, nothing comes of it.
-    lhs_scale = lhs_scale.at[used:].set(jnp.nan)
-    lhs = lhs.at[used:].set(jnp.nan)
+    lhs_scale[used:] = np.nan
+    lhs[used:] = np.nan
     run = jax.jit(by_rows(out_dtype) if run is None else run)
     by_group = dense(ROW, BLOCK, out_dtype)
     with context():
@@ -85,8 +89,8 @@ def check_rows(
             # A row of the dense product depends on no other: one shape to compile.
             product = np.asarray(by_group(lhs, lhs_scale, rhs[i], rhs_scale[i]))
             assert_same_bits(out[rows], product[rows])
-            operands = lhs[rows], lhs_scale[rows], rhs[i], rhs_scale[i]
-            assert_promoted_sum(out[rows], *operands, lhs_tile=ROW, rhs_tile=BLOCK)
+            own = lhs[rows], lhs_scale[rows], rhs[i], rhs_scale[i]
+            assert_promoted_sum(out[rows], *own, lhs_tile=ROW, rhs_tile=BLOCK)
 
 
 def chunk_slices(sizes):
@@ -117,6 +121,7 @@ def column_operands(kind, sizes, rows, m, n, dtype=jnp.float8_e4m3fn):
     return tuple(operands)
 
 
+@functools.cache
 def by_columns(kind, out_dtype=jnp.float32):
     lhs_tile, rhs_tile = KINDS[kind]
     return functools.partial(
@@ -131,7 +136,9 @@ def check_columns(
     kind, sizes, m, n, context, out_dtype=jnp.float32, *, spare=0, dtype=None
 ):
     rows = sum(sizes) + spare
-    operands = column_operands(kind, sizes, rows, m, n, dtype or jnp.float8_e4m3fn)
+    dtype = jnp.float8_e4m3fn if dtype is None else dtype
+    made = column_operands(kind, sizes, rows, m, n, dtype)
+    operands = [np.asarray(x) for x in made]  # As in `check_rows`.
     lhs_tile, rhs_tile = KINDS[kind]
     by_group = dense(lhs_tile, rhs_tile, out_dtype)
     with context():
