@@ -2,8 +2,8 @@
 
 In NumPy: Python with JAX takes 170 MB, XLA's compiler 50 more whatever it compiles, and
 offline quantization has 200. That costs up to a quarter more time. E4M3 is rounded by
-float32 arithmetic: a cast of ml_dtypes takes twice as long as all of this, and keeps
-other threads from running.
+float32 arithmetic: a cast of ml_dtypes takes two to four times as long as all of this,
+and keeps other threads from running.
 
 Invariant: with power-of-two scales the bits of `fp8jax.quantize`, to E4M3. By others
 XLA does not divide as IEEE says: a code of `quantize` may lie a step from this one,
