@@ -10,6 +10,7 @@ import pytest
 from benchmarks import (
     _harness,
     _hlo,
+    activations,
     decode,
     gemm,
     inference,
@@ -38,6 +39,23 @@ def test_transform(on_cpu, monkeypatch):
     assert float(row["fraction"]) > 0.9
     assert row["dispatch_ratio"] == "1.050"
     assert row["commit"] == "abc"
+
+
+def test_activations(on_cpu, monkeypatch):
+    for name, size in (("FEATURES", 128), ("HIDDEN", 256), ("HEADS", 2)):
+        monkeypatch.setattr(activations, name, size)
+    with jax.numpy_dtype_promotion("standard"):  # Flax's norm and attention promote.
+        run(monkeypatch, activations, "--commit abc")
+    kept = {
+        (row["part"], row["recipe"], row["checkpoint"]): int(row["bytes_a_token"])
+        for row in rows(on_cpu / "activations.csv")
+    }
+    inputs, fp8 = "inputs of q, k, v and o", 'residual="fp8"'
+    assert kept[inputs, activations.BASE, ""] == 4 * 2 * 128
+    assert kept[inputs, fp8, ""] == 4 * (128 + 4) <= 0.55 * 4 * 2 * 128
+    assert kept["SwiGLU", 'residual="recompute"', ""] == 2 * 128
+    assert kept["block", fp8, ""] < kept["block", 'residual="bf16"', ""]
+    assert kept["block", fp8, "none"] == 2 * 128  # Its own input.
 
 
 def test_gemm(on_cpu, monkeypatch):
