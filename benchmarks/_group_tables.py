@@ -1,6 +1,7 @@
 """The tables of grouped GEMMs and of mixtures of experts."""
 
-from benchmarks._tables import PEAK_RATIO, PEAK_TFLOPS, Rows, mean, table
+from benchmarks._peaks import PEAK_RATIO, PEAK_TFLOPS
+from benchmarks._tables import Rows, mean, table
 
 # What tells two mixtures apart.
 MIXTURE = ("tokens", "features", "hidden", "experts", "top_k")

@@ -1,6 +1,7 @@
 """Tables of decoding and prefill with FP8 weights."""
 
-from benchmarks._tables import PEAK_RATIO, Rows, table
+from benchmarks._peaks import PEAK_RATIO
+from benchmarks._tables import Rows, table
 
 # By name in the table, the columns of a time and of a speed.
 _TIMES = {"queued": "queued", "by wall clock": "wall", "kernels only": "kernel"}

@@ -1,10 +1,7 @@
-"""Markdown tables of results, and what they are measured against."""
+"""Markdown tables of results."""
 
 import math
 from collections.abc import Iterable
-
-PEAK_TFLOPS = 1979  # Dense FP8 of an H100 or H200, by the data sheet.
-PEAK_RATIO = 2.0  # Of FP8's peak to BF16's.
 
 Rows = list[dict[str, str]]
 

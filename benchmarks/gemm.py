@@ -8,9 +8,8 @@ Writes benchmarks/results/gemm.csv.
 from typing import Any
 
 from benchmarks import _contenders, _harness
+from benchmarks._peaks import PEAK_TFLOPS
 from fp8jax.testing import GEMM_SHAPES
-
-CEILING = 1979  # TFLOPS of dense FP8, by the data sheet.
 
 # (m, n, k) of wgrad, whose k counts tokens.
 _WGRAD = [
@@ -48,7 +47,7 @@ def main() -> None:
         if options.only in (None, kind):
             rows += [_row(kind, *shape, rounds=options.rounds) for shape in shapes]
     path = _harness.write_csv("gemm", rows, options.commit)
-    print(f"ceiling {CEILING} TFLOPS; wrote {path}")
+    print(f"ceiling {PEAK_TFLOPS} TFLOPS; wrote {path}")
 
 
 def _row(kind: str, m: int, n: int, k: int, *, rounds: int) -> dict[str, Any]:

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 
 import fp8jax
 from benchmarks import _contenders, _harness, _ragged
+from benchmarks._peaks import PEAK_TFLOPS
 from fp8jax import matmul, numerics
 
-CEILING = 1979  # TFLOPS of dense FP8, by the data sheet.
 IMPLEMENTATION = "mosaic_gpu"  # Not to be measured by mistake: XLA's.
 
 # With a group of none and rows that fill no block.
@@ -64,7 +64,7 @@ def main() -> None:
             rows.append(_row(kind, shape, options))
             # Each time: a run that is stopped loses no row.
             path = _harness.write_csv("grouped", rows, options.commit)
-    print(f"ceiling {CEILING} TFLOPS; wrote {path}")
+    print(f"ceiling {PEAK_TFLOPS} TFLOPS; wrote {path}")
 
 
 def _options() -> argparse.Namespace:

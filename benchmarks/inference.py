@@ -32,6 +32,7 @@ from flax import nnx
 import fp8jax
 import fp8jax.nnx
 from benchmarks import _harness, _hlo
+from benchmarks._peaks import PEAK_TFLOPS, memory_ceiling
 from fp8jax import numerics, quant
 
 BASE, PLAIN, FUSED, BY_XLA = KINDS = "jax bf16", "fp8 layers", "fp8 fused", "fp8 xla"
@@ -202,7 +203,8 @@ def main() -> None:
         for kind, (run, leaves) in runs.items() if options.hlo else ():
             hlo = run.lower(leaves, x).compile().as_text() or ""
             programs += [f"{kind}: m {m}", *_hlo.report(hlo), ""]
-    print(f"a layer's time; ceilings 4800 GB/s, 1979 TFLOPS; wrote {path}")
+    ceilings = f"{memory_ceiling()}, {PEAK_TFLOPS} TFLOPS"
+    print(f"a layer's time; ceilings {ceilings}; wrote {path}")
     if programs:
         path = _harness.RESULTS / "inference_kernels.txt"
         path.write_text("\n".join(programs))

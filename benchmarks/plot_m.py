@@ -11,8 +11,8 @@ import pathlib
 from typing import Any
 
 from benchmarks import _contenders, _harness
+from benchmarks._peaks import PEAK_TFLOPS
 
-PEAK = 1979  # TFLOPS of dense FP8, by the data sheet.
 MEMORY = 4300  # GB/s that a large copy reaches.
 SHAPES = [(7168, 2048), (4096, 7168)]  # n, k
 TOKENS = [1, 4, 16, 64, 128, 192, 256, 384, 512, 1024, 2048, 4096, 16384, 65536]
@@ -105,7 +105,7 @@ def plot(rows: list[dict[str, str]], path: pathlib.Path) -> pathlib.Path:
 def _ceiling(m: int, n: int, k: int) -> float:
     """TFLOPS that the tensor cores and the memory allow: FP8 in, BF16 out."""
     moved = (m + n) * k + 2 * m * n
-    return min(PEAK, 2 * m * n * k / (moved / MEMORY * 1e-3) * 1e-6)
+    return min(PEAK_TFLOPS, 2 * m * n * k / (moved / MEMORY * 1e-3) * 1e-6)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import _harness
+from benchmarks._peaks import memory_ceiling
 from fp8jax.kernels import mosaic_gpu, xla
 
-CEILING = 4800  # GB/s of an H200's memory, by the data sheet.
 SHAPES = [(16384, 7168), (4096, 7168), (4096, 2048), (7168, 18432)]
 COLUMNS = ("fp8jax", "xla", "copy")
 ROW, BOX = (1, 128), (128, 128)
@@ -75,7 +75,7 @@ def main() -> None:
         for dtype in (jnp.bfloat16, jnp.float32):
             rows += _rows(m, k, dtype)
     path = _harness.write_csv("quantize", rows, options.commit)
-    print(f"ceiling {CEILING} GB/s; wrote {path}")
+    print(f"ceiling {memory_ceiling()}; wrote {path}")
 
 
 def _rows(m: int, k: int, dtype) -> Iterable[dict[str, Any]]:

@@ -20,13 +20,14 @@ from benchmarks._group_tables import (
     moe_table,
 )
 from benchmarks._inference_tables import inference_summary, inference_table
-from benchmarks._tables import PEAK_RATIO, PEAK_TFLOPS, Rows, mean, table
+from benchmarks._peaks import H200, MEMORY_GBPS, PEAK_RATIO, PEAK_TFLOPS
+from benchmarks._tables import Rows, mean, table
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
 BEGIN, END = "<!-- measured: written by benchmarks/readme.py -->", "<!-- /measured -->"
 
-MEMORY_GBPS = 4800  # Of an H200, by the data sheet.
+MEMORY = MEMORY_GBPS[H200]
 QUANTIZE_SHAPE = ("16384", "7168")
 FP8_ROLES = ("fprop", "recompute", "dgrad", "wgrad")
 DECODE = ("16", "7168", "16384")  # m, n, k in README.md.
@@ -163,7 +164,7 @@ def decode_summary() -> list[list[str]]:
             r["weight_gbps"],
             f"{r['copy_gbps']} a copy",
             f"{float(r['of_copy']):.2f}",
-            f"{MEMORY_GBPS}",
+            f"{MEMORY}",
         ]
         for r in read("decode")
         if (r["m"], r["n"], r["k"]) == DECODE
@@ -177,7 +178,7 @@ def quantize_summary() -> list[list[str]]:
             r["fp8jax"],
             f"{r['xla']} XLA's fusion",
             f"{float(r['fp8jax']) / float(r['xla']):.2f}",
-            f"{MEMORY_GBPS}",
+            f"{MEMORY}",
         ]
         for r in quantize_rows(read("quantize"))
         if r["what"] in QUANTIZED
@@ -235,7 +236,7 @@ def decode_table(rows: Rows) -> list[str]:
         return []
     return [
         "GEMM of few rows, the weight not in the cache: GB/s of the weight, beside a "
-        f"copy of it (reads and writes; the memory's {MEMORY_GBPS}).",
+        f"copy of it (reads and writes; the memory's {MEMORY}).",
         table(
             ["m, n, k", "us", "TFLOPS", "GB/s", "a copy", "of it", "over cuBLASLt"],
             [
@@ -257,7 +258,7 @@ def decode_table(rows: Rows) -> list[str]:
 def quantize_table(rows: Rows) -> list[str]:
     return [
         f"Quantization of bfloat16 [{', '.join(QUANTIZE_SHAPE)}], GB/s of reads and "
-        f"writes (the memory's {MEMORY_GBPS}):",
+        f"writes (the memory's {MEMORY}):",
         table(
             ["what", "fp8jax", "XLA's fusion", "x + 1 in BF16, by XLA"],
             [
