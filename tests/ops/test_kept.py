@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import fp8jax
+from benchmarks.activations import kept_bytes_a_token
 from fp8jax import checkpoint_policies, ops, recipes
 from fp8jax.testing import assert_same_bits
 
@@ -15,17 +16,6 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 DIMS = (((1,), (0,)), ((), ()))
 K, N, HIDDEN = 256, 384, 512
-
-
-def kept_bytes_a_token(fn, *weights):
-    """Of what `jax.vjp` of `fn(x, *weights)` keeps, and no weight, by its program."""
-
-    def kept(m):
-        x = jax.ShapeDtypeStruct((m, K), jnp.bfloat16)
-        compiled = jax.jit(lambda *args: jax.vjp(fn, *args)[1]).lower(x, *weights)
-        return compiled.compile().memory_analysis().output_size_in_bytes
-
-    return (kept(512) - kept(256)) / 256  # Weights are in both.
 
 
 def weight(k, n):
@@ -37,9 +27,10 @@ def dot(x, w, residual="bf16"):
 
 
 def test_codes_are_at_most_55_percent_of_the_bytes_of_bf16():
-    bf16 = kept_bytes_a_token(dot, weight(K, N))
+    bf16 = kept_bytes_a_token(dot, K, weight(K, N))
     assert bf16 == 2 * K
-    fp8 = kept_bytes_a_token(functools.partial(dot, residual="fp8"), weight(K, N))
+    fp8_dot = functools.partial(dot, residual="fp8")
+    fp8 = kept_bytes_a_token(fp8_dot, K, weight(K, N))
     # Codes, and a float32 scale for 128 of them.
     assert fp8 == K * (1 + 4 / 128)
     assert fp8 <= 0.55 * bf16
@@ -48,12 +39,13 @@ def test_codes_are_at_most_55_percent_of_the_bytes_of_bf16():
 def test_gated_mlp_keeps_its_input_and_what_is_activated_alone():
     weights = weight(K, HIDDEN), weight(K, HIDDEN), weight(HIDDEN, K)
     recipe = recipes.deepseek_v3(residual="fp8")
-    assert kept_bytes_a_token(ops.swiglu_mlp, *weights) == 2 * (K + 2 * HIDDEN)
-    fp8 = kept_bytes_a_token(functools.partial(ops.swiglu_mlp, recipe=recipe), *weights)
+    assert kept_bytes_a_token(ops.swiglu_mlp, K, *weights) == 2 * (K + 2 * HIDDEN)
+    fp8_mlp = functools.partial(ops.swiglu_mlp, recipe=recipe)
+    fp8 = kept_bytes_a_token(fp8_mlp, K, *weights)
     assert fp8 == K * (1 + 4 / 128) + 2 * 2 * HIDDEN
     recipe = recipes.deepseek_v3(residual="recompute")
     again = functools.partial(ops.swiglu_mlp, recipe=recipe)
-    assert kept_bytes_a_token(again, *weights) == 2 * K
+    assert kept_bytes_a_token(again, K, *weights) == 2 * K
 
 
 @pytest.mark.parametrize("recipe", [recipes.deepseek_v3, recipes.blocked_wgrad])
@@ -71,7 +63,7 @@ def test_recomputed_block_has_the_bits_of_one_that_keeps(recipe):
 
 def test_recomputing_in_a_single_product_is_keeping_it():
     bf16, again = (
-        kept_bytes_a_token(functools.partial(dot, residual=r), weight(K, N))
+        kept_bytes_a_token(functools.partial(dot, residual=r), K, weight(K, N))
         for r in ("bf16", "recompute")
     )
     assert bf16 == again
