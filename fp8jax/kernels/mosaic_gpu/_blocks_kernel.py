@@ -30,6 +30,7 @@ from fp8jax.kernels.mosaic_gpu._common import (
     await_stores,
     ceil_div,
     num_sms,
+    one_call,
     swizzled,
 )
 from fp8jax.kernels.mosaic_gpu._encode import BLOCK, amax_bits, encode, scales
@@ -104,7 +105,7 @@ def launch(
     threads: dict[str, Any] = {}
     if config.warpgroups > 1:
         threads = {"num_threads": config.warpgroups, "thread_name": "wg"}
-    return plgpu.kernel(
+    run = plgpu.kernel(
         functools.partial(
             _body,
             directions=directions,
@@ -137,7 +138,8 @@ def launch(
             approx_math=compute is not None,
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
         ),
-    )(*inputs)
+    )
+    return one_call(run(*inputs))
 
 
 def _body(

@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _H100_SMS = 132
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_Results = TypeVar("_Results")
 
 
 def num_sms() -> int:
@@ -42,6 +43,17 @@ def await_stores() -> None:
     begins, is the device's part.
     """
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def one_call(results: _Results) -> _Results:
+    """A kernel's results as XLA must take them: of one call.
+
+    Where a result is stacked by a scan and read on as well, XLA copies the call into a
+    fusion that writes the stack and keeps the call for the other readers: the kernel
+    would run twice. A barrier keeps the readers apart from the call. Put it right on
+    what the kernel writes, inside any transpose or cast, which XLA then still cancels.
+    """
+    return lax.optimization_barrier(results)
 
 
 def in_32_bits(kernel: _Function) -> _Function:

@@ -23,6 +23,7 @@ from fp8jax.kernels.mosaic_gpu._common import (
     in_32_bits,
     mapped_under_vmap,
     num_sms,
+    one_call,
     swizzled,
     zero_pad,
 )
@@ -130,7 +131,7 @@ def _multiply(
         "codes_smem": plgpu.SMEM((config.block_m, CHUNK), dtype, transforms=OPERAND),
         "scale_smem": plgpu.SMEM((config.block_m,), jnp.float32),
     }
-    data, factors = plgpu.kernel(
+    launch = plgpu.kernel(
         functools.partial(_body, schedule=schedule, **how),
         out_type=(
             jax.ShapeDtypeStruct((rows, n), dtype),
@@ -149,14 +150,9 @@ def _multiply(
             approx_math=True,  # As where SwiGLU is quantized by itself.
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
-    )(
-        lhs,
-        zero_pad(lhs_scale.T, (1, ROW_MULTIPLE)),
-        gate,
-        gate_scale,
-        up,
-        up_scale,
     )
+    scale = zero_pad(lhs_scale.T, (1, ROW_MULTIPLE))
+    data, factors = one_call(launch(lhs, scale, gate, gate_scale, up, up_scale))
     return data[:m], factors.T[:m]
 
 

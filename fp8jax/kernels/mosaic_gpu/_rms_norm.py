@@ -25,6 +25,7 @@ from fp8jax.kernels.mosaic_gpu._common import (
     in_32_bits,
     mapped_under_vmap,
     num_sms,
+    one_call,
     swizzled,
     zero_pad,
 )
@@ -183,7 +184,7 @@ def _launch(
     # Of few rows in the GEMM's order: it takes longer, but no launch to turn them.
     scales_shape = (config.chunks, rows) if rows <= _FEW_ROWS else (tiles,)
     in_columns = BLOCK // x.dtype.itemsize
-    return plgpu.kernel(
+    run = plgpu.kernel(
         functools.partial(_body, steps=steps, config=config, **static),
         out_type=[
             jax.ShapeDtypeStruct((tiles, BLOCK), dtype),
@@ -218,7 +219,8 @@ def _launch(
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
-    )(*inputs, weights)
+    )
+    return one_call(run(*inputs, weights))
 
 
 def _body(
