@@ -49,6 +49,32 @@ class Layout:
     out_shape: tuple[int, ...]
     numbers: DimensionNumbers
 
+    @property
+    def lhs_free_rank(self) -> int:
+        """How many dimensions of the result are those of `lhs`."""
+        (l_con, _), (l_bat, _) = self.numbers
+        return len(self.lhs.permutation) - len(l_con) - len(l_bat)
+
+    @property
+    def exchanged(self) -> "Layout":
+        """The layout of `rhs` times `lhs`: the sides of `rhs` come first."""
+        (l_con, r_con), (l_bat, r_bat) = self.numbers
+        b, free = self.batch_rank, self.lhs_free_rank
+        shape = self.out_shape
+        return Layout(
+            lhs=self.rhs,
+            rhs=self.lhs,
+            batch_rank=b,
+            out_shape=(*shape[:b], *shape[b + free :], *shape[b : b + free]),
+            numbers=((r_con, l_con), (r_bat, l_bat)),
+        )
+
+    def exchange_sides(self, out: jax.Array) -> jax.Array:
+        """This layout's result, turned into that of `exchanged`."""
+        b, free = self.batch_rank, self.lhs_free_rank
+        sides = range(b + free, out.ndim), range(b, b + free)
+        return lax.transpose(out, (*range(b), *sides[0], *sides[1]))
+
 
 def plan(
     lhs_shape: tuple[int, ...],

@@ -100,13 +100,19 @@ class QuantizeBoth:
 
 @dataclasses.dataclass(frozen=True)
 class Multiply:
-    """A marked call that multiplies codes: `(lhs, its scale, rhs, its scale)`."""
+    """A marked call that multiplies codes: `(lhs, its scale, rhs, its scale)`.
+
+    Attributes:
+        exchanged: whether to multiply rhs by lhs and transpose the result, for a reader
+            that transposes it back: XLA cancels the two, and nothing moves.
+    """
 
     role: Role
     layout: ops.Layout
     tiles: tuple[tuple[int, int], tuple[int, int]]
     out_dtype: np.dtype
     implementation: str | None
+    exchanged: bool = False
 
     def __call__(self, *codes: jax.Array) -> jax.Array:
         return marked(self.role, self._run)(*codes)
@@ -114,37 +120,45 @@ class Multiply:
     def _run(self, *codes: jax.Array) -> jax.Array:
         lhs, lhs_scale, rhs, rhs_scale = codes
         lhs_tile, rhs_tile = self.tiles
-        return ops.multiply_operands(
-            QTensor(lhs, lhs_scale, lhs_tile),
-            QTensor(rhs, rhs_scale, rhs_tile),
-            self.layout,
-            self.out_dtype,
-            self.implementation,
-        )
+        q_lhs = QTensor(lhs, lhs_scale, lhs_tile)
+        q_rhs = QTensor(rhs, rhs_scale, rhs_tile)
+        how = self.out_dtype, self.implementation
+        if not self.exchanged:
+            return ops.multiply_operands(q_lhs, q_rhs, self.layout, *how)
+        layout = self.layout.exchanged
+        out = ops.multiply_operands(q_rhs, q_lhs, layout, *how)
+        return layout.exchange_sides(out)
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A marked call that quantizes and multiplies, for XLA to split over devices."""
+    """A marked call that quantizes and multiplies, for XLA to split over devices.
+
+    Attributes:
+        exchanged: as in `Multiply`.
+    """
 
     what: QuantizedDot
-    dimension_numbers: Any
+    layout: ops.Layout
     out_dtype: np.dtype
+    exchanged: bool = False
 
     def __call__(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         return marked(self.what.role, self._run)(lhs, rhs)
 
     def _run(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        return ops.quantized_dot(
-            lhs,
-            rhs,
-            self.dimension_numbers,
-            self.what.lhs_spec,
-            self.what.rhs_spec,
+        run = functools.partial(
+            ops.quantized_dot,
             preferred_element_type=self.out_dtype,
             implementation=self.what.implementation,
             split=True,
         )
+        lhs_spec, rhs_spec = self.what.lhs_spec, self.what.rhs_spec
+        if not self.exchanged:
+            return run(lhs, rhs, self.layout.numbers, lhs_spec, rhs_spec)
+        layout = self.layout.exchanged
+        out = run(rhs, lhs, layout.numbers, rhs_spec, lhs_spec)
+        return layout.exchange_sides(out)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,7 @@ from fp8jax.transform._ragged import is_ragged, ragged_call
 from fp8jax.transform._rule_call import RuleCall
 from fp8jax.transform._stored import StaticDot
 from fp8jax.transform._stored_calls import static_equations
+from fp8jax.transform._transposed import read_transposed
 from fp8jax.transform._values import SIDES, Side
 from fp8jax.transform._views import name_of, views_in
 
@@ -79,6 +80,10 @@ class _InJaxpr:
         self._statistics = statistics
         eqns = _compat.open_jaxpr(jaxpr).eqns
         self._views = views_in(eqns)
+        self._exchanged = {
+            eqns[i].outvars[0]
+            for i in read_transposed(_compat.open_jaxpr(jaxpr), planned)
+        }
         self._codes: dict[Hashable, list[Any]] = {}
         # What is needed before the backward pass, by the recipe or by a product.
         self._early: set[Hashable] = set()
@@ -118,13 +123,13 @@ class _InJaxpr:
 
     def _alone(self, eqn: Any, what: Replacement) -> list[Any]:
         """Equations of a product that is one call."""
-        dimension_numbers = eqn.params["dimension_numbers"]
         if isinstance(what, LayerDot):
-            options = eqn.params["precision"], eqn.params["preferred_element_type"]
-            call = Layer(what, dimension_numbers, *options)
+            names = "dimension_numbers", "precision", "preferred_element_type"
+            call = Layer(what, *(eqn.params[name] for name in names))
         else:
             dtype = np.dtype(eqn.outvars[0].aval.dtype)
-            call = Product(what, dimension_numbers, dtype)
+            exchanged = eqn.outvars[0] in self._exchanged
+            call = Product(what, _layout(eqn), dtype, exchanged)
         product, _ = self._calls(call, eqn, *eqn.invars)
         specs = specs_of(what)
         if not self._statistics or not specs:
@@ -150,6 +155,7 @@ class _InJaxpr:
             (what.lhs_spec.tile, what.rhs_spec.tile),
             np.dtype(eqn.outvars[0].aval.dtype),
             what.implementation,
+            exchanged=eqn.outvars[0] in self._exchanged,
         )
         operands = [x for _, made in codes for x in made]
         return eqns + self._calls(multiply, eqn, *operands)[0]
