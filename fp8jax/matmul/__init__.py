@@ -3,6 +3,7 @@
 from fp8jax._dispatch import MARK
 from fp8jax.matmul._grouped import grouped_matmul, grouped_wgrad
 from fp8jax.matmul._grouped_implementation import grouped_implementation
+from fp8jax.matmul._kernels_here import has_gpu_kernels
 from fp8jax.matmul._scaled_matmul import gemm_implementation, scaled_matmul
 from fp8jax.matmul._swiglu_matmul import swiglu_matmul
 
@@ -12,6 +13,7 @@ __all__ = [
     "grouped_implementation",
     "grouped_matmul",
     "grouped_wgrad",
+    "has_gpu_kernels",
     "scaled_matmul",
     "swiglu_matmul",
 ]

@@ -1,6 +1,11 @@
 """Operations with gradients, given a recipe."""
 
-from fp8jax.matmul import MARK, gemm_implementation, grouped_implementation
+from fp8jax.matmul import (
+    MARK,
+    gemm_implementation,
+    grouped_implementation,
+    has_gpu_kernels,
+)
 from fp8jax.ops._by_recipe import ByRecipe, attention_products, takes_own_product
 from fp8jax.ops._dot_general import dot_general
 from fp8jax.ops._einsum import einsum
@@ -53,6 +58,7 @@ __all__ = [
     "expert_mlp",
     "gemm_implementation",
     "grouped_implementation",
+    "has_gpu_kernels",
     "moe",
     "multiply_operands",
     "output_dtype",

@@ -1,5 +1,6 @@
 """`jax.lax.dot_general` with its three GEMMs in FP8."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -118,11 +119,16 @@ def _fprop(product: Product, x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any
     """The product, and of x and w what wgrad and dgrad will need."""
     if product.recipe.fprop is None:
         return product.plain(x, w), (x, w)
-    q_x, x_kept = input_codes(product, x)
-    q_w, w_kept = weight_codes(product, w)
     if product.split:  # A product of codes alone would gather them.
         y = product.once(functools.partial(_forward, product))(x, w)
-        return named_product(y), (x_kept, w_kept)
+        if product.recipe.residual != "fp8":
+            return named_product(y), (x, w)
+        # A kernel that XLA can split: it would gather the operands of a GPU's.
+        product = dataclasses.replace(product, implementation="xla")
+        kept = input_codes(product, x)[1], weight_codes(product, w)[1]
+        return named_product(y), kept
+    q_x, x_kept = input_codes(product, x)
+    q_w, w_kept = weight_codes(product, w)
     return multiply(product, q_x, q_w), (x_kept, w_kept)
 
 

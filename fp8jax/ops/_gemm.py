@@ -117,8 +117,8 @@ def quantized_dot(
         preferred_element_type: dtype of the result; the operands' promoted by default.
         implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here.
         split: whether the arrays may be sharded: then XLA's partitioner is told how
-            to split the product, and runs it as the plain one would be, in XLA's
-            kernels unless `implementation` says otherwise.
+            to split the product as it would the plain one, and each device runs the
+            kernels on its shards.
 
     Returns:
         An array of the shape and dtype that `jax.lax.dot_general` gives.
@@ -167,11 +167,9 @@ def _split(
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """The product of two arrays, which XLA may split over devices."""
 
-    def run(lhs: jax.Array, rhs: jax.Array, dtype: Any, is_shard: bool) -> jax.Array:
+    def run(lhs: jax.Array, rhs: jax.Array, dtype: Any) -> jax.Array:
         layout = plan(lhs.shape, rhs.shape, numbers, "quantized_dot")
-        # NOTE: kernels other than XLA's have not been tried inside its partitioner.
-        chosen = implementation or ("xla" if is_shard else None)
-        return _whole(lhs, rhs, layout, specs, dtype, chosen)
+        return _whole(lhs, rhs, layout, specs, dtype, implementation)
 
     factors = Factorization.of(lhs_rank, rhs_rank, numbers)
     return split_over_devices(run, factors, out_dtype)

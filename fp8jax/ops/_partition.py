@@ -4,23 +4,27 @@ XLA's partitioner knows what to do with a `dot_general`, but not with the quanti
 and the loop over chunks that stand in for one: it would gather operands. So the whole
 of it is one operation that tells the partitioner what a `dot_general` of the operands
 would: which dimensions may be split, which one is summed over. Operands are moved, if
-at all, before they are quantized. Each device quantizes and multiplies what it has; one
-all-reduce adds partial sums in float32 where the contraction is split. Tiles begin anew
-at each shard's edge: shards of a multiple of 128 have the tiles of the whole array.
+at all, before they are quantized. Each device quantizes and multiplies what it has, in
+the kernels of one device. Where the contraction is split, each device's part is rounded
+to the result's dtype and added as the plain product's is, so that XLA joins sums and
+scatters them as it does there. Tiles begin anew at each shard's edge: shards of a
+multiple of 128 have the tiles of the whole array.
 """
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
+
+from fp8jax.ops._lowered_once import lowered_once
 
 Factors = tuple[str, ...]  # One name for each dimension of an array.
 Product = Callable[..., jax.Array]
@@ -39,6 +43,15 @@ class Factorization:
     rhs: Factors
     out: Factors
     summed: Factors
+
+    def mapped(self, is_mapped: Sequence[bool]) -> "Factorization":
+        """Of the product mapped over a new first dimension of some of the operands."""
+        name = f"v{sum(factor[0] == 'v' for factor in self.out)}"
+        lhs, rhs = (
+            (name, *names) if mapped else names
+            for names, mapped in zip((self.lhs, self.rhs), is_mapped, strict=True)
+        )
+        return Factorization(lhs, rhs, (name, *self.out), self.summed)
 
     @classmethod
     def of(cls, lhs_rank: int, rhs_rank: int, numbers: Any) -> "Factorization":
@@ -64,14 +77,14 @@ def split_over_devices(
     """`product` with rules for the partitioner and for `vmap`.
 
     Args:
-        product: `(lhs, rhs, out_dtype, is_shard)` to the product of two arrays, also of
-            shards of them. `is_shard` tells that the partitioner has split the work.
+        product: `(lhs, rhs, out_dtype)` to the product of two arrays, also of shards of
+            them.
         factors: names of the dimensions.
         out_dtype: of the result.
     """
 
     def whole(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        return product(lhs, rhs, out_dtype, False)
+        return product(lhs, rhs, out_dtype)
 
     def partition(mesh: Any, args: Any, out: Any) -> Any:
         specs = [_spec(x) for x in (*args, out)]
@@ -81,10 +94,8 @@ def split_over_devices(
 
         @_without_mesh
         def shard(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-            if not summed:
-                return product(lhs, rhs, out_dtype, True)
-            partial = product(lhs, rhs, jnp.float32, True)
-            return lax.psum(partial, summed).astype(out_dtype)
+            out = lowered_once(product)(lhs, rhs, out_dtype)
+            return lax.psum(out, summed) if summed else out
 
         shardings = [
             NamedSharding(mesh, PartitionSpec(*(axes[name] or None for name in names)))
@@ -98,11 +109,20 @@ def split_over_devices(
     )
     mappable = jax.custom_batching.custom_vmap(partitioned)
 
+    @functools.cache
+    def over(is_mapped: tuple[bool, ...]) -> Product:
+        in_axes = tuple(0 if mapped else None for mapped in is_mapped)
+
+        def mapped(lhs: jax.Array, rhs: jax.Array, dtype: Any) -> jax.Array:
+            return jax.vmap(lambda x, w: product(x, w, dtype), in_axes)(lhs, rhs)
+
+        return split_over_devices(mapped, factors.mapped(is_mapped), out_dtype)
+
     @mappable.def_vmap
     def _vmap(axis_size: int, is_mapped: Sequence[bool], *args: jax.Array) -> Any:
-        # Not split by rule: the partitioner does with it what it can.
-        in_axes = tuple(0 if mapped else None for mapped in is_mapped)
-        return jax.vmap(whole, in_axes, axis_size=axis_size)(*args), True
+        # A rule of its own: without one, XLA would gather operands for the kernels.
+        del axis_size
+        return over(tuple(is_mapped))(*args), True
 
     return mappable
 

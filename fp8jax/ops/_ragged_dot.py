@@ -18,7 +18,7 @@ from fp8jax.ops._grouped_product import (
     wgrad_input,
     wgrad_of,
 )
-from fp8jax.ops._spread import Spread, spread
+from fp8jax.ops._spread import without_split
 from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
 
 
@@ -130,8 +130,6 @@ def grouped_product(
             f"{name} takes aligned groups in a multiple of {ALIGNMENT} rows, got "
             f"{len(x)} rows."
         )
-    if implementation is None and spread(x, w, sizes) != Spread.ONE:
-        implementation = "xla"  # XLA cannot split the others.
     return GroupedProduct(
         name=name,
         out_dtype=output_dtype(name, x, w, dtype),
@@ -139,7 +137,7 @@ def grouped_product(
         w_dtype=w.dtype,
         precision=lax.Precision(precision) if isinstance(precision, str) else precision,
         recipe=recipe,
-        implementation=implementation,
+        implementation=without_split(name, implementation, x, w, sizes),
         aligned=aligned,
     )
 

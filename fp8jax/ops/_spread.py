@@ -2,11 +2,14 @@
 
 import enum
 import functools
+import warnings
 from typing import Any
 
 import jax
 from jax.core import Tracer
 from jax.sharding import AxisType, SingleDeviceSharding
+
+from fp8jax.matmul import has_gpu_kernels
 
 
 class Spread(enum.IntEnum):
@@ -34,6 +37,29 @@ def spread(*arrays: Any) -> Spread:
         elif found == Spread.ONE and not _is_only_device():
             found = Spread.UNKNOWN
     return found
+
+
+def without_split(name: str, implementation: str | None, *arrays: Any) -> str | None:
+    """The implementation of an op that XLA has no rule to split by.
+
+    XLA would gather the operands of a GPU's kernel; its own kernels it splits.
+
+    Args:
+        name: of the op, for the warning where that is slow.
+        implementation: what the user asked for, which stays.
+        arrays: pytrees of its operands.
+    """
+    if implementation is not None or spread(*jax.tree.leaves(arrays)) == Spread.ONE:
+        return implementation
+    if has_gpu_kernels():
+        warnings.warn(
+            f"{name} runs in XLA's emulation of FP8, many times slower than the GPU "
+            "kernels: its arrays may be sharded, and XLA has no rule to split it by. "
+            "Call it in a jax.shard_map, or, where all arrays lie on one device, pass "
+            'implementation="mosaic_gpu".',
+            stacklevel=3,
+        )
+    return "xla"
 
 
 def spread_of_mesh(mesh: Any) -> Spread:

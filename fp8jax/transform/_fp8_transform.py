@@ -105,8 +105,7 @@ def fp8_transform(
             `jax.jit`.
         min_dim: a weight with fewer input or output features is skipped, unless a rule
             is about it.
-        implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here; that is
-            `"xla"` for arrays that are sharded over devices.
+        implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here.
         stats: whether a call returns `(outputs, statistics)`: how well the codes of
             every product in FP8 stand for its operands, `{path: {role: {name: array}}}`
             with the names `sqnr_db`, `underflow`, `saturated` and `amax`, float32. The
@@ -381,6 +380,17 @@ def _warn(report: Report, policy: Policy, name: str) -> None:
         warnings.warn(
             f"fp8_transform({name}): {pattern!r} in custom_rules is the name of no "
             "function with a custom_vjp or custom_jvp; see .report(*args).",
+            stacklevel=2,
+        )
+    emulated = [
+        f"{row.path} ({row.role})" for row in report.rows if row.kernel == "xla"
+    ]
+    if emulated and policy.implementation is None and ops.has_gpu_kernels():
+        others = f" and {len(emulated) - 3} more" if len(emulated) > 3 else ""
+        warnings.warn(
+            f"fp8_transform({name}): {', '.join(emulated[:3])}{others} run in XLA's "
+            "emulation of FP8, many times slower than the GPU kernels; "
+            ".report(*args) says why.",
             stacklevel=2,
         )
     if not any(row.status == "fp8" for row in report.rows) and not policy.recipe.is_off:

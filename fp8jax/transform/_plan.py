@@ -20,7 +20,7 @@ from fp8jax.transform._stored import StaticDot, StoredOperands
 from fp8jax.transform._stored_plan import notes_on, static_dot
 from fp8jax.transform._values import MARKED, Dot, Position, Side, other_side
 
-SPLIT = "sharded over devices, and a GPU kernel cannot be split"
+SPLIT = "sharded over devices, and XLA has no rule to split its GPU kernel by"
 CHECKED = "in a shard_map that checks types, which GPU kernels lack: check_vma=False"
 
 
@@ -44,6 +44,7 @@ class LayerDot:
     recipe: Recipe
     weight: Side
     implementation: str | None
+    split: bool = False  # Whether XLA may split it over devices.
 
     @property
     def first(self) -> Side:
@@ -136,18 +137,19 @@ def make_plan(
 def _on_devices(
     verdict: _Verdict, dot: Dot, spread: ops.Spread, kernel_of: Callable[..., str]
 ) -> _Verdict:
-    """The verdict for arrays so spread: in XLA's kernels, if XLA may split them."""
+    """The verdict for arrays so spread: what XLA splits by rule, and what it cannot.
+
+    Rows in groups and stored codes have no such rule: XLA's own kernels run there.
+    """
     what, reason = verdict.replacement, verdict.reason
     if what is None:
         return verdict
     avals = dot.lhs_aval, dot.rhs_aval
     why_xla = CHECKED if any(map(_compat.varying_axes, avals)) else ""
     if not dot.scope.in_shard_map:
-        why_xla = SPLIT if spread == ops.Spread.MANY else why_xla
-        is_explicit = _compat.is_explicit(dot.out_aval)
-        if dot.ragged is not None:
+        if dot.ragged is not None or isinstance(what, StaticDot):
             why_xla = SPLIT if spread else why_xla
-        elif isinstance(what, QuantizedDot) and (spread or is_explicit):
+        elif spread or _compat.is_explicit(dot.out_aval):
             what = dataclasses.replace(what, split=True)
     if why_xla and what.implementation is None:
         if _kernel(what, dot, kernel_of) not in ("", "xla"):

@@ -134,7 +134,9 @@ class _InJaxpr:
         specs = specs_of(what)
         if not self._statistics or not specs:
             return product
-        quantize = _quantizations(eqn, specs, what.implementation)
+        # By a kernel that XLA can split: outside of the product there is no rule.
+        measured_by = "xla" if what.split else what.implementation
+        quantize = _quantizations(eqn, specs, measured_by)
         measure = Measure(quantize, what.first)
         spec = jax.sharding.PartitionSpec()
         measured, _ = self._calls(measure, eqn, *eqn.invars, out_spec=spec)

@@ -420,23 +420,26 @@ def test_shards_that_cut_tiles_stay_local_and_quantize_no_coarser():
     assert fp8jax.numerics.sqnr_db(fn(*args), x @ w) > whole - 1
 
 
-def test_products_summed_over_devices_are_rounded_once():
+def test_products_summed_over_devices_are_added_in_the_dtype_of_the_plain_sums():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     x, w = normal(0, 64, HIDDEN), normal(1, HIDDEN, D)
     x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-    place = {"w": P("data"), "x": P(None, "data")}
     dims = (((1,), (0,)), ((), ()))
     fn = jax.jit(lambda x, w: fp8jax.dot_general(x, w, dims))
     got = fn(
-        jax.device_put(x, NamedSharding(mesh, place["x"])),
-        jax.device_put(w, NamedSharding(mesh, place["w"])),
+        jax.device_put(x, NamedSharding(mesh, P(None, "data"))),
+        jax.device_put(w, NamedSharding(mesh, P("data"))),
     )
-    wanted = fn(x, w)
-    # A device has one chunk: only the eight chunks' sum is reordered. That moves it by
-    # at most 2**-18 of the chunks' size, over a tie (2**-8 apart) in few elements.
-    got, wanted = np.asarray(got, "f"), np.asarray(wanted, "f")
-    assert np.mean(got != wanted) < 2**-6
-    np.testing.assert_allclose(got, wanted, rtol=2**-7, atol=2**-7 * 1e-3)
+    assert got.dtype == jnp.bfloat16
+    exact = functools.partial(fp8jax.dot_general, preferred_element_type=jnp.float32)
+    parts = [
+        np.asarray(exact(x[:, k : k + 128], w[k : k + 128], dims), np.float64)
+        for k in range(0, HIDDEN, 128)
+    ]
+    # Each device's part is rounded once, by 2**-9 of it at most, and so is each of the
+    # seven sums, none of which exceeds the sum of magnitudes.
+    bound = 8 * 2**-9 * np.sum(np.abs(parts), 0)
+    assert (np.abs(np.asarray(got, np.float64) - np.sum(parts, 0)) <= bound).all()
 
 
 def pretend_hopper(monkeypatch):
@@ -453,7 +456,7 @@ def pretend_hopper(monkeypatch):
     monkeypatch.setattr(_dispatch, "_marked", marked)
 
 
-def test_gpu_kernels_are_not_chosen_for_sharded_arrays(monkeypatch):
+def test_gpu_kernels_run_on_the_shards_of_sharded_arrays(monkeypatch):
     pretend_hopper(monkeypatch)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rows = NamedSharding(mesh, P("data"))
@@ -462,22 +465,14 @@ def test_gpu_kernels_are_not_chosen_for_sharded_arrays(monkeypatch):
 
     def kernels(fn, *args):
         found = fp8_transform(fn).report(*args).rows
-        return {(row.kernel, "cannot be split" in row.reason) for row in found}
+        return {(row.kernel, row.reason) for row in found}
 
-    assert kernels(step, params, x, y) == {("mosaic_gpu", False)}
-    split = {("xla", True)}
-    # Seen from the arguments, from their types, and from the program.
-    assert kernels(step, params, jax.device_put(x, rows), y) == split
-    typed = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
-    assert kernels(step, params, typed, y) == split
+    ours = {("mosaic_gpu", "")}
+    assert kernels(step, params, x, y) == ours
+    assert kernels(step, params, jax.device_put(x, rows), y) == ours
     everywhere = NamedSharding(mesh, P())
     jitted = jax.jit(step, in_shardings=(everywhere, rows, rows))
-    assert kernels(jitted, params, x, y) == split
-
-    def constrain(x, name):
-        return jax.lax.with_sharding_constraint(x, rows)
-
-    assert kernels(train_step(constrain), params, x, y) == split
+    assert kernels(jitted, params, x, y) == ours
     # A shard_map's body is each device's own.
     layout = LAYOUTS["data"]
     for check_vma, kernel in ((False, "mosaic_gpu"), (True, "xla")):
@@ -486,10 +481,29 @@ def test_gpu_kernels_are_not_chosen_for_sharded_arrays(monkeypatch):
         found = fp8_transform(local).report(*place(layout, mesh)).rows
         assert {row.kernel for row in found} == {kernel}
         assert {"check_vma" in row.reason for row in found} == {check_vma}
-    # An explicit choice stays.
-    asked = fp8_transform(step, implementation="mosaic_gpu")
-    found = asked.report(params, jax.device_put(x, rows), y).rows
-    assert {(row.kernel, row.reason) for row in found} == {("mosaic_gpu", "")}
+
+
+@pytest.mark.filterwarnings("ignore:fp8_transform")
+def test_ragged_products_keep_their_guard_and_the_call_warns_of_it(monkeypatch):
+    pretend_hopper(monkeypatch)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    everywhere = NamedSharding(mesh, P())
+    x, w = normal(0, 256, 128), normal(1, 4, 128, 128)
+    sizes = jax.numpy.full(4, 64)
+
+    def forward(w, x):
+        return jax.lax.ragged_dot(x, w, sizes)
+
+    transform = functools.partial(fp8_transform, forward, weights=[0])
+    alone = transform().report(w, x).rows
+    assert {row.kernel for row in alone} == {"mosaic_gpu"}
+    spread = jax.device_put((w, x), everywhere)
+    found = transform().report(*spread).rows
+    assert {(row.kernel, "no rule" in row.reason) for row in found} == {("xla", True)}
+    with pytest.warns(UserWarning, match=r"w \(fprop\) run in XLA's emulation"):
+        transform().trace(*spread)
+    with pytest.warns(UserWarning, match="ragged_dot runs in XLA's emulation"):
+        jax.jit(fp8jax.ragged_dot).trace(x, w, sizes)
 
 
 def test_unclear_explicit_shardings_are_left_alone_and_reported():

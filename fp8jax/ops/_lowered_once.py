@@ -1,0 +1,40 @@
+"""One device's part of a product, lowered once for equal shards.
+
+XLA's partitioner asks for each product of a program by itself, and JAX lowers each
+answer anew: its GPU kernels take a third of a second each, and most are equal. An
+exported function is lowered once, and then only read.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import export
+
+from fp8jax.matmul import has_gpu_kernels
+
+# Pallas promises no stability of its calls between versions; these live in one process.
+_CHECKS = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+
+
+def lowered_once(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`product` of `(lhs, rhs, out_dtype)`, lowered once where that is costly."""
+
+    def run(lhs: jax.Array, rhs: jax.Array, out_dtype: Any) -> jax.Array:
+        if not has_gpu_kernels():
+            return product(lhs, rhs, out_dtype)
+        avals = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (lhs, rhs))
+        x64 = jax.config.read("jax_enable_x64")
+        return _exported(product, avals, jax.numpy.dtype(out_dtype), x64).call(lhs, rhs)
+
+    return run
+
+
+@functools.lru_cache(maxsize=1024)
+def _exported(
+    product: Callable[..., jax.Array], avals: Any, out_dtype: Any, x64: bool
+) -> export.Exported:
+    del x64  # A part of the key alone: what is traced depends on it.
+    run = jax.jit(lambda lhs, rhs: product(lhs, rhs, out_dtype))
+    return export.export(run, platforms=["cuda"], disabled_checks=_CHECKS)(*avals)
