@@ -1,7 +1,23 @@
 """Strict JAX settings for every test, and the skip of GPU tests where there is none."""
 
+import ctypes
+import importlib.util
 import os
 from collections.abc import Iterator
+
+
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+# Without a driver the CUDA plugin can compile, but refuses to start as a platform.
+_PLUGINS = "jax_cuda12_plugin", "jax_cuda13_plugin"
+if any(map(importlib.util.find_spec, _PLUGINS)) and not _has_driver():
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Eight CPU devices, so that sharding is tested on every machine. Before JAX starts.
 os.environ["XLA_FLAGS"] = (
@@ -14,6 +30,14 @@ import pytest
 from fp8jax.ops import _spread
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-compiled",
+        action="store_true",
+        help="tests marked compiled fail where they would be skipped",
+    )
 
 
 def _hopper_missing() -> str | None:
