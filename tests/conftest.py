@@ -27,6 +27,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
+from benchmarks import _h100
 from fp8jax.ops import _spread
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -56,6 +57,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if reason:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if not item.get_closest_marker("compiled"):
+        return
+    try:
+        _h100.devices(1)
+    except RuntimeError as reason:
+        required = item.config.getoption("--require-compiled")
+        (pytest.fail if required else pytest.skip)(str(reason))
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,62 @@
+"""A whole train step compiled for one H100 does nothing twice and copies no weight."""
+
+import collections
+
+import pytest
+
+from benchmarks import _hlo
+from benchmarks._llama import SHAPES, Decoder
+from tests.compiled.programs import fp8, plain
+
+pytestmark = pytest.mark.compiled
+
+SCANS = [Decoder(remat=remat) for remat in ("none", "dots", "full")]
+# Unrolled layers take long to compile.
+UNROLLED = [Decoder(form=form, layers=2) for form in ("unrolled", "list")]
+
+
+def name(decoder):
+    return f"{decoder.form}-{decoder.remat}"
+
+
+every_form = pytest.mark.parametrize("decoder", SCANS + UNROLLED, ids=name)
+beside_plain = pytest.mark.parametrize("decoder", [SCANS[1], *UNROLLED], ids=name)
+
+
+@every_form
+def test_each_fp8_product_of_the_report_is_one_kernel_and_runs_once(decoder):
+    program, report = fp8(decoder)
+    rows = [row for row in report.rows if row.status == "fp8"]
+    # Every weight's fprop, dgrad and wgrad, or the test would be about nothing.
+    assert sum(row.count for row in rows) >= 3 * len(SHAPES) * decoder.layers
+    assert {row.kernel for row in rows} == {"mosaic_gpu"}
+    products = [kernel for kernel in _hlo.kernels(program) if kernel.is_product]
+    assert sum(kernel.times for kernel in products) == sum(row.count for row in rows)
+
+
+@every_form
+def test_no_kernel_is_cloned(decoder):
+    assert _hlo.clones(fp8(decoder).program) == []
+
+
+@every_form
+def test_xla_itself_computes_nothing_in_fp8(decoder):
+    assert _hlo.emulated(fp8(decoder).program) == []
+
+
+@beside_plain
+def test_no_update_of_a_weight_transposes_where_the_plain_one_does_not(decoder):
+    ours, theirs = (
+        [run.instruction.result for run in _hlo.transposed_weights(program)]
+        for program in (fp8(decoder).program, plain(decoder))
+    )
+    assert len(ours) <= len(theirs), collections.Counter(ours)
+
+
+@beside_plain
+def test_no_weight_or_moment_is_copied_where_the_plain_step_does_not(decoder):
+    ours, theirs = (
+        [run.instruction.result for run in _hlo.copied_weights(program)]
+        for program in (fp8(decoder).program, plain(decoder))
+    )
+    assert len(ours) <= len(theirs), collections.Counter(ours)
