@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax._src import config, core
+from jax._src import config, core, source_info_util
 from jax._src.named_sharding import UNSPECIFIED
 from jax.sharding import AxisType
 
@@ -60,6 +60,37 @@ def with_parts(jaxpr: Any, **parts: Any) -> Any:
 
 def _is_high(eqn: Any) -> bool:
     return eqn.primitive.is_high(*(x.aval for x in eqn.invars), **eqn.params)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Name:
+    """One name in a name stack.
+
+    Attributes:
+        text: the name.
+        is_derivative: whether JAX put it there for a derivative; a scope's, if not.
+    """
+
+    text: str
+    is_derivative: bool = False
+
+
+def names_of(eqn: Any) -> tuple[Name, ...]:
+    """An equation's name stack, the outermost name first, without `vmap`."""
+    return tuple(
+        Name(part.name, isinstance(part, source_info_util.Transform))
+        for part in eqn.source_info.name_stack.stack
+        if not (isinstance(part, source_info_util.Transform) and part.name == "vmap")
+    )
+
+
+def remat_as_jaxpr() -> contextlib.AbstractContextManager[Any]:
+    """Has `jax.checkpoint` traced as an equation that holds a jaxpr.
+
+    With `jax_remat3` it is an object whose jaxpr no equation shows.
+    """
+    option = getattr(config, "remat3", None)
+    return contextlib.nullcontext() if option is None else option(False)
 
 
 def function_name(call: Any) -> str:

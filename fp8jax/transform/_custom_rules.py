@@ -16,6 +16,7 @@ from fp8jax.transform._harvest import harvest
 from fp8jax.transform._inline import inline_calls
 from fp8jax.transform._interpreter import Flow, rewrite
 from fp8jax.transform._pair import pair
+from fp8jax.transform._phases import JVP, TRANSPOSE, Pass, Phase
 from fp8jax.transform._plan import Plan
 from fp8jax.transform._policy import Policy
 from fp8jax.transform._replace import Replacer
@@ -164,21 +165,27 @@ def _planned(
         number, root = (flow.number("operand", n) for n in (x.number, x.root))
         return dataclasses.replace(x, number=number, root=root)
 
-    def walk(part: str, stack: str, inputs: Sequence[Value]) -> list[Value]:
-        stack = "/".join(filter(None, (site.scope.stack, stack.format(call.name))))
+    def walk(part: str, phase: Phase, inputs: Sequence[Value]) -> list[Value]:
+        # As JAX would name them in a step that differentiates the call.
+        forward = phase == "forward"
+        stack = f"jvp({call.name})" if forward else f"transpose(jvp({call.name}))"
+        names = (JVP,) if forward else (TRANSPOSE, JVP)
         scope = dataclasses.replace(
-            site.scope, position=(_PARTS.index(part),), stack=stack
+            site.scope,
+            position=(_PARTS.index(part),),
+            stack="/".join(filter(None, (site.scope.stack, stack))),
+            within=Pass(phase, names + site.scope.within.names),
         )
         return flow.walk(getattr(call, part), inputs, scope)
 
     operands = [renumbered(x) for x in site.operands]
-    walk("primal", "jvp({})", operands)
-    residuals = walk("forward", "jvp({})", operands)[len(call.gives) :]
+    walk("primal", "forward", operands)
+    residuals = walk("forward", "forward", operands)[len(call.gives) :]
     cotangents = []
     for i in range(sum(call.gives)):
         number = flow.number("cotangent", i)
         cotangents.append(Value(flow.closure, number, number, True, True))
-    walk("backward", "transpose(jvp({}))", [*residuals, *cotangents])
+    walk("backward", "backward", [*residuals, *cotangents])
     positions = sorted(flow.dots)
     dots = [flow.dots[p] for p in positions]
     return positions, decide(dots, True, (call.forward, call.backward))

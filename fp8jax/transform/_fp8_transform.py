@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from fp8jax import ops
+from fp8jax import _compat, ops
 from fp8jax.recipes import Recipe, Rule, check_recipe, deepseek_v3
 from fp8jax.transform import _nnx
 from fp8jax.transform._arguments import (
@@ -36,7 +36,7 @@ from fp8jax.transform._leaves import (
     weight_mask,
 )
 from fp8jax.transform._pair import pair
-from fp8jax.transform._plan import Plan, make_plan
+from fp8jax.transform._plan import Plan, make_plan, with_doubts
 from fp8jax.transform._policy import Policy
 from fp8jax.transform._replace import Replacer
 from fp8jax.transform._report import Report
@@ -239,7 +239,7 @@ class Fp8Function:
     def _run(self, key: CallKey, donated: list[Any], kept: list[Any]) -> Any:
         # Runs under jit's trace, so jit's own cache is the transform's.
         jaxpr, out_tree, plan = self._plan(key, donated, kept)
-        _warn(plan.report, self._policy, self._name)
+        _warn(plan, self._policy, self._name)
         stats = self._policy.stats
         jaxpr = without_unread(self._rewritten(jaxpr, plan, stats))
         self._has_static_outputs |= has_static_outputs(out_tree)
@@ -271,7 +271,8 @@ class Fp8Function:
             return self._options.mark(put_back(self._fn(*args, **kwargs)), key)
 
         try:
-            jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(donated, kept)
+            with _compat.remat_as_jaxpr():
+                jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(donated, kept)
         except jax.errors.JAXTypeError as error:
             error.add_note(
                 f"fp8_transform({self._name}) traces the function, as jax.jit does: "
@@ -294,10 +295,12 @@ class Fp8Function:
         ) -> Plan:
             found = assign(dots, mask, sizes)
             spread = max(key.spread, *map(spread_of_program, (jaxpr, *programs)))
-            return make_plan(
+            plan = make_plan(
                 found, leaves, self._policy, whole_step, spread, mask, stored
             )
+            return with_doubts(plan, found, leaves, self._policy, told)
 
+        told = self._weights is not None
         whole_step = is_whole_step(dots)
         plan = decide(dots, whole_step, ())
         if self._policy.custom_rules and not whole_step:
@@ -369,7 +372,12 @@ def _is_about_derivatives(error: TypeError) -> bool:
     return "custom_vjp" in text or any(words in text for words in ours)
 
 
-def _warn(report: Report, policy: Policy, name: str) -> None:
+def _warn(plan: Plan, policy: Policy, name: str) -> None:
+    report = plan.report
+    for doubt in plan.doubts:
+        warnings.warn(
+            f"fp8_transform({name}): {doubt} See .report(*args).", stacklevel=2
+        )
     for pattern in report.unmatched_rules:
         warnings.warn(
             f"fp8_transform({name}): the rule {pattern!r} matched no layer's weight; "

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias, TypeVar
 
-from fp8jax.transform._values import SIDES, Dot, Side, Value, other_side, scope_name
+from fp8jax.transform._values import SIDES, Dot, Side, Value, other_side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,22 +45,22 @@ def gradients(dots: Sequence[Dot]) -> Iterator[Gradient]:
         x, y = dot.operand(side), dot.operand(other_side(side))
         if dot.scope.phase in ("forward", "recompute"):
             by_operand[x.root].append((dot, side))
-            by_sizes[_sizes(dot, side)].append((dot, side))
+            by_sizes[sizes_of(dot, side)].append((dot, side))
         elif dot.scope.phase == "backward" and y.cotangent:
             partners[y.root] |= _names(x)
             backward.append((dot, side))
 
     for dot, x_side in backward:
         x, dout = dot.operand(x_side), dot.operand(other_side(x_side))
-        sizes = _gradient_sizes(dot, x_side)
-        shares = [f for f in by_operand[x.root] if _sizes(*f) == sizes]
+        sizes = gradient_sizes(dot, x_side)
+        shares = [f for f in by_operand[x.root] if sizes_of(*f) == sizes]
         others = partners[dout.root] - _names(x)
         if not shares:  # A copy that we failed to recognize as one.
             shares = [f for f in by_sizes[sizes] if _meets(*f, others)]
         shares = [f for f in shares if _meets(*f, others)] or shares
-        here = scope_name(dot.scope.stack)
+        here = dot.scope.within.scope
         if here:
-            same_scope = [f for f in shares if scope_name(f[0].scope.stack) == here]
+            same_scope = [f for f in shares if f[0].scope.within.scope == here]
             shares = same_scope or shares
         for forward, side in shares:
             yield Gradient(dot, x_side, forward, other_side(side))
@@ -74,14 +74,14 @@ def operands_of(dots: Sequence[Dot]) -> Iterator[tuple[Dot, Side]]:
                 yield dot, side
 
 
-def _sizes(dot: Dot, side: Side) -> tuple[int, int, int]:
+def sizes_of(dot: Dot, side: Side) -> tuple[int, int, int]:
     """Elements of one operand, of the other, and of the result."""
     return dot.aval(side).size, dot.aval(other_side(side)).size, dot.out_aval.size
 
 
-def _gradient_sizes(dot: Dot, x_side: Side) -> tuple[int, int, int]:
-    """`_sizes` of the forward product: the result here has the other's size there."""
-    x, dout, out = _sizes(dot, x_side)
+def gradient_sizes(dot: Dot, x_side: Side) -> tuple[int, int, int]:
+    """`sizes_of` of the forward product: the result here has the other's size there."""
+    x, dout, out = sizes_of(dot, x_side)
     return x, out, dout
 
 

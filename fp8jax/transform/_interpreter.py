@@ -13,6 +13,9 @@ import numpy as np
 from jax.extend import core
 
 from fp8jax import _compat
+from fp8jax.transform._liveness import Read, reads
+from fp8jax.transform._phase_flow import PhasesByFlow
+from fp8jax.transform._phases import Passes
 from fp8jax.transform._values import Dot, HandWritten, Position, Scope, Value
 
 # Gives an equation's results from its operands, and tells `Flow` of the dots in it.
@@ -155,6 +158,8 @@ class Flow:
         self.closure = closure
         self._numbers: dict[Hashable, int] = {}
         self._keys: list[Hashable] = []
+        self._passes = Passes()
+        self._phases = PhasesByFlow()
         self.dots: dict[Position, Dot] = {}
         self.hand_written: dict[Position, HandWritten] = {}
 
@@ -185,18 +190,25 @@ class Flow:
         number = self.number("constant", id(x))
         return Value(self.closure, number, number)
 
-    def walk(self, jaxpr: Any, inputs: Sequence[Value], scope: Scope) -> list[Value]:
+    def walk(
+        self,
+        jaxpr: Any,
+        inputs: Sequence[Value],
+        scope: Scope,
+        read: Read | None = None,
+    ) -> list[Value]:
         """The results of a jaxpr.
 
         Args:
             jaxpr: with or without constants.
             inputs: one value for each of its `invars`.
             scope: of the jaxpr.
+            read: which of its results are read; all by default.
         """
         inner = _compat.open_jaxpr(jaxpr)
         env: dict[Any, Value] = {}
 
-        def read(atom: Any) -> Value:
+        def value_of(atom: Any) -> Value:
             if isinstance(atom, core.Literal):
                 return self.constant(atom.val)
             return env[atom]
@@ -204,9 +216,12 @@ class Flow:
         consts = _compat.jaxpr_consts(jaxpr) or inner.constvars
         env.update(zip(inner.constvars, map(self.constant, consts), strict=True))
         env.update(zip(inner.invars, inputs, strict=True))
-        for i, eqn in enumerate(inner.eqns):
+        for i, (eqn, is_read) in enumerate(
+            zip(inner.eqns, reads(inner, read), strict=True)
+        ):
             rule = self._rules.get(eqn.primitive.name, self._default)
-            operands = [read(v) for v in eqn.invars]
-            results = rule(self, eqn, operands, scope.at(i, eqn))
-            env.update(zip(eqn.outvars, results, strict=True))
-        return [read(v) for v in inner.outvars]
+            operands = [value_of(v) for v in eqn.invars]
+            here = scope.at(i, eqn, self._passes, is_read)
+            here = here.in_phase(self._phases.of(here.phase, operands))
+            env.update(zip(eqn.outvars, rule(self, eqn, operands, here), strict=True))
+        return [value_of(v) for v in inner.outvars]

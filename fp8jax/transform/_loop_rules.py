@@ -7,7 +7,8 @@ from typing import Any
 
 from fp8jax import _compat
 from fp8jax.transform._interpreter import Flow, sub_jaxprs
-from fp8jax.transform._values import Scope, Value, joined, phase_of
+from fp8jax.transform._phases import OUTSIDE, Pass, Passes
+from fp8jax.transform._values import Scope, Value, joined
 
 
 def scan_rule(
@@ -23,8 +24,11 @@ def scan_rule(
     loop = (length, frozenset(x.number for x in stacked))
     steps = [_unstacked(flow, x) for x in stacked]
 
+    read = (True,) * n_carry + scope.read[n_carry:]
+
     def body(carry: list[Value]) -> list[Value]:
-        return flow.walk(jaxpr, [*consts, *carry, *steps], scope.inside(times=length))
+        inside = scope.inside(times=length)
+        return flow.walk(jaxpr, [*consts, *carry, *steps], inside, read)
 
     fixed = _fixed_carries(jaxpr, n_consts, n_carry)
     trains = scope.phase == "outside" and _holds_backward_pass(jaxpr)
@@ -67,11 +71,18 @@ def _fixed_carries(jaxpr: Any, n_consts: int, n_carry: int) -> list[bool]:
 
 def _holds_backward_pass(jaxpr: Any) -> bool:
     """Whether a loop that is not differentiated itself has train steps for a body."""
-    return any(
-        phase_of(str(eqn.source_info.name_stack)) == "backward"
-        or any(map(_holds_backward_pass, sub_jaxprs(eqn)))
-        for eqn in _compat.open_jaxpr(jaxpr).eqns
-    )
+    passes = Passes()
+
+    def holds(jaxpr: Any, outer: Pass) -> bool:
+        for eqn in _compat.open_jaxpr(jaxpr).eqns:
+            here = passes.at(outer, eqn)
+            if here.phase == "backward":
+                return True
+            if any(holds(sub, here) for sub in sub_jaxprs(eqn)):
+                return True
+        return False
+
+    return holds(jaxpr, OUTSIDE)
 
 
 def _fixpoint(

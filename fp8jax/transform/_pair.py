@@ -11,7 +11,7 @@ from fp8jax import _compat, ops
 from fp8jax.transform._calls import Quantize, QuantizeBoth
 from fp8jax.transform._interpreter import sub_jaxprs, with_sub_jaxprs
 from fp8jax.transform._make_calls import Calls
-from fp8jax.transform._values import Phase, phase_of
+from fp8jax.transform._phases import OUTSIDE, Pass, Passes, Phase
 from fp8jax.transform._views import Views, name_of, views_in, without_unread
 from fp8jax.transform._weight_flags import Flags, add_results, flagged, inner_flags
 
@@ -49,26 +49,28 @@ def pair(jaxpr: Any, is_weight: Sequence[bool], calls: Calls) -> Any:
         calls: those in the program.
     """
     done: dict[tuple[int, Flags, Phase], Any] = {}
+    passes = Passes()
 
-    def visit(jaxpr: Any, flags: Flags, phase: Phase) -> Any:
-        key = id(jaxpr), flags, phase
+    def visit(jaxpr: Any, flags: Flags, outer: Pass) -> Any:
+        # Whatever the names around it, so that what is shared stays so.
+        key = id(jaxpr), flags, outer.phase
         if key not in done:
-            done[key] = _visit(jaxpr, flags, phase)
+            done[key] = _visit(jaxpr, flags, outer)
         return done[key]
 
-    def _visit(jaxpr: Any, flags: Flags, phase: Phase) -> Any:
+    def _visit(jaxpr: Any, flags: Flags, outer: Pass) -> Any:
         inner = _compat.open_jaxpr(jaxpr)
         weights = flagged(jaxpr, flags)
         views = views_in(inner.eqns)
         found: dict[Hashable, list[_Made]] = collections.defaultdict(list)
         eqns = []
         for old in inner.eqns:
-            here = phase_of(str(old.source_info.name_stack), phase)
+            here = passes.at(outer, old)
             eqn = _with_visited(old, weights, here)
             add_results(eqn, weights)
             way = calls.quantization(eqn)
             if way is not None:
-                made = _made(eqn, way, weights, here)
+                made = _made(eqn, way, weights, here.phase)
                 found[_value(made, views)].append(made)
             eqns.append(eqn)
         new: dict[int, list[Any]] = {}  # By `id` of the equation, what it becomes.
@@ -88,17 +90,17 @@ def pair(jaxpr: Any, is_weight: Sequence[bool], calls: Calls) -> Any:
         eqns = without_unread(eqns, outvars) if new else eqns
         return _compat.with_parts(jaxpr, eqns=eqns, outvars=outvars)
 
-    def _with_visited(eqn: Any, weights: set[Any], phase: Phase) -> Any:
+    def _with_visited(eqn: Any, weights: set[Any], here: Pass) -> Any:
         if str(eqn.params.get("name", "")).startswith(ops.MARK):
             return eqn
         subs = sub_jaxprs(eqn)
         flags = inner_flags(eqn, weights)
-        visited = [visit(*both, phase) for both in zip(subs, flags, strict=True)]
+        visited = [visit(*both, here) for both in zip(subs, flags, strict=True)]
         if all(a is b for a, b in zip(subs, visited, strict=True)):
             return eqn
         return with_sub_jaxprs(eqn, visited)
 
-    return visit(jaxpr, tuple(is_weight), "outside")
+    return visit(jaxpr, tuple(is_weight), OUTSIDE)
 
 
 def _made(eqn: Any, way: Quantize, weights: set[Any], phase: Phase) -> _Made:

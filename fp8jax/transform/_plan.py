@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from fp8jax import _compat, ops
 from fp8jax.quant import QuantSpec
 from fp8jax.recipes import GEMM_NAMES, GemmName, GemmSpec, Recipe, Residual
+from fp8jax.transform._doubts import doubts, inputs
 from fp8jax.transform._leaves import Leaf
 from fp8jax.transform._policy import Policy
 from fp8jax.transform._report import Report, Row, describe_tiles
@@ -66,6 +67,7 @@ class Plan:
         report: tells about all of them.
         whole_step: whether the function holds a backward pass.
         is_weight: for each leaf of the arguments, whether it is a parameter.
+        doubts: what the user is warned of.
     """
 
     replacements: Mapping[Position, Replacement | StaticDot | RuleCall]
@@ -73,6 +75,7 @@ class Plan:
     report: Report
     whole_step: bool
     is_weight: tuple[bool, ...]
+    doubts: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,13 +106,14 @@ def make_plan(
     """
     obstacles = _layer_obstacles(assignments)
     replacements, rows, measured = {}, [], []
+    data = inputs(assignments, leaves)
     kernel_of = functools.cache(_implementation)  # It traces a GEMM each time.
     for a in assignments:
         of_dot = stored.of_dots.get(a.dot.position)
         if of_dot and not whole_step:
-            verdict = _Verdict(*static_dot(a, of_dot, leaves, policy, _unsupported))
+            verdict = _Verdict(*static_dot(a, of_dot, leaves, policy, unsupported))
         else:
-            verdict = _decide(a, leaves, policy, obstacles, whole_step)
+            verdict = _decide(a, leaves, policy, obstacles, whole_step, data)
         verdict = _on_devices(verdict, a.dot, spread, kernel_of)
         if verdict.replacement is not None:
             replacements[a.dot.position] = verdict.replacement
@@ -132,6 +136,30 @@ def make_plan(
         whole_step,
         tuple(bool(weights >> i & 1) for i, _ in enumerate(leaves)),
     )
+
+
+def with_doubts(
+    plan: Plan,
+    assignments: Sequence[Assignment],
+    leaves: Sequence[Leaf],
+    policy: Policy,
+    told: bool,
+) -> Plan:
+    """The plan of a whole step, and its report, with what to doubt about them.
+
+    Args:
+        plan: without.
+        assignments: the roles.
+        leaves: of the arguments.
+        policy: what the user asked for.
+        told: whether the user said which leaves are parameters.
+    """
+    if not plan.whole_step:
+        return plan
+    in_fp8 = plan.replacements.keys()
+    found = doubts(assignments, in_fp8, leaves, policy, unsupported, told)
+    report = dataclasses.replace(plan.report, notes=(*plan.report.notes, *found))
+    return dataclasses.replace(plan, report=report, doubts=found)
 
 
 def _on_devices(
@@ -178,7 +206,7 @@ def _layer_obstacles(assignments: Sequence[Assignment]) -> dict[int, str]:
             continue
         # A weight used twice is in reach if one of its products is.
         if obstacles.get(a.weight, "unknown"):
-            obstacles[a.weight] = _unsupported(a.dot)
+            obstacles[a.weight] = unsupported(a.dot)
     return obstacles
 
 
@@ -202,7 +230,7 @@ def _gemm_name(role: Role) -> GemmName:
     return names.get(role, "fprop")
 
 
-def _unsupported(dot: Dot) -> str:
+def unsupported(dot: Dot) -> str:
     """Why no GEMM in FP8 can stand in for this product."""
     if dot.scope.blocked:
         return dot.scope.blocked
@@ -246,14 +274,16 @@ def _decide(
     policy: Policy,
     obstacles: Mapping[int, str],
     whole_step: bool,
+    data: Collection[int],
 ) -> _Verdict:
     dot = a.dot
     if dot.primitive == MARKED:
         return _Verdict(None, "by fp8jax itself")
     if a.role == "other" or a.weight is None:
-        product = dot.is_product and not dot.scope.blocked
-        return _Verdict(None, _why_other(a, leaves) if product else _unsupported(dot))
-    reason = _unsupported(dot) or _another_form(a)
+        if dot.is_product and not dot.scope.blocked:
+            return _Verdict(None, _why_other(a, leaves, data))
+        return _Verdict(None, unsupported(dot))
+    reason = unsupported(dot) or _another_form(a)
     if reason:
         return _Verdict(None, reason)
     choices: set[tuple[GemmSpec | None, str]] = set()
@@ -273,8 +303,9 @@ def _decide(
     return _quantized(a, gemm, reason, policy, policy.residual(*layer))
 
 
-def _why_other(a: Assignment, leaves: Sequence[Leaf]) -> str:
-    paths = [leaves[i].full_path for i in a.suspects if leaves[i].is_float]
+def _why_other(a: Assignment, leaves: Sequence[Leaf], data: Collection[int]) -> str:
+    suspects = [i for i in a.suspects if i not in data]
+    paths = [leaves[i].full_path for i in suspects if leaves[i].is_float]
     if not paths:
         return a.reason
     return f"{a.reason}; is {' or '.join(paths)} one? Then name it in weights="

@@ -8,7 +8,7 @@ from jax.extend import core
 
 from fp8jax import _compat, ops
 from fp8jax.transform._interpreter import sub_jaxprs
-from fp8jax.transform._values import Scope
+from fp8jax.transform._phases import OUTSIDE, Pass, Passes
 from fp8jax.transform._weight_flags import add_results, flagged, inner_flags
 
 # Another name for the same bytes.
@@ -26,18 +26,18 @@ def residual_bytes(jaxpr: Any, is_weight: Sequence[bool]) -> int:
         jaxpr: of a whole step.
         is_weight: for each input, whether it is a parameter.
     """
-    return _bytes(jaxpr, tuple(is_weight), Scope())
+    return _bytes(jaxpr, tuple(is_weight), OUTSIDE, Passes())
 
 
-def _bytes(jaxpr: Any, is_weight: tuple[bool, ...], scope: Scope) -> int:
+def _bytes(jaxpr: Any, is_weight: tuple[bool, ...], outer: Pass, passes: Passes) -> int:
     inner = _compat.open_jaxpr(jaxpr)
     weights = flagged(jaxpr, is_weight)
     made: set[Any] = set()  # By forward equations.
     base: dict[Any, Any] = {}
     kept: set[Any] = set()
     within = 0
-    for i, eqn in enumerate(inner.eqns):
-        here = scope.at(i, eqn)
+    for eqn in inner.eqns:
+        here = passes.at(outer, eqn)
         operands = [x for x in eqn.invars if isinstance(x, core.Var)]
         sources = [base.get(x, x) for x in operands]
         add_results(eqn, weights)
@@ -51,7 +51,7 @@ def _bytes(jaxpr: Any, is_weight: tuple[bool, ...], scope: Scope) -> int:
         if str(eqn.params.get("name", "")).startswith(ops.MARK):
             continue
         for sub, flags in zip(sub_jaxprs(eqn), inner_flags(eqn, weights), strict=True):
-            within = max(within, _bytes(sub, flags, here.inside()))
+            within = max(within, _bytes(sub, flags, here, passes))
     return sum(math.prod(v.aval.shape) * _itemsize(v) for v in kept) + within
 
 

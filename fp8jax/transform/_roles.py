@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from fp8jax.transform._gradients import gradients, operands_of
+from fp8jax.transform._phases import is_second_order
 from fp8jax.transform._values import (
     MARKED,
     SIDES,
@@ -13,7 +14,6 @@ from fp8jax.transform._values import (
     Position,
     Side,
     Value,
-    is_second_order,
     other_side,
 )
 
@@ -105,7 +105,7 @@ def assign(
         leaf_sizes: elements of each leaf.
     """
     whole_step = is_whole_step(dots)
-    second_order = any(is_second_order(dot.scope.stack) for dot in dots)
+    second_order = is_second_order(dot.scope.within for dot in dots)
 
     def role_of(dot: Dot) -> Assignment:
         phase = dot.scope.phase

@@ -70,8 +70,11 @@ def elementwise(
 ) -> list[Value]:
     """What is known of any primitive: results depend on all operands."""
     value = joined(operands)
-    if scope.phase == "backward":
-        value = dataclasses.replace(value, cotangent=True)
+    value = dataclasses.replace(
+        value,
+        cotangent=value.cotangent or scope.phase == "backward",
+        residual=scope.phase in ("forward", "recompute"),
+    )
     if any(hasattr(v.aval, "inner_aval") for v in eqn.invars):
         # What is read from a mutable array may come from anywhere.
         value = dataclasses.replace(value, leaves=value.leaves | flow.closure)
@@ -98,7 +101,7 @@ def _shard_map(
     manual = _compat.manual_axes(eqn.params)
     shards = math.prod(sizes[axis] for axis in manual)
     inside = scope.inside(times=shards, in_shard_map=len(manual) == len(sizes))
-    return flow.walk(eqn.params["jaxpr"], operands, inside)
+    return flow.walk(eqn.params["jaxpr"], operands, inside, scope.read)
 
 
 def _view(flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope) -> list[Value]:
@@ -168,7 +171,7 @@ def _call(
     invars = _compat.open_jaxpr(jaxprs[0]).invars
     if len(invars) != len(operands):
         return opaque(flow, eqn, operands, scope)
-    return flow.walk(jaxprs[0], operands, scope.inside(blocked=blocked))
+    return flow.walk(jaxprs[0], operands, scope.inside(blocked=blocked), scope.read)
 
 
 def _hand_written(
@@ -208,7 +211,7 @@ def _blocked_side(pairs: Sequence[tuple[Any, Any]]) -> Side | None:
 def _cond(flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope) -> list[Value]:
     index, inputs = operands[0], operands[1:]
     branches = [
-        flow.walk(jaxpr, inputs, scope.inside(i))
+        flow.walk(jaxpr, inputs, scope.inside(i), scope.read)
         for i, jaxpr in enumerate(sub_jaxprs(eqn))
     ]
     return [_chosen(flow, index, values) for values in zip(*branches, strict=True)]
@@ -260,6 +263,9 @@ def _record(
     primitive: str | None = None,
     **known: Any,
 ) -> None:
+    if scope.is_dead and scope.phase == "backward" and primitive != MARKED:
+        # A hand-written rule gives gradients of all its inputs, wanted or not.
+        return
     left, right = pair
     flow.dots[scope.position] = Dot(
         scope=scope,

@@ -4,14 +4,14 @@ import dataclasses
 import functools
 import math
 import operator
-import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from fp8jax.transform._liveness import Read, is_dead
+from fp8jax.transform._phases import OUTSIDE, Pass, Passes, Phase
 from fp8jax.transform._ragged_form import RAGGED, Ragged
 
 Position = tuple[int, ...]  # equation, sub-jaxpr, equation, ..., equation
-Phase = Literal["outside", "forward", "recompute", "backward"]
 Side = Literal["lhs", "rhs"]
 SIDES: tuple[Side, Side] = ("lhs", "rhs")
 HAND_WRITTEN_CALLS = ("custom_jvp_call", "custom_vjp_call")
@@ -30,6 +30,7 @@ class Value:
         root: `number` of the value before casts, reshapes and transpositions.
         product: whether a matrix product went into it.
         cotangent: whether the backward pass went into it.
+        residual: whether it was made in the forward pass, or made again as it was.
     """
 
     leaves: int
@@ -37,6 +38,7 @@ class Value:
     root: int
     product: bool = False
     cotangent: bool = False
+    residual: bool = False
 
     @property
     def only_leaf(self) -> int | None:
@@ -54,6 +56,7 @@ def joined(values: Sequence[Value]) -> Value:
         root=-1,
         product=any(v.product for v in values),
         cotangent=any(v.cotangent for v in values),
+        residual=all(v.residual for v in values),
     )
 
 
@@ -68,6 +71,9 @@ class Scope:
         blocked: why nothing here may be rewritten, if so.
         in_shard_map: whether values are those of one device.
         in_condition: whether it decides if a loop of unknown length goes on.
+        within: the pass of a train step.
+        read: which of its results are read.
+        is_dead: whether nothing reads any result of it, or of what is around it.
     """
 
     position: Position = ()
@@ -76,12 +82,28 @@ class Scope:
     blocked: str | None = None
     in_shard_map: bool = False
     in_condition: bool = False
+    within: Pass = OUTSIDE
+    read: Read = ()
+    is_dead: bool = False
 
-    def at(self, index: int, eqn: Any) -> "Scope":
-        """The scope of equation `index` of the jaxpr that this scope is about."""
+    def at(self, index: int, eqn: Any, passes: Passes, read: Read) -> "Scope":
+        """The scope of equation `index` of the jaxpr that this scope is about.
+
+        Args:
+            index: of the equation.
+            eqn: the equation.
+            passes: that have been told all equations before it.
+            read: which of its results are read.
+        """
         inner = str(eqn.source_info.name_stack)
-        stack = "/".join(part for part in (self.stack, inner) if part)
-        return dataclasses.replace(self, position=(*self.position, index), stack=stack)
+        return dataclasses.replace(
+            self,
+            position=(*self.position, index),
+            stack="/".join(part for part in (self.stack, inner) if part),
+            within=passes.at(self.within, eqn),
+            read=read,
+            is_dead=self.is_dead or is_dead(eqn, read),
+        )
 
     def inside(
         self,
@@ -103,39 +125,14 @@ class Scope:
 
     @property
     def phase(self) -> Phase:
-        return phase_of(self.stack)
+        return self.within.phase
 
-
-def phase_of(stack: str, phase: Phase = "outside") -> Phase:
-    """The pass that an equation of this name stack belongs to.
-
-    `jvp(` marks the forward pass, `transpose(jvp(` the backward pass, and
-    `rematted_computation`, or a `jvp(` within the backward pass, a recomputation.
-
-    Args:
-        stack: the names.
-        phase: of what is around it, if those names are not in the stack.
-    """
-    for part in stack.split("/"):
-        if "transpose(jvp(" in part:  # A mere `transpose(` is a linear solver's.
-            phase = "backward"
-        elif "rematted_computation" in part:
-            phase = "recompute"
-        elif "jvp(" in part:
-            phase = "forward" if phase in ("outside", "forward") else "recompute"
-    return phase
-
-
-def scope_name(stack: str) -> str:
-    """The user's own names in a name stack, the same in forward and backward pass."""
-    names = re.sub(r"\w+\(|\)", "", stack).split("/")
-    ours = {"", "checkpoint", "rematted_computation"}
-    return "/".join(name for name in names if name not in ours)
-
-
-def is_second_order(stack: str) -> bool:
-    """Whether the name stack tells of a derivative of a backward pass."""
-    return re.search(r"jvp\([^/]*transpose\(", stack) is not None
+    def in_phase(self, phase: Phase) -> "Scope":
+        """The same place in another pass."""
+        if phase == self.phase:
+            return self
+        within = dataclasses.replace(self.within, phase=phase)
+        return dataclasses.replace(self, within=within)
 
 
 @dataclasses.dataclass(frozen=True)
