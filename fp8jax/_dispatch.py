@@ -2,8 +2,8 @@
 
 An op is asked for by name. Without an explicit `implementation` the first one in the
 table that is available and does not refuse runs; with one, that one runs or the call
-raises. Every call is a `jax.jit` whose name starts with `MARK`, so that
-`fp8jax.fp8_transform` knows this library's own work when it meets it.
+raises. Every call is made by `marked`, so that `fp8jax.fp8_transform` knows this
+library's own work when it meets it.
 """
 
 import functools
@@ -16,7 +16,10 @@ import jax
 from fp8jax import _compat
 from fp8jax.kernels import check_available
 
-MARK = "fp8jax_"
+# Before the names of our own jitted functions: nothing that is written with `def` has
+# such a name, and derivatives, `vmap`, remat and dead-code elimination keep it.
+MARK = "fp8jax::"
+_NAMES: set[str] = set()  # Those that are taken; a name set by hand is none.
 
 # In order of preference.
 _TABLE: dict[str, tuple[str, ...]] = {
@@ -32,6 +35,31 @@ _TABLE: dict[str, tuple[str, ...]] = {
     "grouped_gemm": ("mosaic_gpu", "xla"),
     "grouped_gemm_k": ("mosaic_gpu", "xla"),
 }
+
+
+def marked(name: str, function: Callable[..., Any], **options: Any) -> Any:
+    """`function`, jitted under a name that `mark_of` knows.
+
+    Args:
+        name: that `mark_of` gives.
+        function: of arrays, and of what `options` say is static.
+        options: of `jax.jit`.
+    """
+
+    def run(*arrays: jax.Array, **static: Any) -> Any:
+        return function(*arrays, **static)
+
+    _NAMES.add(name)
+    run.__name__ = run.__qualname__ = f"{MARK}{name}"
+    return jax.jit(run, **options)
+
+
+def mark_of(eqn: Any) -> str | None:
+    """The name that `marked` was given for the function an equation calls, if any."""
+    name = str(eqn.params.get("name", ""))
+    if not name.startswith(MARK) or name.removeprefix(MARK) not in _NAMES:
+        return None
+    return name.removeprefix(MARK)
 
 
 def call(op: str, *arrays: jax.Array, implementation: str | None, **static: Any) -> Any:
@@ -101,5 +129,4 @@ def _marked(op: str, name: str) -> Callable[..., Any]:
     def run(*arrays: jax.Array, static: tuple[tuple[str, Any], ...]) -> Any:
         return kernel(*arrays, **dict(static))
 
-    run.__name__ = run.__qualname__ = f"{MARK}{op}_{name}"
-    return jax.jit(run, static_argnames=("static",))
+    return marked(f"{op}_{name}", run, static_argnames=("static",))

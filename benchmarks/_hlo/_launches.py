@@ -65,7 +65,7 @@ def _launch(instruction: Instruction) -> Launch:
 
 def _what(instruction: Instruction) -> str:
     path = instruction.source.split("/") if instruction.source else []
-    ours = [part for part in path if "fp8jax_" in part]
+    ours = [part for part in path if "fp8jax" in part]
     # Of a long path the operation counts, and which of our functions it is in.
     parts = [instruction.target] if instruction.target else []
     parts += [*ours[-1:], *(path[-1:] if path[-1:] != ours[-1:] else [])]

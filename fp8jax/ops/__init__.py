@@ -5,6 +5,8 @@ from fp8jax.matmul import (
     gemm_implementation,
     grouped_implementation,
     has_gpu_kernels,
+    mark_of,
+    marked,
 )
 from fp8jax.ops._by_recipe import ByRecipe, attention_products, takes_own_product
 from fp8jax.ops._dot_general import dot_general
@@ -59,6 +61,8 @@ __all__ = [
     "gemm_implementation",
     "grouped_implementation",
     "has_gpu_kernels",
+    "mark_of",
+    "marked",
     "moe",
     "multiply_operands",
     "output_dtype",

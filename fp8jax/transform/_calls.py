@@ -1,12 +1,11 @@
 """The marked calls that stand in for a product: what each computes, by itself.
 
-A call is a `jax.jit` function whose name starts with `ops.MARK`. All are hashable, so
+A call is a function made by `ops.marked`. All are hashable, so
 that equal calls are traced once.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,23 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from fp8jax import ops
+from fp8jax.ops import marked
 from fp8jax.quant import QTensor, QuantSpec, moments
 from fp8jax.transform._plan import LayerDot, QuantizedDot
 from fp8jax.transform._roles import Role
 from fp8jax.transform._values import Side
 
-EARLY = f"{ops.MARK}quantize_early"  # Of calls that belong into the forward pass.
-STATISTICS = f"{ops.MARK}statistics"  # Name of the calls whose results are collected.
-
-
-def marked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of arrays, jitted under a name of ours."""
-
-    def run(*arrays: jax.Array) -> Any:
-        return function(*arrays)
-
-    run.__name__ = run.__qualname__ = f"{ops.MARK}{name}"
-    return jax.jit(run)
+# `ops.mark_of` them:
+EARLY = "quantize_early"  # Calls that belong into the forward pass.
+STATISTICS = "statistics"  # Calls whose results are collected.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +41,7 @@ class Quantize:
     is_early: bool = False
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        name = EARLY.removeprefix(ops.MARK) if self.is_early else "quantize"
+        name = EARLY if self.is_early else "quantize"
         return marked(name, self._run)(x)
 
     def _run(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -46,7 +46,7 @@ def carry_codes(jaxpr: Any) -> Any:
         return _compat.with_parts(jaxpr, eqns=eqns) if changed else jaxpr
 
     def _with_visited(eqn: Any) -> Any:
-        if str(eqn.params.get("name", "")).startswith(ops.MARK):
+        if ops.mark_of(eqn) is not None:
             return eqn
         subs = sub_jaxprs(eqn)
         visited = [visit(sub) for sub in subs]
@@ -79,7 +79,7 @@ def _early_calls(scan: Any) -> list[_Early]:
     views = views_in(body.eqns)
     found = []
     for eqn in body.eqns:
-        if str(eqn.params.get("name", "")) != EARLY:
+        if ops.mark_of(eqn) != EARLY:
             continue
         x, chain = chain_of(eqn.invars[0], views)
         if isinstance(stacked.get(x), core.Var):

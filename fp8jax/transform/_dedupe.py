@@ -14,7 +14,6 @@ from fp8jax.transform._stacks import without_inputs
 
 # Their operands are those of their one jaxpr.
 CALLS = ("checkpoint", "closed_call", "eval_jaxpr", "remat", "remat2")
-_QUANTIZE = f"{ops.MARK}quantize"
 
 
 def dedupe(jaxpr: Any) -> Any:
@@ -32,10 +31,10 @@ def dedupe(jaxpr: Any) -> Any:
         codes = {v for v, known in zip(inner.invars, is_codes, strict=True) if known}
         eqns = []
         for old in inner.eqns:
-            name = str(old.params.get("name", ""))
-            if name.startswith(_QUANTIZE):
+            mark = ops.mark_of(old)
+            if mark is not None and mark.startswith("quantize"):
                 codes.update(old.outvars)
-            eqns.append(old if name.startswith(ops.MARK) else _with_visited(old, codes))
+            eqns.append(_with_visited(old, codes) if mark is None else old)
         if all(a is b for a, b in zip(inner.eqns, eqns, strict=True)):
             return jaxpr
         return _compat.with_parts(jaxpr, eqns=eqns)

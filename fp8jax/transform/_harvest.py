@@ -74,10 +74,10 @@ def harvest(jaxpr: Any) -> tuple[Any, list[int | None]]:
         return _compat.with_parts(jaxpr, eqns=eqns, outvars=outvars), where
 
     def _visit_eqn(eqn: Any) -> tuple[list[Any], Found]:
-        name = str(eqn.params.get("name", ""))
-        if name == STATISTICS:
+        mark = ops.mark_of(eqn)
+        if mark == STATISTICS:
             return [eqn], [eqn.outvars[0]]
-        if name.startswith(ops.MARK) or eqn.primitive.name in HAND_WRITTEN_CALLS:
+        if mark is not None or eqn.primitive.name in HAND_WRITTEN_CALLS:
             return [eqn], []
         visited = [visit(jaxpr) for jaxpr in sub_jaxprs(eqn)]
         count = sum(len(where) for _, where in visited)

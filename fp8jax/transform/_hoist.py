@@ -29,8 +29,6 @@ from fp8jax.transform._views import (
 )
 from fp8jax.transform._weight_flags import Flags, add_results, flagged, inner_flags
 
-_MOMENTS = f"{ops.MARK}moments"
-
 
 def hoist(jaxpr: Any, is_weight: Sequence[bool], calls: Calls) -> Any:
     """The same program, with quantizations where they run once.
@@ -68,7 +66,7 @@ def hoist(jaxpr: Any, is_weight: Sequence[bool], calls: Calls) -> Any:
         return _compat.with_parts(jaxpr, eqns=stacks.without_unread(eqns, results))
 
     def _with_visited(eqn: Any, weights: set[Any]) -> Any:
-        if str(eqn.params.get("name", "")).startswith(ops.MARK):
+        if ops.mark_of(eqn) is not None:
             return eqn
         subs = sub_jaxprs(eqn)
         visited = list(map(visit, subs, inner_flags(eqn, weights)))
@@ -143,8 +141,7 @@ def _before(
     values: dict[Any, Any] = {}  # Of a variable of the body, what stands for it.
     made, moved = [], []
     for old in body.eqns:
-        is_moments = str(old.params.get("name", "")) == _MOMENTS
-        if not is_moments and calls.quantization(old) is None:
+        if ops.mark_of(old) != "moments" and calls.quantization(old) is None:
             continue
         x, *codes = old.invars
         root, chain = chain_of(x, views) if isinstance(x, core.Var) else (x, [])

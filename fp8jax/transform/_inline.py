@@ -103,7 +103,7 @@ def written_out(eqn: Any) -> tuple[list[Any], list[Any]] | None:
 
 
 def _is_ours(eqn: Any) -> bool:
-    return str(eqn.params.get("name", "")).startswith(ops.MARK)
+    return ops.mark_of(eqn) is not None
 
 
 def _is_plain(eqn: Any, body: Any) -> bool:

@@ -91,7 +91,7 @@ def pair(jaxpr: Any, is_weight: Sequence[bool], calls: Calls) -> Any:
         return _compat.with_parts(jaxpr, eqns=eqns, outvars=outvars)
 
     def _with_visited(eqn: Any, weights: set[Any], here: Pass) -> Any:
-        if str(eqn.params.get("name", "")).startswith(ops.MARK):
+        if ops.mark_of(eqn) is not None:
             return eqn
         subs = sub_jaxprs(eqn)
         flags = inner_flags(eqn, weights)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from fp8jax import ops
-from fp8jax.transform._calls import marked
+from fp8jax.ops import marked
 from fp8jax.transform._plan import LayerDot, QuantizedDot, Replacement
 from fp8jax.transform._ragged_form import RAGGED, ragged_of
 

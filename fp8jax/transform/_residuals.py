@@ -48,7 +48,7 @@ def _bytes(jaxpr: Any, is_weight: tuple[bool, ...], outer: Pass, passes: Passes)
                 made.update(eqn.outvars)
         elif here.phase != "outside":
             kept.update(x for x in sources if x in made and x not in weights)
-        if str(eqn.params.get("name", "")).startswith(ops.MARK):
+        if ops.mark_of(eqn) is not None:
             continue
         for sub, flags in zip(sub_jaxprs(eqn), inner_flags(eqn, weights), strict=True):
             within = max(within, _bytes(sub, flags, here, passes))

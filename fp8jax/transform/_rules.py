@@ -163,7 +163,7 @@ def _call(
     scope: Scope,
     blocked: str | None = None,
 ) -> Sequence[Value]:
-    if str(eqn.params.get("name", "")).startswith(ops.MARK):
+    if ops.mark_of(eqn) is not None:
         return _marked(flow, eqn, operands, scope)
     jaxprs = sub_jaxprs(eqn)
     if len(jaxprs) != 1:

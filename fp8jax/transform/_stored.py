@@ -18,7 +18,6 @@ from fp8jax.quant import QTensor, QuantSpec
 from fp8jax.transform._interpreter import sub_jaxprs
 from fp8jax.transform._values import SIDES, Position, Side, other_side
 
-_NAME = f"{ops.MARK}dequantize"
 CONTRACTION_TILE = 128  # Of the products of codes.
 # What looks at a stored weight, and may be read off its codes.
 VIEWS = ("convert_element_type", "transpose")
@@ -37,13 +36,12 @@ class Dequantize:
             return QTensor(data, scale, self.tile).dequantize(self.dtype)
 
         # The tile is in the name: an equation has no other place for it.
-        run.__name__ = run.__qualname__ = "{}_{}x{}".format(_NAME, *self.tile)
-        return jax.jit(run)(data, scale)
+        return ops.marked("dequantize_{}x{}".format(*self.tile), run)(data, scale)
 
     @classmethod
     def of(cls, eqn: Any) -> "Dequantize | None":
         """The call that an equation is, if it is one."""
-        found = re.fullmatch(rf"{_NAME}_(\d+)x(\d+)", str(eqn.params.get("name", "")))
+        found = re.fullmatch(r"dequantize_(\d+)x(\d+)", ops.mark_of(eqn) or "")
         if found is None:
             return None
         rows, columns = found.groups()

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from fp8jax import ops
+from fp8jax.ops import marked
 from fp8jax.quant import QTensor, QuantSpec, quantize
-from fp8jax.transform._calls import marked
 from fp8jax.transform._stored import Dequantize, StaticDot
 
 

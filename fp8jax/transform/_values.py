@@ -15,7 +15,7 @@ Position = tuple[int, ...]  # equation, sub-jaxpr, equation, ..., equation
 Side = Literal["lhs", "rhs"]
 SIDES: tuple[Side, Side] = ("lhs", "rhs")
 HAND_WRITTEN_CALLS = ("custom_jvp_call", "custom_vjp_call")
-MARKED = "fp8jax"  # The `Dot.primitive` of one of our own products.
+MARKED = "fp8jax::product"  # The `Dot.primitive` of one of our own products.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -186,9 +186,9 @@ HloModule jit_run, is_scheduled=true, entry_computation_layout={(f32[2]{0})->f32
 %command_buffer (p.2: f8e4m3fn[4,2]) -> (bf16[4,2], bf16[4,2]) {
   %p.2 = f8e4m3fn[4,2]{1,0} parameter(0)
   %gemm.1 = bf16[4,2]{1,0} custom-call(%p.2), custom_call_target="mosaic_gpu_v2", \
-metadata={op_name="jit(run)/jit(fp8jax_gemm_mosaic_gpu)/pallas_call" source_line=1}
+metadata={op_name="jit(run)/jit(fp8jax::gemm_mosaic_gpu)/pallas_call" source_line=1}
   %gemm.2 = bf16[4,2]{1,0:S(1)} custom-call(%p.2), custom_call_target="mosaic_gpu_v2", \
-metadata={op_name="jit(run)/jit(fp8jax_gemm_mosaic_gpu)/pallas_call" source_line=1}
+metadata={op_name="jit(run)/jit(fp8jax::gemm_mosaic_gpu)/pallas_call" source_line=1}
   ROOT %t = (bf16[4,2]{1,0}, /*index=1*/bf16[4,2]{1,0}) tuple(%gemm.1, %gemm.2)
 }
 
@@ -209,7 +209,7 @@ def test_hlo_list_shows_every_launch_ours_first():
     assert dict(found) == {
         (
             "custom-call",
-            "mosaic_gpu_v2 jit(fp8jax_gemm_mosaic_gpu) pallas_call",
+            "mosaic_gpu_v2 jit(fp8jax::gemm_mosaic_gpu) pallas_call",
             "bf16[4,2]",
         ): 2,
         ("copy", "transpose", "f32[2,3]"): 1,

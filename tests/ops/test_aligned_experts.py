@@ -142,7 +142,7 @@ def test_nothing_between_the_products_is_written_in_16_bits():
     assert "quantize_swiglu_gradient" in aligned
     assert "quantize_grouped" not in aligned
     assert "quantize_swiglu_gradient" not in others
-    assert others.count("name=fp8jax_quantize_grouped") == 5
+    assert others.count("name=fp8jax::quantize_grouped") == 5
 
 
 def test_rows_that_cannot_be_aligned_are_named():

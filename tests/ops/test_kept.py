@@ -72,7 +72,7 @@ def test_recomputing_in_a_single_product_is_keeping_it():
 def calls(fn, *args):
     """How many of our quantizations and GEMMs are in the program."""
     text = str(jax.make_jaxpr(fn)(*args))
-    count = lambda pattern: len(re.findall(rf"name=fp8jax_{pattern}", text))  # noqa: E731
+    count = lambda pattern: len(re.findall(rf"name=fp8jax::{pattern}", text))  # noqa: E731
     return count("quantize"), count("gemm")
 
 

@@ -263,7 +263,7 @@ def test_policies_know_codes_and_products_by_name():
 
         run = jax.grad(jax.checkpoint(block, policy=policy), (0, 1))
         text = str(jax.make_jaxpr(run)(x, w))
-        return text.count("name=fp8jax_quantize"), text.count("name=fp8jax_grouped")
+        return text.count("name=fp8jax::quantize"), text.count("name=fp8jax::grouped")
 
     nothing_again = quantizations(policy)
     assert nothing_again == (3, 3)  # x, w and dout, both ways each

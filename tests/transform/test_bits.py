@@ -187,7 +187,7 @@ def test_bf16_recipe_is_the_identity_and_the_plain_step_never_changes():
 
 
 def count_marked(fn, *args):
-    return str(jax.make_jaxpr(fn)(*args)).count("name=fp8jax_gemm")
+    return str(jax.make_jaxpr(fn)(*args)).count("name=fp8jax::gemm")
 
 
 def test_transforming_twice_is_transforming_once():

@@ -124,8 +124,8 @@ def test_nnx_step_trains_its_modules_in_place(jitted):
 def test_nnx_step_s_program_can_be_looked_at_without_running_it():
     fn = fp8_transform(nnx_step)
     model, optimizer = nnx_start()
-    assert "fp8jax_wgrad" in str(fn.trace(model, optimizer, X).jaxpr)
-    assert "fp8jax_wgrad" in fn.lower(model, optimizer, X).as_text()
+    assert "fp8jax::wgrad" in str(fn.trace(model, optimizer, X).jaxpr)
+    assert "fp8jax::wgrad" in fn.lower(model, optimizer, X).as_text()
     assert int(optimizer.step[...]) == 0
 
 

@@ -209,7 +209,7 @@ def test_jitted_layers_keep_their_names_in_the_program():
     stacks = [
         str(eqn.source_info.name_stack)
         for eqn in _compat.open_jaxpr(fn.trace(ATTENTION, X).jaxpr).eqns
-        if str(eqn.params.get("name", "")) in ("fp8jax_fprop", "fp8jax_wgrad")
+        if str(eqn.params.get("name", "")) in ("fp8jax::fprop", "fp8jax::wgrad")
     ]
     assert len(stacks) == 4
     assert all("outer" in stack and "inner" in stack for stack in stacks)
@@ -254,7 +254,7 @@ def test_codes_are_made_under_the_name_stack_of_their_first_product():
     stacks = [
         str(eqn.source_info.name_stack)
         for eqn in _compat.open_jaxpr(jaxpr).eqns
-        if eqn.params.get("name") in ("fp8jax_quantize", "fp8jax_fprop")
+        if eqn.params.get("name") in ("fp8jax::quantize", "fp8jax::fprop")
         and "transpose" not in str(eqn.source_info.name_stack)
     ]
     assert ["first" in s for s in stacks] == [True] * 3 + [False] * 2
