@@ -19,6 +19,10 @@ _PLUGINS = "jax_cuda12_plugin", "jax_cuda13_plugin"
 if any(map(importlib.util.find_spec, _PLUGINS)) and not _has_driver():
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# Processes that share a GPU must not each take most of its memory.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 # Eight CPU devices, so that sharding is tested on every machine. Before JAX starts.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
