@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax.matmul import grouped_matmul
-from fp8jax.ops._spread import without_split
+from fp8jax.ops._spread import Spread, spread, without_split
 from fp8jax.ops._static_weight import activation_spec, kind_of, without_derivative
 from fp8jax.quant import QTensor, quantize, quantize_swiglu
 from fp8jax.recipes import Recipe
@@ -68,7 +68,10 @@ def static_weight_experts(
             f"group_sizes [experts], got {list(x.shape)}, {kinds} and "
             f"{sizes[1]}{list(sizes[0])}."
         )
-    implementation = without_split(name, implementation, x, kernels, group_sizes)
+    arrays = x, kernels, group_sizes
+    # Under a trace types do not tell, and weights are served on one device most often.
+    if spread(*jax.tree.leaves(arrays)) == Spread.MANY:
+        implementation = without_split(name, implementation, *arrays)
     how: Any = {"implementation": implementation}
 
     def product(

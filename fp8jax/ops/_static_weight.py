@@ -9,7 +9,6 @@ import numpy as np
 from fp8jax.matmul import scaled_matmul, swiglu_matmul
 from fp8jax.ops._derivatives import refuse_derivatives
 from fp8jax.ops._gemm import INPUT_DTYPES
-from fp8jax.ops._spread import without_split
 from fp8jax.quant import QTensor, QuantSpec, quantize, quantize_rms_norm
 from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
 
@@ -54,8 +53,6 @@ def static_weight_dot(
             f"{name} takes x [..., k] and a kernel [k, n], got {x.shape} and "
             f"{kernel.shape}."
         )
-
-    implementation = without_split(name, implementation, x, kernel)
 
     def product(x: jax.Array | QTensor, kernel: QTensor) -> jax.Array:
         return scaled_matmul(
@@ -113,8 +110,6 @@ def static_weight_rms_norm(
             f"{x.shape}, {scale.shape} and {kinds}."
         )
 
-    implementation = without_split(name, implementation, x, scale, kernels)
-
     def product(
         x: jax.Array, scale: jax.Array, *kernels: QTensor
     ) -> tuple[jax.Array, ...]:
@@ -167,8 +162,6 @@ def static_weight_swiglu(
             f"{name} takes x [..., k] and, once one of them is a QTensor, QTensors "
             f"[k, hidden] twice and [hidden, n], got {x.shape} and {kinds}."
         )
-
-    implementation = without_split(name, implementation, x, kernels)
 
     def product(
         x: jax.Array | QTensor, gate: QTensor, up: QTensor, down: QTensor

@@ -2,9 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import fp8jax
+from fp8jax import _compat, _dispatch, ops
 from fp8jax.ops import Spread, spread
 
 
@@ -53,3 +56,20 @@ def test_body_of_a_shard_map_is_one_device_s_if_it_maps_the_whole_mesh():
         specs = {"mesh": mesh, "in_specs": P("a"), "out_specs": P("a")}
         jax.jit(jax.shard_map(look(name), axis_names=axes, **specs))(jnp.ones(8))
     assert seen == {"whole": Spread.ONE, "part": Spread.MANY}
+
+
+def test_experts_in_fp8_warn_where_their_arrays_are_known_to_be_split(monkeypatch):
+    monkeypatch.setattr(_dispatch, "check_available", lambda name: None)
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    w = fp8jax.quantize(
+        jnp.ones((2, 128, 128)), fp8jax.BLOCK_128X128, implementation="xla"
+    )
+    x, sizes = jnp.ones((8, 128)), jnp.array([3, 5])
+    sharded = jax.device_put(x, NamedSharding(mesh, P("a")))
+    with pytest.warns(UserWarning, match="expert_mlp runs in XLA's emulation of FP8"):
+        ops.expert_mlp(sharded, w, w, w, sizes)
+    # A trace does not tell: as where they lie on one device.
+    if _compat.JAX_VERSION >= (0, 11):
+        traced = jax.jit(ops.expert_mlp).trace(x, w, w, w, sizes)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert "mosaic_gpu" in text
