@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax._src import config, core, source_info_util
+import numpy as np
+from jax._src import config, core, sharding_impls, source_info_util
 from jax._src.named_sharding import UNSPECIFIED
 from jax.sharding import AxisType
 
@@ -191,11 +192,33 @@ def varying_axes(aval: Any) -> frozenset[str]:
     return frozenset(aval.vma if known is None else known.varying)
 
 
+def union_of_varying_axes(*arrays: Any) -> frozenset[str]:
+    """Mesh axes along which one of the arrays may differ between devices."""
+    return frozenset().union(*(varying_axes(jax.typeof(x)) for x in arrays))
+
+
 def is_explicit(aval: Any) -> bool:
     """Whether the sharding is a part of the type."""
     # Under automatic sharding, too, a dot may carry an `out_sharding`: of no meaning.
     mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
     return jax.sharding.AxisType.Explicit in getattr(mesh, "axis_types", ())
+
+
+def spec_on(mesh: Any, sharding: Any) -> jax.sharding.PartitionSpec:
+    """The spec, on `mesh`, of a sharding that may be known by positions alone."""
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding.spec
+    return sharding_impls.parse_flatten_op_sharding(sharding._hlo_sharding, mesh)[0]
+
+
+def numbers_of(sharding: Any, rank: int) -> Any:
+    """The device of each shard, an array of `rank` dimensions; None if replicated."""
+    hlo = sharding._to_xla_hlo_sharding(rank)
+    if not hlo.is_tiled():
+        return None
+    shape = [*hlo.tile_assignment_dimensions()]
+    devices = np.array(hlo.tile_assignment_devices()).reshape(shape)
+    return devices if devices.ndim == rank else None
 
 
 def manual_axes(params: dict[str, Any]) -> frozenset[str]:

@@ -8,12 +8,11 @@ library's own work when it meets it.
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from fp8jax import _compat
 from fp8jax.kernels import check_available
 
 # Before the names of our own jitted functions: nothing that is written with `def` has
@@ -71,7 +70,7 @@ def call(op: str, *arrays: jax.Array, implementation: str | None, **static: Any)
             unavailable here or refuses these arguments; it gives each one's reason.
     """
     run = functools.partial(_run, op, arrays, static)
-    return _first_that_takes(op, arrays, implementation, run)[1]
+    return _first_that_takes(op, implementation, run)[1]
 
 
 def resolve(
@@ -82,7 +81,7 @@ def resolve(
     def run(name: str) -> Any:
         return jax.eval_shape(lambda *avals: _run(op, avals, static, name), *arrays)
 
-    return _first_that_takes(op, arrays, implementation, run)[0]
+    return _first_that_takes(op, implementation, run)[0]
 
 
 def _run(op: str, arrays: tuple, static: dict[str, Any], name: str) -> Any:
@@ -90,10 +89,7 @@ def _run(op: str, arrays: tuple, static: dict[str, Any], name: str) -> Any:
 
 
 def _first_that_takes(
-    op: str,
-    arrays: Sequence[Any],
-    implementation: str | None,
-    run: Callable[[str], Any],
+    op: str, implementation: str | None, run: Callable[[str], Any]
 ) -> tuple[str, Any]:
     if implementation is not None and implementation not in _TABLE[op]:
         raise ValueError(
@@ -104,21 +100,11 @@ def _first_that_takes(
     for name in _TABLE[op] if implementation is None else (implementation,):
         try:
             check_available(name)
-            _check_types(name, arrays)
             return name, run(name)
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
     asked = "" if implementation is None else f" as asked, {implementation!r}"
     raise NotImplementedError(f"{op} cannot run{asked}. " + " ".join(refusals))
-
-
-def _check_types(name: str, arrays: Sequence[Any]) -> None:
-    """Raises NotImplementedError where `name` cannot run for what its operands are."""
-    if name != "xla" and any(_compat.varying_axes(jax.typeof(x)) for x in arrays):
-        raise NotImplementedError(
-            "its results carry no types that a shard_map could check: pass "
-            "check_vma=False to it."
-        )
 
 
 @functools.cache

@@ -56,7 +56,8 @@ def group_blocks(group_sizes: jax.Array, rows: int, size: int) -> GroupBlocks:
     ends = jnp.cumsum(needed, dtype=jnp.int32)
     count = count_group_blocks(rows, len(sizes), size)
     index = jnp.arange(count, dtype=jnp.int32)
-    group = jnp.searchsorted(ends, index, side="right", method="compare_all")
+    # NOTE: JAX 0.12's searchsorted fails in a shard_map over some axes of the mesh.
+    group = (ends <= index[:, None]).sum(axis=1, dtype=jnp.int32)
 
     def of_group(values: jax.Array) -> jax.Array:
         return jnp.append(values, jnp.int32(0))[group]  # 0 for no group.
@@ -65,7 +66,7 @@ def group_blocks(group_sizes: jax.Array, rows: int, size: int) -> GroupBlocks:
     starts = jnp.cumsum(sizes, dtype=jnp.int32) - sizes
     here = jnp.clip(of_group(sizes) - within, 0, size)
     first = jnp.where(here > 0, of_group(starts) + within, 0)
-    return GroupBlocks(group.astype(jnp.int32), first, here)
+    return GroupBlocks(group, first, here)
 
 
 def check_group_sizes(name: str, group_sizes: jax.Array) -> None:

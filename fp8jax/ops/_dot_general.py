@@ -21,6 +21,7 @@ from fp8jax.ops._product import (
     wgrad_of,
 )
 from fp8jax.ops._spread import Spread, spread
+from fp8jax.ops._varying import vary_alike
 from fp8jax.recipes import GemmSpec, Recipe, check_recipe, deepseek_v3
 
 
@@ -98,7 +99,7 @@ def dot_general(
     run = functools.partial(_matmul, product)
     for _ in range(layout.batch_rank):
         run = jax.vmap(run)
-    out = run(layout.lhs.arrange(lhs), layout.rhs.arrange(rhs))
+    out = run(*vary_alike((layout.lhs.arrange(lhs), layout.rhs.arrange(rhs))))
     return out.reshape(layout.out_shape)
 
 

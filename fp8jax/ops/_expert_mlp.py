@@ -18,6 +18,7 @@ from fp8jax.ops._grouped_product import (
 from fp8jax.ops._ragged_dot import grouped_product, ragged_dot
 from fp8jax.ops._static_experts import static_weight_experts
 from fp8jax.ops._swiglu import activation
+from fp8jax.ops._varying import vary_alike
 from fp8jax.quant import QTensor, quantize_swiglu, quantize_swiglu_gradient
 from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
 
@@ -102,7 +103,7 @@ def expert_mlp(
         run = functools.partial(_unfused, **how)
     if recipe.residual == "recompute":
         run = jax.checkpoint(run)
-    return run(x, *weights, group_sizes.astype(jnp.int32))
+    return run(*vary_alike((x, *weights, group_sizes.astype(jnp.int32))))
 
 
 def is_fused(recipe: Recipe, x: jax.Array, *weights: jax.Array | QTensor) -> bool:

@@ -22,9 +22,11 @@ import jax
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend import core
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+from fp8jax import _compat
 from fp8jax.ops._lowered_once import lowered_once
+from fp8jax.ops._partly_manual import compass, free_axes, free_mesh, partitioned_mesh
 
 Factors = tuple[str, ...]  # One name for each dimension of an array.
 Product = Callable[..., jax.Array]
@@ -72,7 +74,10 @@ class Factorization:
 
 
 def split_over_devices(
-    product: Product, factors: Factorization, out_dtype: Any
+    product: Product,
+    factors: Factorization,
+    out_dtype: Any,
+    around: AbstractMesh | None = None,
 ) -> Product:
     """`product` with rules for the partitioner and for `vmap`.
 
@@ -81,33 +86,50 @@ def split_over_devices(
             them.
         factors: names of the dimensions.
         out_dtype: of the result.
+        around: what `mesh_around` gives where the result is called.
     """
 
-    def whole(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    def whole(lhs: jax.Array, rhs: jax.Array, *_: jax.Array) -> jax.Array:
         return product(lhs, rhs, out_dtype)
 
     def partition(mesh: Any, args: Any, out: Any) -> Any:
-        specs = [_spec(x) for x in (*args, out)]
-        axes = assign_axes(factors, *specs)
-        axes = _even(axes, dict(mesh.shape), factors, args)
+        lhs, rhs, *rest = args
+        free, unsplit = mesh, ()
+        if around is not None:
+            mesh, free = around, partitioned_mesh(around, rest[0].sharding)
+            if free is None:  # No sum could say which devices it is over.
+                free, unsplit = free_mesh(around), factors.summed
+        axes = assign_axes(factors, *(_spec(x, free) for x in (lhs, rhs, out)))
+        axes = _even(axes, dict(free.shape), factors, (lhs, rhs))
+        axes.update(dict.fromkeys(unsplit, ()))
         summed = tuple(axis for name in factors.summed for axis in axes[name])
 
         @_without_mesh
-        def shard(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        def shard(lhs: jax.Array, rhs: jax.Array, *_: jax.Array) -> jax.Array:
             out = lowered_once(product)(lhs, rhs, out_dtype)
             return lax.psum(out, summed) if summed else out
 
         shardings = [
-            NamedSharding(mesh, PartitionSpec(*(axes[name] or None for name in names)))
+            NamedSharding(free, PartitionSpec(*(axes[name] or None for name in names)))
             for names in (factors.lhs, factors.rhs, factors.out)
         ]
-        return mesh, shard, shardings[2], tuple(shardings[:2])
+        kept = (x.sharding for x in rest)
+        return mesh, shard, shardings[2], (*shardings[:2], *kept)
 
+    rule = str(factors)
+    if around is not None:
+        rule = rule.replace(" ->", f", {' '.join(free_axes(around))} ->")
     partitioned = custom_partitioning(whole)
     partitioned.def_partition(
-        partition, sharding_rule=str(factors), reduction_factors=factors.summed
+        partition, sharding_rule=rule, reduction_factors=factors.summed
     )
-    mappable = jax.custom_batching.custom_vmap(partitioned)
+
+    def run(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        if around is None:
+            return partitioned(lhs, rhs)
+        return partitioned(lhs, rhs, compass(around))
+
+    mappable = jax.custom_batching.custom_vmap(run)
 
     @functools.cache
     def over(is_mapped: tuple[bool, ...]) -> Product:
@@ -116,7 +138,7 @@ def split_over_devices(
         def mapped(lhs: jax.Array, rhs: jax.Array, dtype: Any) -> jax.Array:
             return jax.vmap(lambda x, w: product(x, w, dtype), in_axes)(lhs, rhs)
 
-        return split_over_devices(mapped, factors.mapped(is_mapped), out_dtype)
+        return split_over_devices(mapped, factors.mapped(is_mapped), out_dtype, around)
 
     @mappable.def_vmap
     def _vmap(axis_size: int, is_mapped: Sequence[bool], *args: jax.Array) -> Any:
@@ -144,9 +166,10 @@ def _without_mesh(shard: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return run
 
 
-def _spec(x: Any) -> tuple[tuple[str, ...], ...]:
-    """The mesh axes that split each dimension."""
-    spec = tuple(x.sharding.spec) + (None,) * (len(x.shape) - len(x.sharding.spec))
+def _spec(x: Any, mesh: Any) -> tuple[tuple[str, ...], ...]:
+    """The axes of `mesh` that split each dimension."""
+    spec = tuple(_compat.spec_on(mesh, x.sharding))
+    spec += (None,) * (len(x.shape) - len(spec))
     return tuple(
         () if s is None else (s,) if isinstance(s, str) else tuple(s) for s in spec
     )

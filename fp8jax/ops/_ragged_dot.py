@@ -19,6 +19,7 @@ from fp8jax.ops._grouped_product import (
     wgrad_of,
 )
 from fp8jax.ops._spread import without_split
+from fp8jax.ops._varying import vary_alike
 from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
 
 
@@ -97,7 +98,8 @@ def ragged_dot(
         recipe=recipe,
         implementation=implementation,
     )
-    return _matmul(product, lhs, rhs, group_sizes.astype(jnp.int32))
+    arrays = vary_alike((lhs, rhs, group_sizes.astype(jnp.int32)))
+    return _matmul(product, *arrays)
 
 
 def grouped_product(

@@ -22,6 +22,7 @@ from fp8jax.ops._product import (
     wgrad_of,
 )
 from fp8jax.ops._spread import Spread, spread
+from fp8jax.ops._varying import vary_alike
 from fp8jax.quant import quantize_rms_norm
 from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
 
@@ -87,7 +88,8 @@ def rms_norm_dot(
         products = tuple(
             matrix_product(name, rows.shape, w, recipe, implementation) for w in weights
         )
-        ys: Any = _fused(_Static(products, epsilon), rows, scale, weights)
+        arrays = vary_alike((rows, scale, weights))
+        ys: Any = _fused(_Static(products, epsilon), *arrays)
     else:
         h = _rms_norm(epsilon, rows, scale)
         how: Any = {"recipe": recipe, "implementation": implementation}

@@ -20,6 +20,7 @@ from fp8jax.ops._product import (
     wgrad_of,
 )
 from fp8jax.ops._spread import Spread, spread
+from fp8jax.ops._varying import vary_alike
 from fp8jax.quant import quantize_swiglu, quantize_swiglu_gradient
 from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
 
@@ -95,7 +96,8 @@ def swiglu_mlp(
     else:
         how: Any = {"recipe": recipe, "implementation": implementation}
         run = functools.partial(_unfused, **how)
-    y = (jax.checkpoint(run) if recipe.residual == "recompute" else run)(rows, *weights)
+    run = jax.checkpoint(run) if recipe.residual == "recompute" else run
+    y = run(*vary_alike((rows, *weights)))
     return y.reshape(*x.shape[:-1], w_down.shape[1])
 
 

@@ -22,7 +22,6 @@ from fp8jax.transform._stored_plan import notes_on, static_dot
 from fp8jax.transform._values import MARKED, Dot, Position, Side, other_side
 
 SPLIT = "sharded over devices, and XLA has no rule to split its GPU kernel by"
-CHECKED = "in a shard_map that checks types, which GPU kernels lack: check_vma=False"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,16 +171,14 @@ def _on_devices(
     what, reason = verdict.replacement, verdict.reason
     if what is None:
         return verdict
-    avals = dot.lhs_aval, dot.rhs_aval
-    why_xla = CHECKED if any(map(_compat.varying_axes, avals)) else ""
-    if not dot.scope.in_shard_map:
-        if dot.ragged is not None or isinstance(what, StaticDot):
-            why_xla = SPLIT if spread else why_xla
-        elif spread or _compat.is_explicit(dot.out_aval):
+    if dot.scope.in_shard_map:
+        return verdict
+    if dot.ragged is None and not isinstance(what, StaticDot):
+        if spread or _compat.is_explicit(dot.out_aval):
             what = dataclasses.replace(what, split=True)
-    if why_xla and what.implementation is None:
+    elif spread and what.implementation is None:
         if _kernel(what, dot, kernel_of) not in ("", "xla"):
-            reason = "; ".join(filter(None, (reason, why_xla)))
+            reason = "; ".join(filter(None, (reason, SPLIT)))
         what = dataclasses.replace(what, implementation="xla")
     return _Verdict(what, reason)
 

@@ -69,7 +69,7 @@ class Scope:
         stack: outer and inner name stacks, joined by slashes.
         times: how often the equation runs, as far as scan lengths tell.
         blocked: why nothing here may be rewritten, if so.
-        in_shard_map: whether values are those of one device.
+        in_shard_map: over the whole mesh, so that values are those of one device.
         in_condition: whether it decides if a loop of unknown length goes on.
         within: the pass of a train step.
         read: which of its results are read.

@@ -28,9 +28,9 @@ from fp8jax.kernels._contract import ScaleKind, Tile
 from fp8jax.kernels.mosaic_gpu._blocks_config import BlocksConfig
 from fp8jax.kernels.mosaic_gpu._common import (
     await_stores,
+    called,
     ceil_div,
     num_sms,
-    one_call,
     swizzled,
 )
 from fp8jax.kernels.mosaic_gpu._encode import BLOCK, amax_bits, encode, scales
@@ -139,7 +139,7 @@ def launch(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
         ),
     )
-    return one_call(run(*inputs))
+    return called(run, *inputs)
 
 
 def _body(

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from fp8jax import _compat
+
 _H100_SMS = 132
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Results = TypeVar("_Results")
@@ -45,14 +47,20 @@ def await_stores() -> None:
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def one_call(results: _Results) -> _Results:
-    """A kernel's results as XLA must take them: of one call.
+def called(kernel: Callable[..., _Results], *operands: jax.Array) -> _Results:
+    """A kernel's results as JAX and XLA must take them.
 
-    Where a result is stacked by a scan and read on as well, XLA copies the call into a
-    fusion that writes the stack and keeps the call for the other readers: the kernel
-    would run twice. A barrier keeps the readers apart from the call. Put it right on
-    what the kernel writes, inside any transpose or cast, which XLA then still cancels.
+    In a `shard_map` that checks types they vary as the operands do, which Pallas does
+    not say. And they are of one call: where a result is stacked by a scan and read on,
+    too, XLA copies the call into a fusion that writes the stack and keeps the call for
+    the other readers: the kernel would run twice. A barrier keeps the readers apart
+    from the call. Put it right on what the kernel writes, inside any transpose or cast,
+    which XLA then still cancels.
     """
+    axes = tuple(sorted(_compat.union_of_varying_axes(*operands)))
+    results = kernel(*operands)
+    if axes:
+        results = jax.tree.map(lambda x: lax.pcast(x, axes, to="varying"), results)
     return lax.optimization_barrier(results)
 
 

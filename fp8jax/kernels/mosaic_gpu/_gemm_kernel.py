@@ -17,7 +17,7 @@ import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fp8jax.kernels.mosaic_gpu import _epilogue
-from fp8jax.kernels.mosaic_gpu._common import one_call
+from fp8jax.kernels.mosaic_gpu._common import called
 from fp8jax.kernels.mosaic_gpu._config import SMEM_BYTES
 from fp8jax.kernels.mosaic_gpu._fetch import fetch
 from fp8jax.kernels.mosaic_gpu._multiply import multiply
@@ -107,7 +107,7 @@ def gemm_padded(
     )
     operands = (lhs, lhs_scale, rhs, rhs_scale, *tables)
     if accumulate is None:
-        return one_call(launch(*operands))
+        return called(launch, *operands)
     out = jax.new_ref(accumulate)
     launch(*operands, out)
     return jax.freeze(out)

@@ -20,10 +20,10 @@ from fp8jax import _compat
 from fp8jax.kernels._contract import Quantized, ScaleKind, Tile
 from fp8jax.kernels._swiglu import swiglu
 from fp8jax.kernels.mosaic_gpu._common import (
+    called,
     in_32_bits,
     mapped_under_vmap,
     num_sms,
-    one_call,
     swizzled,
     zero_pad,
 )
@@ -152,7 +152,7 @@ def _multiply(
         ),
     )
     scale = zero_pad(lhs_scale.T, (1, ROW_MULTIPLE))
-    data, factors = one_call(launch(lhs, scale, gate, gate_scale, up, up_scale))
+    data, factors = called(launch, lhs, scale, gate, gate_scale, up, up_scale)
     return data[:m], factors.T[:m]
 
 

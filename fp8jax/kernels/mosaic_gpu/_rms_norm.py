@@ -21,11 +21,11 @@ from fp8jax import _compat
 from fp8jax.kernels._contract import Quantized, ScaleKind, Tile
 from fp8jax.kernels.mosaic_gpu._common import (
     await_stores,
+    called,
     ceil_div,
     in_32_bits,
     mapped_under_vmap,
     num_sms,
-    one_call,
     swizzled,
     zero_pad,
 )
@@ -220,7 +220,7 @@ def _launch(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
     )
-    return one_call(run(*inputs, weights))
+    return called(run, *inputs, weights)
 
 
 def _body(

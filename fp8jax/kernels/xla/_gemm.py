@@ -87,7 +87,7 @@ def sum_of_chunks(
 
 def _varying_like(x: jax.Array, *others: jax.Array) -> jax.Array:
     """`x` as a value that differs between devices as the others do, in a shard_map."""
-    axes = frozenset().union(*(_compat.varying_axes(jax.typeof(y)) for y in others))
+    axes = _compat.union_of_varying_axes(*others)
     return lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
