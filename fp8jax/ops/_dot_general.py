@@ -7,8 +7,9 @@ from typing import Any
 import jax
 from jax import lax
 
+from fp8jax.ops._explicit import check_out_sharding, typed_as
 from fp8jax.ops._gemm import check_inputs, output_dtype
-from fp8jax.ops._layout import plan
+from fp8jax.ops._layout import Layout, plan
 from fp8jax.ops._product import (
     Product,
     as_stored,
@@ -50,7 +51,7 @@ def dot_general(
         dimension_numbers: as in `jax.lax.dot_general`; batch dimensions are mapped.
         precision: of the GEMMs that the recipe leaves out of FP8.
         preferred_element_type: dtype of the result; the operands' promoted by default.
-        out_sharding: as in `jax.lax.dot_general`; only with `recipes.bf16()` so far.
+        out_sharding: as in `jax.lax.dot_general`, of arrays on an explicit mesh.
         recipe: `recipes.deepseek_v3()` by default.
         implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here.
 
@@ -60,7 +61,8 @@ def dot_general(
     Raises:
         ValueError: If dtypes, shapes or dimension numbers do not fit.
         NotImplementedError: If the implementation asked for cannot run, or for
-            `out_sharding` with a GEMM in FP8.
+            `out_sharding` with a GEMM in FP8 where shardings are automatic.
+        jax.sharding.ShardingTypeError: On an explicit mesh, as `jax.lax.dot_general`.
         TypeError: When differentiated twice, or in forward mode.
 
     Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.
@@ -68,33 +70,46 @@ def dot_general(
     name = "dot_general"
     recipe = deepseek_v3() if recipe is None else recipe
     check_recipe(name, recipe)
+    plain = functools.partial(
+        lax.dot_general,
+        dimension_numbers=dimension_numbers,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+    )
     if recipe.is_off:
-        return lax.dot_general(
-            lhs,
-            rhs,
-            dimension_numbers,
-            precision,
-            preferred_element_type,
-            out_sharding=out_sharding,
-        )
-    if out_sharding is not None:
-        raise NotImplementedError(
-            f"{name} in FP8 takes out_sharding=None, got {out_sharding}: constrain the "
-            "result with jax.lax.with_sharding_constraint instead."
-        )
+        return plain(lhs, rhs)
+    check_out_sharding(name, out_sharding, lhs, rhs)
     check_inputs(name, lhs, rhs)
     layout = plan(lhs.shape, rhs.shape, dimension_numbers, name)
+    out_dtype = output_dtype(name, lhs, rhs, preferred_element_type)
+
+    def run(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return _product_of(
+            lhs,
+            rhs,
+            layout,
+            name=name,
+            out_dtype=out_dtype,
+            precision=precision,
+            recipe=recipe,
+            implementation=implementation,
+        )
+
+    return typed_as(plain, run, lhs, rhs)
+
+
+def _product_of(
+    lhs: jax.Array, rhs: jax.Array, layout: Layout, *, precision: Any, **static: Any
+) -> jax.Array:
     product = Product(
-        name=name,
         x=layout.lhs,
         w=layout.rhs,
-        out_dtype=output_dtype(name, lhs, rhs, preferred_element_type),
         x_dtype=lhs.dtype,
         w_dtype=rhs.dtype,
         precision=lax.Precision(precision) if isinstance(precision, str) else precision,
-        recipe=recipe,
-        implementation=implementation,
         split=spread(lhs, rhs) != Spread.ONE,
+        **static,
     )
     run = functools.partial(_matmul, product)
     for _ in range(layout.batch_rank):

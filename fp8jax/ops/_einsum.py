@@ -1,5 +1,6 @@
 """`jax.numpy.einsum` of an activation and a weight, with its three GEMMs in FP8."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ from jax import lax
 from opt_einsum import parser
 
 from fp8jax.ops._dot_general import dot_general
+from fp8jax.ops._explicit import check_out_sharding, typed_as
 from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
 
 
@@ -48,15 +50,25 @@ def einsum(
     """
     recipe = deepseek_v3() if recipe is None else recipe
     check_recipe("einsum", recipe)
+    how: Any = {
+        "precision": precision,
+        "preferred_element_type": preferred_element_type,
+    }
+    plain = functools.partial(jnp.einsum, subscripts, out_sharding=out_sharding, **how)
     if recipe.is_off:
-        return jnp.einsum(
-            subscripts,
-            x,
-            w,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-            out_sharding=out_sharding,
-        )
+        return plain(x, w)
+    check_out_sharding("einsum", out_sharding, x, w)
+
+    def run(x: jax.Array, w: jax.Array) -> jax.Array:
+        options = {"recipe": recipe, "implementation": implementation, **how}
+        return _as_one_product(subscripts, x, w, **options)
+
+    return typed_as(plain, run, x, w)
+
+
+def _as_one_product(
+    subscripts: str, x: jax.Array, w: jax.Array, **how: Any
+) -> jax.Array:
     x_names, w_names, out_names = _parse(subscripts, x, w)
     x, x_names = _distinct(x, x_names, w_names + out_names)
     w, w_names = _distinct(w, w_names, x_names + out_names)
@@ -70,11 +82,7 @@ def einsum(
             (tuple(map(x_names.index, names)), tuple(map(w_names.index, names)))
             for names in (contracted, batch)
         ),
-        precision,
-        preferred_element_type,
-        out_sharding=out_sharding,
-        recipe=recipe,
-        implementation=implementation,
+        **how,
     )
     free = [name for name in x_names + w_names if name not in shared]
     y_names = batch + free

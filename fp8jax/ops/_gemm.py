@@ -7,13 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh
 
 from fp8jax.matmul import scaled_matmul
 from fp8jax.ops._derivatives import refuse_derivatives
 from fp8jax.ops._layout import DimensionNumbers, Layout, Operand, plan
 from fp8jax.ops._partition import Factorization, split_over_devices
-from fp8jax.ops._partly_manual import mesh_around
+from fp8jax.ops._partly_manual import Surroundings
 from fp8jax.quant import (
     QTensor,
     QuantSpec,
@@ -136,7 +135,7 @@ def quantized_dot(
     specs = lhs_spec, rhs_spec
     if not split:
         return _whole(lhs, rhs, layout, specs, out_dtype, implementation)
-    key = layout.numbers, specs, out_dtype, implementation, mesh_around()
+    key = layout.numbers, specs, out_dtype, implementation, Surroundings.here()
     run = _split(lhs.ndim, rhs.ndim, *key)
     return refuse_derivatives(run, _NO_GRADIENT)(lhs, rhs)
 
@@ -166,16 +165,16 @@ def _split(
     specs: tuple[QuantSpec, QuantSpec],
     out_dtype: np.dtype,
     implementation: str | None,
-    around: AbstractMesh | None,
+    here: Surroundings,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """The product of two arrays, which XLA may split over devices."""
 
-    def run(lhs: jax.Array, rhs: jax.Array, dtype: Any) -> jax.Array:
+    def run(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         layout = plan(lhs.shape, rhs.shape, numbers, "quantized_dot")
-        return _whole(lhs, rhs, layout, specs, dtype, implementation)
+        return _whole(lhs, rhs, layout, specs, out_dtype, implementation)
 
     factors = Factorization.of(lhs_rank, rhs_rank, numbers)
-    return split_over_devices(run, factors, out_dtype, around)
+    return split_over_devices(run, factors, here.mesh)
 
 
 def quantize_operand(

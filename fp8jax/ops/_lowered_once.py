@@ -18,23 +18,21 @@ from fp8jax.matmul import has_gpu_kernels
 _CHECKS = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
 
 
-def lowered_once(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`product` of `(lhs, rhs, out_dtype)`, lowered once where that is costly."""
+def lowered_once(product: Callable[..., Any]) -> Callable[..., Any]:
+    """`product`, a function of arrays, lowered once where that is costly."""
 
-    def run(lhs: jax.Array, rhs: jax.Array, out_dtype: Any) -> jax.Array:
+    def run(*args: jax.Array) -> Any:
         if not has_gpu_kernels():
-            return product(lhs, rhs, out_dtype)
-        avals = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (lhs, rhs))
+            return product(*args)
+        avals = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args)
         x64 = jax.config.read("jax_enable_x64")
-        return _exported(product, avals, jax.numpy.dtype(out_dtype), x64).call(lhs, rhs)
+        return _exported(product, avals, x64).call(*args)
 
     return run
 
 
 @functools.lru_cache(maxsize=1024)
-def _exported(
-    product: Callable[..., jax.Array], avals: Any, out_dtype: Any, x64: bool
-) -> export.Exported:
+def _exported(product: Callable[..., Any], avals: Any, x64: bool) -> export.Exported:
     del x64  # A part of the key alone: what is traced depends on it.
-    run = jax.jit(lambda lhs, rhs: product(lhs, rhs, out_dtype))
+    run = jax.jit(lambda *args: product(*args))
     return export.export(run, platforms=["cuda"], disabled_checks=_CHECKS)(*avals)

@@ -29,34 +29,41 @@ from fp8jax.ops._lowered_once import lowered_once
 from fp8jax.ops._partly_manual import compass, free_axes, free_mesh, partitioned_mesh
 
 Factors = tuple[str, ...]  # One name for each dimension of an array.
-Product = Callable[..., jax.Array]
+Product = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Factorization:
-    """The dimensions of a `dot_general` by name: equal names, equal dimensions.
+    """The dimensions of an operation's arrays by name: equal names, equal dimensions.
 
     Attributes:
-        lhs, rhs, out: names of each array's dimensions.
-        summed: names of those contracted.
+        operands, results: names of each array's dimensions.
+        summed: names over which results are sums: no result has them.
+        whole: names of dimensions of which each device needs all.
+        multiples: for some names, what a device's part is a multiple of.
+        follows: for names of scales' dimensions, that of the codes they belong to.
     """
 
-    lhs: Factors
-    rhs: Factors
-    out: Factors
-    summed: Factors
+    operands: tuple[Factors, ...]
+    results: tuple[Factors, ...]
+    summed: Factors = ()
+    whole: Factors = ()
+    multiples: tuple[tuple[str, int], ...] = ()
+    follows: tuple[tuple[str, str], ...] = ()
 
     def mapped(self, is_mapped: Sequence[bool]) -> "Factorization":
-        """Of the product mapped over a new first dimension of some of the operands."""
-        name = f"v{sum(factor[0] == 'v' for factor in self.out)}"
-        lhs, rhs = (
+        """Of the operation mapped over a new first dimension of some operands."""
+        name = f"v{sum(factor[0] == 'v' for factor in self.results[0])}"
+        operands = tuple(
             (name, *names) if mapped else names
-            for names, mapped in zip((self.lhs, self.rhs), is_mapped, strict=True)
+            for names, mapped in zip(self.operands, is_mapped, strict=True)
         )
-        return Factorization(lhs, rhs, (name, *self.out), self.summed)
+        results = tuple((name, *names) for names in self.results)
+        return dataclasses.replace(self, operands=operands, results=results)
 
     @classmethod
     def of(cls, lhs_rank: int, rhs_rank: int, numbers: Any) -> "Factorization":
+        """Of a `dot_general`."""
         (l_sum, r_sum), (l_batch, r_batch) = numbers
         lhs = [f"m{i}" for i in range(lhs_rank)]
         rhs = [f"n{i}" for i in range(rhs_rank)]
@@ -66,90 +73,96 @@ class Factorization:
         batch = tuple(lhs[d] for d in l_batch)
         summed = tuple(lhs[d] for d in l_sum)
         free = [name for name in (*lhs, *rhs) if name[0] in "mn"]
-        return cls(tuple(lhs), tuple(rhs), (*batch, *free), summed)
+        return cls((tuple(lhs), tuple(rhs)), ((*batch, *free),), summed)
 
     def __str__(self) -> str:
-        lhs, rhs, out = (" ".join(f) for f in (self.lhs, self.rhs, self.out))
-        return f"{lhs}, {rhs} -> {out}"
+        operands, results = (
+            ", ".join(" ".join(names) for names in arrays)
+            for arrays in (self.operands, self.results)
+        )
+        return f"{operands} -> {results}"
 
 
 def split_over_devices(
-    product: Product,
-    factors: Factorization,
-    out_dtype: Any,
-    around: AbstractMesh | None = None,
+    product: Product, factors: Factorization, around: AbstractMesh | None = None
 ) -> Product:
     """`product` with rules for the partitioner and for `vmap`.
 
     Args:
-        product: `(lhs, rhs, out_dtype)` to the product of two arrays, also of shards of
-            them.
+        product: a function of arrays, also of shards of them, to an array or, of
+            several results, a tuple. Parts of a sum are in the dtype of the result.
         factors: names of the dimensions.
-        out_dtype: of the result.
-        around: what `mesh_around` gives where the result is called.
+        around: the mesh of a `shard_map` over some of its axes that it is called in.
     """
+    count = len(factors.operands)
 
-    def whole(lhs: jax.Array, rhs: jax.Array, *_: jax.Array) -> jax.Array:
-        return product(lhs, rhs, out_dtype)
+    def whole(*args: jax.Array) -> Any:
+        return product(*args[:count])
 
     def partition(mesh: Any, args: Any, out: Any) -> Any:
-        lhs, rhs, *rest = args
-        free, unsplit = mesh, ()
+        arrays, rest = args[:count], args[count:]
+        free, unsplit = mesh, factors.whole
         if around is not None:
             mesh, free = around, partitioned_mesh(around, rest[0].sharding)
             if free is None:  # No sum could say which devices it is over.
-                free, unsplit = free_mesh(around), factors.summed
-        axes = assign_axes(factors, *(_spec(x, free) for x in (lhs, rhs, out)))
-        axes = _even(axes, dict(free.shape), factors, (lhs, rhs))
-        axes.update(dict.fromkeys(unsplit, ()))
+                free, unsplit = free_mesh(around), (*unsplit, *factors.summed)
+        specs = [_spec(x, free) for x in (*arrays, *jax.tree.leaves(out))]
+        axes = assign_axes(factors, *specs)
+        axes = _allowed(axes, dict(free.shape), factors, arrays, unsplit)
         summed = tuple(axis for name in factors.summed for axis in axes[name])
 
         @_without_mesh
-        def shard(lhs: jax.Array, rhs: jax.Array, *_: jax.Array) -> jax.Array:
-            out = lowered_once(product)(lhs, rhs, out_dtype)
-            return lax.psum(out, summed) if summed else out
+        def shard(*args: jax.Array) -> Any:
+            out = lowered_once(product)(*args[:count])
+            if not summed:
+                return out
+            return jax.tree.map(lambda part: lax.psum(part, summed), out)
 
-        shardings = [
-            NamedSharding(free, PartitionSpec(*(axes[name] or None for name in names)))
-            for names in (factors.lhs, factors.rhs, factors.out)
-        ]
-        kept = (x.sharding for x in rest)
-        return mesh, shard, shardings[2], (*shardings[:2], *kept)
+        def sharding(names: Factors) -> NamedSharding:
+            return NamedSharding(free, PartitionSpec(*(axes[n] or None for n in names)))
+
+        operands, results = (
+            [sharding(names) for names in arrays]
+            for arrays in (factors.operands, factors.results)
+        )
+        results = jax.tree.unflatten(jax.tree.structure(out), results)
+        return mesh, shard, results, (*operands, *(x.sharding for x in rest))
 
     rule = str(factors)
     if around is not None:
         rule = rule.replace(" ->", f", {' '.join(free_axes(around))} ->")
     partitioned = custom_partitioning(whole)
     partitioned.def_partition(
-        partition, sharding_rule=rule, reduction_factors=factors.summed
+        partition,
+        sharding_rule=rule,
+        reduction_factors=factors.summed,
+        need_replication_factors=factors.whole,
     )
 
-    def run(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    def run(*args: jax.Array) -> Any:
         if around is None:
-            return partitioned(lhs, rhs)
-        return partitioned(lhs, rhs, compass(around))
+            return partitioned(*args)
+        return partitioned(*args, compass(around))
 
     mappable = jax.custom_batching.custom_vmap(run)
 
     @functools.cache
     def over(is_mapped: tuple[bool, ...]) -> Product:
         in_axes = tuple(0 if mapped else None for mapped in is_mapped)
-
-        def mapped(lhs: jax.Array, rhs: jax.Array, dtype: Any) -> jax.Array:
-            return jax.vmap(lambda x, w: product(x, w, dtype), in_axes)(lhs, rhs)
-
-        return split_over_devices(mapped, factors.mapped(is_mapped), out_dtype, around)
+        mapped = jax.vmap(product, in_axes)
+        return split_over_devices(mapped, factors.mapped(is_mapped), around)
 
     @mappable.def_vmap
     def _vmap(axis_size: int, is_mapped: Sequence[bool], *args: jax.Array) -> Any:
         # A rule of its own: without one, XLA would gather operands for the kernels.
         del axis_size
-        return over(tuple(is_mapped))(*args), True
+        out = over(tuple(is_mapped))(*args)
+        return out, jax.tree.map(lambda _: True, out)
 
     return mappable
 
 
-def _without_mesh(shard: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def _without_mesh(shard: Product) -> Product:
     """`shard`, traced as the program of one device.
 
     NOTE: the partitioner calls while the caller's mesh is still in context. Where that
@@ -157,11 +170,12 @@ def _without_mesh(shard: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     any more.
     """
 
-    def run(*args: jax.Array) -> jax.Array:
+    def run(*args: jax.Array) -> Any:
         avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args]
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            jaxpr = jax.make_jaxpr(jax.jit(shard))(*avals)
-        return core.jaxpr_as_fun(jaxpr)(*args)[0]
+            jaxpr, out = jax.make_jaxpr(jax.jit(shard), return_shape=True)(*avals)
+        results = core.jaxpr_as_fun(jaxpr)(*args)
+        return jax.tree.unflatten(jax.tree.structure(out), results)
 
     return run
 
@@ -175,45 +189,64 @@ def _spec(x: Any, mesh: Any) -> tuple[tuple[str, ...], ...]:
     )
 
 
-def _even(
+def _allowed(
     axes: dict[str, tuple[str, ...]],
     mesh_shape: dict[str, int],
     factors: Factorization,
     args: Sequence[Any],
+    unsplit: Factors,
 ) -> dict[str, tuple[str, ...]]:
-    """`axes` without those that would leave a padded shard: its padding is garbage."""
-    sizes = {}
-    for names, x in zip((factors.lhs, factors.rhs), args, strict=True):
+    """`axes` without those that would leave a part of what each device needs whole.
+
+    Nor a padded shard, whose padding is garbage, nor one that cuts a tile of codes.
+    """
+    sizes, multiples = {}, dict(factors.multiples)
+    for names, x in zip(factors.operands, args, strict=True):
         sizes.update(zip(names, x.shape, strict=True))
-    shards = {name: math.prod(mesh_shape[a] for a in axes[name]) for name in axes}
-    return {
-        name: axes[name] if sizes[name] % shards[name] == 0 else () for name in axes
+
+    def fits(name: str) -> bool:
+        shards = math.prod(mesh_shape[a] for a in axes[name])
+        return sizes[name] % (shards * multiples.get(name, 1)) == 0
+
+    followers = dict(factors.follows)
+    found = {
+        name: axes[name] if name not in unsplit and fits(name) else ()
+        for name in axes
+        if name not in followers
     }
+    return {**found, **{name: found[leader] for name, leader in followers.items()}}
 
 
-def assign_axes(
-    factors: Factorization, lhs: Any, rhs: Any, out: Any
-) -> dict[str, tuple[str, ...]]:
-    """Which mesh axes split which dimension while the product is computed.
+def assign_axes(factors: Factorization, *specs: Any) -> dict[str, tuple[str, ...]]:
+    """Which mesh axes split which dimension while the operation is computed.
 
-    An axis splits the dimension that two of the three arrays agree on: there is at
-    most one, for any two dimensions have an array in common. Where no two agree, the
-    result's sharding comes first, then that of `lhs`.
+    An axis splits the dimension that the most arrays agree on, and others that share no
+    array with it. In a product of two, any two dimensions share one. Of dimensions with
+    as many votes the result's comes first, then that of the first operand.
 
     Args:
         factors: names of the dimensions.
-        lhs, rhs, out: mesh axes of each dimension, as the partitioner has them.
+        specs: mesh axes of each dimension of each operand and result, as the
+            partitioner has them.
     """
-    arrays = ((factors.out, out), (factors.lhs, lhs), (factors.rhs, rhs))
+    followers = dict(factors.follows)
+    names = *factors.operands, *factors.results
+    pairs = [*zip(names, specs, strict=True)]
+    count = len(factors.operands)
     votes: dict[str, collections.Counter[str]] = collections.defaultdict(
         collections.Counter
     )
-    for names, spec in arrays:
-        for name, axes in zip(names, spec, strict=True):
-            for axis in axes:
-                votes[axis][name] += 1
+    for array, spec in (*pairs[count:], *pairs[:count]):
+        for name, axes in zip(array, spec, strict=True):
+            if name not in followers:
+                for axis in axes:
+                    votes[axis][name] += 1
     assigned: dict[str, tuple[str, ...]]
-    assigned = {name: () for names, _ in arrays for name in names}
-    for axis, names in votes.items():  # In order of `arrays`, and so are ties.
-        assigned[names.most_common(1)[0][0]] += (axis,)
+    assigned = {name: () for array in names for name in array}
+    for axis, found in votes.items():  # In order of the arrays, and so are ties.
+        split: set[str] = set()
+        for name, _ in found.most_common():
+            if not any(name in array and split & set(array) for array in names):
+                split.add(name)
+                assigned[name] += (axis,)
     return assigned

@@ -6,6 +6,7 @@ shardings by those numbers. Sums over devices name axes of the whole mesh, thoug
 tells which number is which device is an operand of known sharding: a compass.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -14,12 +15,25 @@ import numpy as np
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from fp8jax import _compat
+from fp8jax.matmul import has_gpu_kernels
 
 
-def mesh_around() -> AbstractMesh | None:
-    """The mesh of a `shard_map` over some of its axes, if traced within one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh if mesh.manual_axes else None
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+    """What the tracing of an operation for the partitioner depends on, beside arrays.
+
+    Attributes:
+        mesh: of a `shard_map` over some of its axes, if traced within one.
+        has_kernels: whether the GPU kernels run here.
+    """
+
+    mesh: AbstractMesh | None = None
+    has_kernels: bool = False
+
+    @classmethod
+    def here(cls) -> "Surroundings":
+        mesh = jax.sharding.get_abstract_mesh()
+        return cls(mesh if mesh.manual_axes else None, has_gpu_kernels())
 
 
 def free_axes(around: AbstractMesh) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fp8jax.ops._dot_general import dot_general
+from fp8jax.ops._explicit import summed_product, typed_as
 from fp8jax.ops._gemm import check_inputs
 from fp8jax.ops._product import (
     INPUT_CODES,
@@ -81,7 +82,28 @@ def rms_norm_dot(
         )
     if not jnp.issubdtype(scale.dtype, jnp.floating):
         raise ValueError(f"{name} takes a float scale, got scale.dtype={scale.dtype}.")
-    rows = x.reshape(-1, *side)
+    how: Any = {"recipe": recipe, "implementation": implementation}
+    run = functools.partial(_norm_and_products, name, epsilon, **how)
+    return typed_as(functools.partial(_plain, epsilon), run, x, scale, *weights)
+
+
+def _plain(
+    epsilon: float, x: jax.Array, scale: jax.Array, *weights: jax.Array
+) -> tuple[jax.Array, ...]:
+    h = _rms_norm(epsilon, x, scale)
+    return tuple(summed_product(h, w) for w in weights)
+
+
+def _norm_and_products(
+    name: str,
+    epsilon: float,
+    x: jax.Array,
+    scale: jax.Array,
+    *weights: jax.Array,
+    recipe: Recipe,
+    implementation: str | None,
+) -> tuple[jax.Array, ...]:
+    rows = x.reshape(-1, x.shape[-1])
     in_fp8 = None not in (recipe.fprop, recipe.dgrad, recipe.wgrad)
     one_device = spread(x, scale, *weights) == Spread.ONE
     if in_fp8 and one_device and all(x.dtype == w.dtype for w in weights):

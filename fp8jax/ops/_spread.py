@@ -28,6 +28,9 @@ def spread(*arrays: Any) -> Spread:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.axis_types and set(mesh.axis_types) == {AxisType.Manual}:
         return Spread.ONE
+    if mesh.axis_types and set(mesh.axis_types) == {AxisType.Explicit}:
+        # Types tell: an array without a mesh is whole on each device.
+        return max(map(_of_type, arrays), default=Spread.ONE)
     found = spread_of_mesh(mesh)
     for x in arrays:  # Asked for each leaf of each call.
         if not isinstance(x, Tracer):
@@ -60,6 +63,10 @@ def without_split(name: str, implementation: str | None, *arrays: Any) -> str | 
             stacklevel=3,
         )
     return "xla"
+
+
+def _of_type(x: Any) -> Spread:
+    return spread_of_mesh(jax.typeof(x).sharding.mesh)
 
 
 def spread_of_mesh(mesh: Any) -> Spread:

@@ -8,7 +8,9 @@ import numpy as np
 
 from fp8jax.matmul import scaled_matmul, swiglu_matmul
 from fp8jax.ops._derivatives import refuse_derivatives
+from fp8jax.ops._explicit import summed_product, typed_as
 from fp8jax.ops._gemm import INPUT_DTYPES
+from fp8jax.ops._static_split import over_devices
 from fp8jax.quant import QTensor, QuantSpec, quantize, quantize_rms_norm
 from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
 
@@ -54,15 +56,34 @@ def static_weight_dot(
             f"{kernel.shape}."
         )
 
+    _check_rows(name, x)
+    lead = _lead(x)
+    how: Any = {"out_dtype": np.dtype(out_dtype), "implementation": implementation}
+
     def product(x: jax.Array | QTensor, kernel: QTensor) -> jax.Array:
-        return scaled_matmul(
-            _quantized(x, spec, implementation),
-            kernel.T,
-            out_dtype=out_dtype,
-            implementation=implementation,
+        return over_devices(
+            _dot,
+            x,
+            kernel,
+            names=((*lead, "k"), ("k", "n")),
+            results=((*lead, "n"),),
+            summed=("k",),
+            multiples={"k": spec.tile[1]},
+            spec=spec,
+            **how,
         )
 
-    y = without_derivative(name, product)(_rows(name, x), kernel)
+    def plain(x: jax.Array | QTensor, kernel: QTensor) -> jax.Array:
+        return summed_product(_values(x, out_dtype), _values(kernel, out_dtype))
+
+    return typed_as(plain, without_derivative(name, product), x, kernel)
+
+
+def _dot(
+    x: jax.Array | QTensor, kernel: QTensor, *, spec: QuantSpec, **how: Any
+) -> jax.Array:
+    q = _quantized(_rows(x), spec, how["implementation"])
+    y = scaled_matmul(q, kernel.T, **how)
     return y.reshape(*x.shape[:-1], kernel.shape[1])
 
 
@@ -110,16 +131,53 @@ def static_weight_rms_norm(
             f"{x.shape}, {scale.shape} and {kinds}."
         )
 
-    def product(
+    lead = _lead(x)
+    how: Any = {"out_dtype": np.dtype(out_dtype), "implementation": implementation}
+    features = [f"n{i}" for i in range(len(kernels))]
+
+    def products(
         x: jax.Array, scale: jax.Array, *kernels: QTensor
     ) -> tuple[jax.Array, ...]:
-        q, _ = quantize_rms_norm(
-            x, scale, spec, epsilon=epsilon, implementation=implementation
+        return over_devices(
+            _rms_norm_dots,
+            x,
+            scale,
+            *kernels,
+            names=((*lead, "k"), ("k",), *(("k", n) for n in features)),
+            results=tuple((*lead, n) for n in features),
+            whole=("k",),
+            spec=spec,
+            epsilon=epsilon,
+            **how,
         )
-        how: Any = {"out_dtype": out_dtype, "implementation": implementation}
-        return tuple(scaled_matmul(q, kernel.T, **how) for kernel in kernels)
 
-    ys = without_derivative(name, product)(_rows(name, x), scale, *kernels)
+    def plain(
+        x: jax.Array, scale: jax.Array, *kernels: QTensor
+    ) -> tuple[jax.Array, ...]:
+        h = x * scale.astype(x.dtype)
+        h = _values(h, out_dtype)
+        return tuple(summed_product(h, _values(w, out_dtype)) for w in kernels)
+
+    run = without_derivative(name, products)
+    return typed_as(plain, run, x, scale, *kernels)
+
+
+def _rms_norm_dots(
+    x: jax.Array,
+    scale: jax.Array,
+    *kernels: QTensor,
+    spec: QuantSpec,
+    epsilon: float,
+    **how: Any,
+) -> tuple[jax.Array, ...]:
+    q, _ = quantize_rms_norm(
+        x.reshape(-1, x.shape[-1]),
+        scale,
+        spec,
+        epsilon=epsilon,
+        implementation=how["implementation"],
+    )
+    ys = [scaled_matmul(q, kernel.T, **how) for kernel in kernels]
     return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
@@ -163,15 +221,52 @@ def static_weight_swiglu(
             f"[k, hidden] twice and [hidden, n], got {x.shape} and {kinds}."
         )
 
+    _check_rows(name, x)
+    lead = _lead(x)
+    how: Any = {"out_dtype": np.dtype(out_dtype), "implementation": implementation}
+
     def product(
         x: jax.Array | QTensor, gate: QTensor, up: QTensor, down: QTensor
     ) -> jax.Array:
-        how: Any = {"implementation": implementation}
-        q_x = _quantized(x, spec, implementation)
-        q_h = swiglu_matmul(q_x, gate.T, up.T, spec, dtype=out_dtype, **how)
-        return scaled_matmul(q_h, down.T, out_dtype=out_dtype, **how)
+        return over_devices(
+            _gated,
+            x,
+            gate,
+            up,
+            down,
+            names=((*lead, "k"), ("k", "h"), ("k", "h"), ("h", "n")),
+            results=((*lead, "n"),),
+            summed=("h",),
+            whole=("k",),
+            multiples={"h": spec.tile[1]},
+            spec=spec,
+            **how,
+        )
 
-    y = without_derivative(name, product)(_rows(name, x), *kernels)
+    def plain(
+        x: jax.Array | QTensor, gate: QTensor, up: QTensor, down: QTensor
+    ) -> jax.Array:
+        rows, *weights = (_values(v, out_dtype) for v in (x, gate, up, down))
+        h = summed_product(rows, weights[0]) * summed_product(rows, weights[1])
+        return summed_product(h, weights[2])
+
+    return typed_as(plain, without_derivative(name, product), x, *kernels)
+
+
+def _gated(
+    x: jax.Array | QTensor,
+    gate: QTensor,
+    up: QTensor,
+    down: QTensor,
+    *,
+    spec: QuantSpec,
+    out_dtype: np.dtype,
+    implementation: str | None,
+) -> jax.Array:
+    how: Any = {"implementation": implementation}
+    q_x = _quantized(_rows(x), spec, implementation)
+    q_h = swiglu_matmul(q_x, gate.T, up.T, spec, dtype=out_dtype, **how)
+    y = scaled_matmul(q_h, down.T, out_dtype=out_dtype, **how)
     return y.reshape(*x.shape[:-1], down.shape[1])
 
 
@@ -214,17 +309,31 @@ def activation_spec(
     return recipe.fprop.lhs
 
 
-def _rows(name: str, x: jax.Array | QTensor) -> jax.Array | QTensor:
-    """`x [..., k]` as a matrix."""
+def _check_rows(name: str, x: jax.Array | QTensor) -> None:
+    """Raises ValueError if the rows of `x [..., k]` are not those of one matrix."""
     if not isinstance(x, QTensor):
-        return x.reshape(-1, x.shape[-1])
+        return
     x.check(name)
     if x.tile[0] != 1 and x.ndim > 2:  # A tile would span two matrices.
         raise ValueError(
             f"{name} takes a QTensor of more than two dimensions in tiles of one row, "
             f"got {x.shape} in tiles of {x.tile}."
         )
+
+
+def _rows(x: jax.Array | QTensor) -> jax.Array | QTensor:
+    """`x [..., k]` as a matrix."""
     return jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), x)
+
+
+def _lead(x: jax.Array | QTensor) -> tuple[str, ...]:
+    """Names of the dimensions before the last."""
+    return tuple(f"m{i}" for i in range(x.ndim - 1))
+
+
+def _values(x: jax.Array | QTensor, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """An array of the shape and sharding of `x`."""
+    return (x.data if isinstance(x, QTensor) else x).astype(dtype)
 
 
 def _quantized(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax.ops._dot_general import dot_general
+from fp8jax.ops._explicit import summed_product, typed_as
 from fp8jax.ops._gemm import check_inputs
 from fp8jax.ops._product import (
     MATRICES,
@@ -82,6 +83,28 @@ def swiglu_mlp(
             f"{name} takes x [..., k], w_gate and w_up [k, hidden] and w_down [hidden, "
             f"n], got {x.shape=}, {w_gate.shape=}, {w_up.shape=}, {w_down.shape=}."
         )
+    how: Any = {"recipe": recipe, "implementation": implementation}
+    run = functools.partial(_gated, name, **how)
+    return typed_as(_plain, run, x, w_gate, w_up, w_down)
+
+
+def _plain(
+    x: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array
+) -> jax.Array:
+    h = activation(summed_product(x, w_gate), summed_product(x, w_up))
+    return summed_product(h, w_down)
+
+
+def _gated(
+    name: str,
+    x: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    *,
+    recipe: Recipe,
+    implementation: str | None,
+) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])
     weights = w_gate, w_up, w_down
     in_fp8 = None not in (recipe.fprop, recipe.dgrad, recipe.wgrad)

@@ -166,14 +166,14 @@ def _on_devices(
 ) -> _Verdict:
     """The verdict for arrays so spread: what XLA splits by rule, and what it cannot.
 
-    Rows in groups and stored codes have no such rule: XLA's own kernels run there.
+    Rows in groups have no such rule: XLA's own kernels run there.
     """
     what, reason = verdict.replacement, verdict.reason
     if what is None:
         return verdict
     if dot.scope.in_shard_map:
         return verdict
-    if dot.ragged is None and not isinstance(what, StaticDot):
+    if dot.ragged is None:
         if spread or _compat.is_explicit(dot.out_aval):
             what = dataclasses.replace(what, split=True)
     elif spread and what.implementation is None:

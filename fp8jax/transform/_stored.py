@@ -15,6 +15,7 @@ from jax.extend import core
 
 from fp8jax import _compat, ops
 from fp8jax.quant import QTensor, QuantSpec
+from fp8jax.recipes import Recipe
 from fp8jax.transform._interpreter import sub_jaxprs
 from fp8jax.transform._values import SIDES, Position, Side, other_side
 
@@ -79,21 +80,29 @@ class StaticDot:
     Attributes:
         weight: which operand is stored.
         stored: the weight.
-        spec: of the activation, `[free, contraction]`.
+        recipe: of the activation, in FP8.
         contraction: dimension of the operand, 0 or 1, that is contracted.
         implementation: as in `fp8jax.dot_general`.
+        split: whether XLA may split it over devices.
     """
 
     weight: Side
     stored: Stored
-    spec: QuantSpec
+    recipe: Recipe
     contraction: int
     implementation: str | None
+    split: bool = False
 
     @property
     def first(self) -> Side:
         """The operand that the recipe counts first."""
         return other_side(self.weight)
+
+    @property
+    def spec(self) -> QuantSpec:
+        """Of the activation, `[free, contraction]`."""
+        assert self.recipe.fprop is not None
+        return self.recipe.fprop.lhs
 
     @property
     def specs(self) -> tuple[QuantSpec, QuantSpec]:

@@ -10,6 +10,7 @@ import numpy as np
 from fp8jax import ops
 from fp8jax.ops import marked
 from fp8jax.quant import QTensor, QuantSpec, quantize
+from fp8jax.recipes import Recipe
 from fp8jax.transform._stored import Dequantize, StaticDot
 
 
@@ -64,10 +65,30 @@ class _Rows:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Whole:
+    """A marked call of an activation and a weight's codes and scales.
+
+    For XLA to split over devices: an activation quantized by itself would be gathered.
+    """
+
+    operand: ops.Operand
+    multiply: "_Multiply"
+
+    def __call__(self, *arrays: jax.Array) -> jax.Array:
+        return marked("static_dot", self._run)(*arrays)
+
+    def _run(self, x: jax.Array, data: jax.Array, scale: jax.Array) -> jax.Array:
+        x = self.operand.arrange(x)
+        x = x if self.operand.contraction == 1 else x.mT
+        return self.multiply.product(x, data, scale)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Multiply:
     """A marked call: codes of the activation, their scales, and the weight's."""
 
     layout: ops.Layout
+    recipe: Recipe
     tile: tuple[int, int]
     stored_tile: tuple[int, int]
     turned: bool  # Whether codes are stored [n, k].
@@ -79,12 +100,18 @@ class _Multiply:
         return marked("static_dot", self._run)(*codes)
 
     def _run(self, *codes: jax.Array) -> jax.Array:
-        kernel = QTensor(codes[2], codes[3], self.stored_tile)
+        return self.product(QTensor(codes[0], codes[1], self.tile), *codes[2:])
+
+    def product(
+        self, x: jax.Array | QTensor, data: jax.Array, scale: jax.Array
+    ) -> jax.Array:
+        kernel = QTensor(data, scale, self.stored_tile)
         y = ops.static_weight_dot(
             "fp8_transform",
-            QTensor(codes[0], codes[1], self.tile),
+            x,
             kernel.T if self.turned else kernel,
             out_dtype=self.out_dtype,
+            recipe=self.recipe,
             implementation=self.implementation,
         )
         y = y.T if self.weight_first else y
@@ -111,14 +138,10 @@ def static_equations(
     layout = ops.plan(lhs.aval.shape, rhs.aval.shape, numbers, "fp8_transform")
     first = what.first == "lhs"
     x, operand = (lhs, layout.lhs) if first else (rhs, layout.rhs)
-    rows = _Rows(operand, what.spec, what.implementation)
-    key = (x, rows, eqn.ctx)
-    eqns = []
-    if key not in codes:
-        eqns, codes[key] = calls(rows, eqn, x)
     stored = what.stored
     multiply = _Multiply(
         layout,
+        what.recipe,
         what.spec.tile,
         stored.tile,
         turned=(what.contraction == 1) != stored.transposed,
@@ -126,5 +149,14 @@ def static_equations(
         out_dtype=np.dtype(eqn.outvars[0].aval.dtype),
         implementation=what.implementation,
     )
-    product, _ = calls(multiply, eqn, *codes[key], stored.data, stored.scale)
+    eqns = []
+    if what.split:
+        whole = _Whole(operand, multiply)
+        product, _ = calls(whole, eqn, x, stored.data, stored.scale)
+    else:
+        rows = _Rows(operand, what.spec, what.implementation)
+        key = (x, rows, eqn.ctx)
+        if key not in codes:
+            eqns, codes[key] = calls(rows, eqn, x)
+        product, _ = calls(multiply, eqn, *codes[key], stored.data, stored.scale)
     return [*eqns, *product[:-1], product[-1].replace(outvars=eqn.outvars)]

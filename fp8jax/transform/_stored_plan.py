@@ -60,8 +60,7 @@ def static_dot(
     if tile != CONTRACTION_TILE:
         return left(f"tiles of {tile} along the contraction, not {CONTRACTION_TILE}")
     implementation = policy.implementation
-    spec = recipe.fprop.lhs
-    return StaticDot(a.side, weight, spec, contracted[0], implementation), _STORED
+    return StaticDot(a.side, weight, recipe, contracted[0], implementation), _STORED
 
 
 def notes_on(stored: StoredOperands, leaves: Sequence[Leaf]) -> list[str]:

@@ -94,14 +94,14 @@ def test_equal_shards_are_lowered_once():
     _lowered_once._exported.cache_clear()
     calls = []
 
-    def counted(x, w, dtype):
+    def counted(x, w):
         calls.append(x.shape)
-        return ops.quantized_dot(x, w, MATRICES, *SPECS, preferred_element_type=dtype)
+        return ops.quantized_dot(x, w, MATRICES, *SPECS)
 
     run = _lowered_once.lowered_once(counted)
     x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)
     for _ in range(3):  # Each a program of its own, as the partitioner asks for.
-        program = jax.jit(functools.partial(run, out_dtype=jnp.bfloat16))
+        program = jax.jit(lambda x, w: run(x, w))
         text = program.trace(x, x).lower(lowering_platforms=("cuda",)).as_text()
         assert len(re.findall("custom_call @mosaic_gpu", text)) == 3
     assert calls == [(256, 256)]

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import fp8jax
-from fp8jax import recipes
+from fp8jax import _compat, _dispatch, recipes
 
 K, N, M, LAYERS = 256, 384, 24, 3
 SPEC = fp8jax.QuantSpec(tile=(128, 128), scale="fp32")
@@ -286,6 +286,19 @@ def test_sharded_weights(x):
     columns = jax.NamedSharding(mesh, jax.P(None, "x"))
     sharded = jax.device_put(q, columns)
     chex.assert_trees_all_close(f(sharded, x), f(q, x), rtol=1e-6, atol=1e-6)
+    assert "all-gather" not in f.lower(sharded, x).compile().as_text()
+
+
+def test_sharded_weights_run_in_the_gpu_kernels_of_each_device(x, monkeypatch):
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("x",))
+    q = jax.device_put(weight(0, K, 8 * 128), jax.NamedSharding(mesh, jax.P(None, "x")))
+    f = transformed(lambda w, x: x @ w)
+    monkeypatch.setattr(_dispatch, "check_available", lambda name: None)
+    text = str(f.trace(q, x).jaxpr)
+    assert "custom_partitioning[" in text
+    if _compat.JAX_VERSION >= (0, 11):
+        assert {row.kernel for row in f.report(q, x).rows} == {"mosaic_gpu"}
+        assert "mosaic" in text
 
 
 def test_linen_model_of_flax_s_own_layers(x):
