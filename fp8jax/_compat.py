@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import config, core, sharding_impls, source_info_util
+from jax._src.interpreters import batching, mlir
 from jax._src.named_sharding import UNSPECIFIED
 from jax.sharding import AxisType
 
@@ -202,6 +203,35 @@ def is_explicit(aval: Any) -> bool:
     # Under automatic sharding, too, a dot may carry an `out_sharding`: of no meaning.
     mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
     return jax.sharding.AxisType.Explicit in getattr(mesh, "axis_types", ())
+
+
+_here_only = core.Primitive("fp8jax_here_only")
+_here_only.def_impl(lambda x, message: x)
+_here_only.def_abstract_eval(lambda x, message: x)
+
+
+def _lower_here_only(ctx: Any, x: Any, *, message: str) -> list[Any]:
+    context = ctx.module_context
+    devices = getattr(context.axis_context, "num_devices", None)
+    if devices is None:  # In a shard_map.
+        mesh = context.axis_context.mesh
+        devices = 1 if context.axis_context.manual_axes == {*mesh.axis_names} else 2
+    if context.lowering_parameters.for_export and devices > 1:
+        raise NotImplementedError(message)
+    return [x]
+
+
+def _batch_here_only(args: Any, dims: Any, *, message: str) -> Any:
+    return _here_only.bind(*args, message=message), dims[0]
+
+
+mlir.register_lowering(_here_only, _lower_here_only)
+batching.primitive_batchers[_here_only] = _batch_here_only
+
+
+def here_only(x: jax.Array, message: str) -> jax.Array:
+    """`x`; where a program of several devices is exported, NotImplementedError."""
+    return _here_only.bind(x, message=message)
 
 
 def spec_on(mesh: Any, sharding: Any) -> jax.sharding.PartitionSpec:

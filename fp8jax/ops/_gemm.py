@@ -11,7 +11,7 @@ import numpy as np
 from fp8jax.matmul import scaled_matmul
 from fp8jax.ops._derivatives import refuse_derivatives
 from fp8jax.ops._layout import DimensionNumbers, Layout, Operand, plan
-from fp8jax.ops._partition import Factorization, split_over_devices
+from fp8jax.ops._partition import Factorization, named, split_over_devices
 from fp8jax.ops._partly_manual import Surroundings
 from fp8jax.quant import (
     QTensor,
@@ -174,7 +174,8 @@ def _split(
         return _whole(lhs, rhs, layout, specs, out_dtype, implementation)
 
     factors = Factorization.of(lhs_rank, rhs_rank, numbers)
-    return split_over_devices(run, factors, here.mesh)
+    name = named("quantized_dot", numbers, specs, out_dtype, implementation, here)
+    return split_over_devices(run, factors, name, here.mesh)
 
 
 def quantize_operand(

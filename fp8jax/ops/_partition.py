@@ -14,6 +14,7 @@ multiple of 128 have the tiles of the whole array.
 import collections
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from jax.extend import core
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from fp8jax import _compat
+from fp8jax._version import __version__
 from fp8jax.ops._lowered_once import lowered_once
 from fp8jax.ops._partly_manual import compass, free_axes, free_mesh, partitioned_mesh
 
@@ -83,8 +85,31 @@ class Factorization:
         return f"{operands} -> {results}"
 
 
+_NO_EXPORT = (
+    "FP8 products that may be split over devices cannot be exported: how to split them "
+    "is asked of this process while XLA compiles. Export the step of one device, or "
+    "with its products in a jax.shard_map over the whole mesh."
+)
+
+
+def named(*key: Any) -> str:
+    """A name for a function that says by a digest all that it depends on.
+
+    XLA's partitioner sees a product as a call of no content. Programs that differ in
+    nothing else must differ in a name, or JAX's persistent cache takes one for another.
+
+    Args:
+        key: values whose `repr` is the same in every process.
+    """
+    text = repr((__version__, key))
+    return f"fp8jax_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
 def split_over_devices(
-    product: Product, factors: Factorization, around: AbstractMesh | None = None
+    product: Product,
+    factors: Factorization,
+    name: str,
+    around: AbstractMesh | None = None,
 ) -> Product:
     """`product` with rules for the partitioner and for `vmap`.
 
@@ -92,6 +117,7 @@ def split_over_devices(
         product: a function of arrays, also of shards of them, to an array or, of
             several results, a tuple. Parts of a sum are in the dtype of the result.
         factors: names of the dimensions.
+        name: from `named`, of all that `product` depends on beside arrays.
         around: the mesh of a `shard_map` over some of its axes that it is called in.
     """
     count = len(factors.operands)
@@ -140,17 +166,18 @@ def split_over_devices(
     )
 
     def run(*args: jax.Array) -> Any:
-        if around is None:
-            return partitioned(*args)
-        return partitioned(*args, compass(around))
+        first = _compat.here_only(args[0], _NO_EXPORT)
+        more = () if around is None else (compass(around),)
+        return partitioned(first, *args[1:], *more)
 
-    mappable = jax.custom_batching.custom_vmap(run)
+    run.__name__ = run.__qualname__ = name
+    mappable = jax.custom_batching.custom_vmap(jax.jit(run))
 
     @functools.cache
     def over(is_mapped: tuple[bool, ...]) -> Product:
         in_axes = tuple(0 if mapped else None for mapped in is_mapped)
         mapped = jax.vmap(product, in_axes)
-        return split_over_devices(mapped, factors.mapped(is_mapped), around)
+        return split_over_devices(mapped, factors.mapped(is_mapped), name, around)
 
     @mappable.def_vmap
     def _vmap(axis_size: int, is_mapped: Sequence[bool], *args: jax.Array) -> Any:

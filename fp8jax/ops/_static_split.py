@@ -7,7 +7,12 @@ from typing import Any
 
 import jax
 
-from fp8jax.ops._partition import Factorization, Factors, split_over_devices
+from fp8jax.ops._partition import (
+    Factorization,
+    Factors,
+    named,
+    split_over_devices,
+)
 from fp8jax.ops._partly_manual import Surroundings
 from fp8jax.ops._spread import Spread, spread
 from fp8jax.quant import QTensor
@@ -74,4 +79,5 @@ def _split(
     def run(*leaves: jax.Array) -> Any:
         return operation(*jax.tree.unflatten(structure, leaves), **dict(static))
 
-    return split_over_devices(run, factors, here.mesh)
+    name = named(operation.__qualname__, structure, factors, static, here)
+    return split_over_devices(run, factors, name, here.mesh)

@@ -2,8 +2,11 @@
 
 import functools
 import re
+import subprocess
+import sys
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -86,6 +89,63 @@ def test_mapping_leaves_no_kernel_that_xla_would_gather_operands_for(in_axes):
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert "CustomSPMDPartitioning" in text
         assert "mosaic_gpu" not in text
+
+
+def test_export_of_one_device_works_and_of_several_says_what_to_do():
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    x, w = normal(0, 1024, 256), normal(1, 256, 128)
+    exported = jax.export.export(jax.jit(product))(x, w)
+    np.testing.assert_allclose(exported.call(x, w), product(x, w), rtol=1e-5, atol=1e-5)
+    rows = NamedSharding(mesh, P("a")), NamedSharding(mesh, P())
+    sharded = jax.jit(product, in_shardings=rows)
+    with pytest.raises(NotImplementedError, match=r"cannot be exported: .*shard_map"):
+        jax.export.export(sharded)(x, w)
+    local = jax.jit(
+        jax.shard_map(product, mesh=mesh, in_specs=(P("a"), P()), out_specs=P("a"))
+    )
+    exported = jax.export.export(local)(*map(jax.device_put, (x, w), rows))
+    found = exported.call(*map(jax.device_put, (x, w), rows))
+    np.testing.assert_allclose(found, product(x, w), rtol=1e-5, atol=1e-5)
+
+
+_CACHED = """
+import sys
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import fp8jax
+from fp8jax import recipes
+
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
+mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+x = jax.random.normal(jax.random.key(0), (1024, 256))
+w = jax.random.normal(jax.random.key(1), (256, 128))
+x = jax.device_put(x, NamedSharding(mesh, P("a")))
+
+def step(x, w):
+    dims = (((1,), (0,)), ((), ()))
+    recipe = getattr(recipes, sys.argv[2])(**eval(sys.argv[3]))
+    return fp8jax.dot_general(x, w, dims, recipe=recipe, implementation="xla")
+
+y = jax.jit(step)(x, w)
+alone = jax.jit(step)(*map(jax.device_put, jax.device_get((x, w))))
+assert abs(jax.device_get(y) - jax.device_get(alone)).max() < 1e-4
+"""
+
+
+def test_persistent_cache_hits_in_another_process_and_tells_recipes_apart(tmp_path):
+    def entries(recipe, **how):
+        command = [sys.executable, "-c", _CACHED, str(tmp_path), recipe, repr(how)]
+        subprocess.run(command, check=True, timeout=300)
+        return {f.name for f in tmp_path.glob("jit_step-*-cache")}
+
+    first = entries("deepseek_v3")
+    assert first
+    assert entries("deepseek_v3") == first  # A hit writes nothing.
+    # Two programs, one of eight devices and one of one.
+    assert len(entries("deepseek_v3", scale="fp32") - first) == len(first)
 
 
 @on_hopper
