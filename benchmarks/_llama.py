@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-D, HIDDEN, HEADS, VOCABULARY, TOKENS = 1024, 2048, 8, 1024, 384
+D, HIDDEN, HEADS, VOCABULARY, TOKENS = 1024, 2048, 8, 1024, 640
 SHAPES = {
     **dict.fromkeys("qkvo", (D, D)),
     **dict.fromkeys(("gate", "up"), (D, HIDDEN)),

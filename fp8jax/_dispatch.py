@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from fp8jax import _lowered_once
 from fp8jax.kernels import check_available
 
 # Before the names of our own jitted functions: nothing that is written with `def` has
@@ -85,7 +86,10 @@ def resolve(
 
 
 def _run(op: str, arrays: tuple, static: dict[str, Any], name: str) -> Any:
-    return _marked(op, name)(*arrays, static=tuple(sorted(static.items())))
+    kernel, options = _marked(op, name), tuple(sorted(static.items()))
+    if name == "xla":
+        return kernel(*arrays, static=options)
+    return _lowered_once.called(kernel, *arrays, static=options)
 
 
 def _first_that_takes(

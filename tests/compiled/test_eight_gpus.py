@@ -1,4 +1,4 @@
-"""What eight H100s send one another in a train step that is sharded automatically."""
+"""What eight H100s do and send one another in a step that is sharded automatically."""
 
 import math
 
@@ -6,13 +6,17 @@ import pytest
 
 from benchmarks import _hlo
 from benchmarks._llama import SHAPES, VOCABULARY, D, Decoder
-from tests.compiled.programs import plain
+from tests.compiled.programs import fp8, plain
 
 pytestmark = pytest.mark.compiled
 
 DP, FSDP, TP = (Decoder(parallel=parallel) for parallel in ("dp", "fsdp", "tp"))
 LAYERS = DP.layers * sum(math.prod(shape) for shape in SHAPES.values())
 OUTER = 2 * VOCABULARY * D  # Embedding and head.
+# Scales, norms' gains and losses have fewer elements, a weight's shard has more.
+SMALL = 1 << 14
+
+each = pytest.mark.parametrize("decoder", [DP, FSDP, TP], ids=["dp", "fsdp", "tp"])
 
 
 @pytest.mark.parametrize(
@@ -29,3 +33,62 @@ def test_plain_step_sends_what_arithmetic_says(decoder, sent):
     found = _hlo.sent(_hlo.collectives(plain(decoder)))
     # Norms' gains, in float32, and the loss come on top.
     assert sent <= found <= 1.01 * sent
+
+
+@each
+def test_each_fp8_product_is_one_kernel_of_an_eighth_on_every_shard(decoder):
+    program, report = fp8(decoder)
+    rows = [row for row in report.rows if row.status == "fp8"]
+    assert sum(row.count for row in rows) >= 3 * len(SHAPES) * decoder.layers
+    assert {row.kernel for row in rows} == {"mosaic_gpu"}
+    products = [kernel for kernel in _hlo.kernels(program) if kernel.is_product]
+    assert sum(kernel.times for kernel in products) == sum(row.count for row in rows)
+    assert 8 * sum(map(multiplications, products)) == sum(
+        row.count * row.m * row.n * row.k for row in rows
+    )
+
+
+def multiplications(kernel):
+    """Of all its runs: mnk is the root of mk nk mn."""
+    sizes = [array.size for array in kernel.operands if array.is_fp8]
+    (result,) = kernel.results
+    return kernel.times * math.isqrt(math.prod(sizes) * result.size)
+
+
+@each
+def test_xla_itself_computes_nothing_in_fp8(decoder):
+    assert _hlo.emulated(fp8(decoder).program) == []
+
+
+@each
+def test_no_operand_is_gathered_that_the_plain_step_does_not_gather(decoder):
+    ours, theirs = (
+        _hlo.gathered(_hlo.collectives(program), at_least=SMALL)
+        for program in (fp8(decoder).program, plain(decoder))
+    )
+    assert ours - theirs == {}
+
+
+@each
+def test_no_more_is_sent_than_by_the_plain_step(decoder):
+    ours, theirs = (
+        _hlo.sent(_hlo.collectives(program))
+        for program in (fp8(decoder).program, plain(decoder))
+    )
+    assert ours <= 1.01 * theirs
+
+
+@each
+def test_no_kernel_is_cloned(decoder):
+    assert _hlo.clones(fp8(decoder).program) == []
+
+
+@each
+@pytest.mark.parametrize("found", [_hlo.copied_weights, _hlo.transposed_weights])
+def test_no_weight_is_copied_or_transposed_where_the_plain_step_does_not(
+    decoder, found
+):
+    ours, theirs = (
+        found(program) for program in (fp8(decoder).program, plain(decoder))
+    )
+    assert len(ours) <= len(theirs)

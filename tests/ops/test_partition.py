@@ -1,7 +1,6 @@
 """Products that XLA splits over devices: mapped ones, and what a shard lowers."""
 
 import functools
-import re
 import subprocess
 import sys
 
@@ -15,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 
 import fp8jax
 from fp8jax import _dispatch, ops
-from fp8jax.ops import _lowered_once
 from fp8jax.ops._partition import Factorization
 from fp8jax.ops._product import MATRICES
 
@@ -146,22 +144,3 @@ def test_persistent_cache_hits_in_another_process_and_tells_recipes_apart(tmp_pa
     assert entries("deepseek_v3") == first  # A hit writes nothing.
     # Two programs, one of eight devices and one of one.
     assert len(entries("deepseek_v3", scale="fp32") - first) == len(first)
-
-
-@on_hopper
-@pytest.mark.usefixtures("hopper")
-def test_equal_shards_are_lowered_once():
-    _lowered_once._exported.cache_clear()
-    calls = []
-
-    def counted(x, w):
-        calls.append(x.shape)
-        return ops.quantized_dot(x, w, MATRICES, *SPECS)
-
-    run = _lowered_once.lowered_once(counted)
-    x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)
-    for _ in range(3):  # Each a program of its own, as the partitioner asks for.
-        program = jax.jit(lambda x, w: run(x, w))
-        text = program.trace(x, x).lower(lowering_platforms=("cuda",)).as_text()
-        assert len(re.findall("custom_call @mosaic_gpu", text)) == 3
-    assert calls == [(256, 256)]
