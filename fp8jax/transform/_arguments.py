@@ -134,6 +134,20 @@ class ArgumentOptions:
         arrays = [x for i, x in enumerate(leaves) if i not in static]
         return key, *key.arguments(arrays, with_statics=False)
 
+    def dynamic(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Without the static arguments, as compiled functions are called."""
+        numbers, names = self.static.numbers, self.static.names
+        return (
+            tuple(x for i, x in enumerate(args) if i not in numbers),
+            {name: x for name, x in kwargs.items() if name not in names},
+        )
+
+    def all_arrays(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether all but the static arguments are pytrees of arrays."""
+        return all(map(self._is_array, jax.tree.leaves(self.dynamic(args, kwargs))))
+
     def mark(self, outputs: Any, key: CallKey) -> Any:
         """Results with `StaticOutput`s for what came in as static, such as activations.
 

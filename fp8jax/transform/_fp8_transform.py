@@ -11,7 +11,7 @@ import numpy as np
 
 from fp8jax import ops
 from fp8jax.recipes import Recipe, Rule, check_recipe, deepseek_v3
-from fp8jax.transform import _nnx
+from fp8jax.transform import _nnx, _stages
 from fp8jax.transform._arguments import CallKey, Static
 from fp8jax.transform._custom_rules import check_custom_rules
 from fp8jax.transform._leaves import Weights, check_weights, weights_after
@@ -169,14 +169,38 @@ class Fp8Function:
         return step.report(call)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
-        """As `jax.jit(fn).lower`, for a look at the compiled program."""
-        step, call, _ = self._prepared(*self._complete(args, kwargs))
-        return step.ahead("lower", call)
+        """As `jax.jit(fn).lower`, to look at the program or to compile it now.
+
+        What `.compile()` gives is called as the function, less static arguments.
+        """
+        return self._ahead(_stages.Lowered, "lower", args, kwargs)
 
     def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
         """As `jax.jit(fn).trace`, for a look at the rewritten program."""
-        step, call, _ = self._prepared(*self._complete(args, kwargs))
-        return step.ahead("trace", call)
+        return self._ahead(_stages.Traced, "trace", args, kwargs)
+
+    def _ahead(self, wrapper: Any, stage: str, args: Any, kwargs: Any) -> Any:
+        args, kwargs = self._complete(args, kwargs)
+        step, call, modules = self._prepared(args, kwargs)
+        made = step.ahead(stage, call)
+        options, outer = self._step.options, self._outer
+        is_plain = modules is None and not outer.args and not outer.kwargs
+        is_plain &= options.all_arrays(args, kwargs) and not step.has_static_outputs
+        if is_plain:
+            return made
+        # No array of this call may live on with what is compiled.
+        key, count = call[0], len(args)
+        known = {*options.static.numbers, *range(len(outer.args))}
+        told = {i: x for i, x in enumerate(args) if i in known}
+        named = {name: kwargs[name] for name in options.static.names & kwargs.keys()}
+
+        def run(compiled: Any, args: Any, kwargs: Any) -> Any:
+            args = _stages.filled(args, told, count)
+            kwargs = {**outer.kwargs, **named, **kwargs}
+            _, call, modules = self._prepared(args, kwargs)
+            return self._finished(step.run_compiled(compiled, key, call), modules)
+
+        return wrapper(made, run)
 
     def _complete(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """With what partial application gave the function before."""

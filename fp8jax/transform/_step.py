@@ -133,6 +133,27 @@ class Step:
         key, args, kwargs = call
         return getattr(self.jit, stage)(key, *args, **kwargs)
 
+    def run_compiled(self, compiled: Any, was: CallKey, call: Call) -> Any:
+        """The function's results, by what was compiled for a call of this key.
+
+        Raises:
+            TypeError: If this call differs in its structure or in what is static.
+        """
+        key, args, kwargs = call
+        if was.treedef != key.treedef:
+            raise TypeError(
+                f"fp8_transform({self._name}) was compiled for arguments of the "
+                f"structure {was.treedef}, got {key.treedef}."
+            )
+        if was.statics != key.statics:
+            raise TypeError(
+                f"fp8_transform({self._name}) was compiled for other leaves that are "
+                "no arrays, such as activations or the graph of an NNX module, which "
+                "are a part of the program."
+            )
+        args, kwargs = self.options.dynamic(args, kwargs)
+        return self.finished(compiled(*args, **kwargs))
+
     def report(self, call: Call) -> Report:
         """What becomes of every matrix product of this call, without running it."""
         jaxpr, _, plan = self._plan(*call)
