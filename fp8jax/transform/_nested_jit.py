@@ -1,7 +1,6 @@
 """Options of jitted functions that a function calls: what would be lost of them."""
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,8 +24,8 @@ def refusing_compiler_options(outer: OuterJit) -> Iterator[None]:
         ) from error
 
 
-def warn_of_lost_donation(jaxpr: Any, outer: OuterJit) -> None:
-    """Warns where the function, called without the transform, would donate arguments.
+def lost_donation(jaxpr: Any, outer: OuterJit) -> tuple[str, ...]:
+    """What the function, called without the transform, would donate, in words.
 
     JAX donates no arguments of a jit within a program. Where the user jitted the whole,
     that was so before.
@@ -36,14 +35,15 @@ def warn_of_lost_donation(jaxpr: Any, outer: OuterJit) -> None:
         outer: what jits the whole.
     """
     if outer.is_jitted or outer.donated:
-        return
+        return ()
     inner = _compat.open_jaxpr(jaxpr)
-    for eqn in inner.eqns:
-        donated = _compat.donated_operands(eqn)
-        if any(x is v for x in donated for v in inner.invars):
-            warnings.warn(
-                f"fp8_transform({name_of(outer.fn)}) compiles one program, in which "
-                f"{eqn.params['name']} donates nothing: pass donate_argnums= or "
-                "donate_argnames= to fp8_transform.",
-                stacklevel=2,
-            )
+    calls = [
+        eqn.params["name"]
+        for eqn in inner.eqns
+        if any(x is v for x in _compat.donated_operands(eqn) for v in inner.invars)
+    ]
+    return tuple(
+        f"{name}, which it calls, donates nothing as a part of one program: pass "
+        "donate_argnums= or donate_argnames= to fp8_transform."
+        for name in dict.fromkeys(calls)
+    )

@@ -307,6 +307,8 @@ def completed(chosen: Chosen, fn: Callable[..., Any]) -> Chosen:
 
 def name_of(fn: Any) -> str:
     """A function's name, for messages and the compiled program."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
     return getattr(fn, "__name__", "fp8_transform")
 
 

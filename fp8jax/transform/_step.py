@@ -32,13 +32,10 @@ from fp8jax.transform._leaves import (
     positional_names,
     weight_mask,
 )
-from fp8jax.transform._nested_jit import (
-    refusing_compiler_options,
-    warn_of_lost_donation,
-)
+from fp8jax.transform._nested_jit import lost_donation, refusing_compiler_options
 from fp8jax.transform._outer_jit import OuterJit, name_of
 from fp8jax.transform._pair import pair
-from fp8jax.transform._plan import Plan, make_plan, with_doubts
+from fp8jax.transform._plan import Plan, doubting, make_plan, with_doubts
 from fp8jax.transform._policy import Policy
 from fp8jax.transform._replace import Replacer
 from fp8jax.transform._report import Report
@@ -207,7 +204,7 @@ class Step:
                 "static_argnames=."
             )
             raise
-        warn_of_lost_donation(jaxpr, self.outer)
+        lost = lost_donation(jaxpr, self.outer)
         jaxpr = sink(inline_calls(jaxpr))
         stored = StoredOperands.of(jaxpr)
         leaves = self._describe(args, kwargs)
@@ -235,7 +232,7 @@ class Step:
         plan = decide(dots, whole_step, ())
         if self._policy.custom_rules and not whole_step:
             plan = with_custom_rules(plan, flow, self._policy, decide)
-        return jaxpr, jax.tree.structure(out), plan
+        return jaxpr, jax.tree.structure(out), doubting(plan, lost)
 
     def _leaves(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Leaf]:
         return leaves_of(positional_names(self.outer.fn, len(args)), args, kwargs)

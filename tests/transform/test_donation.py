@@ -140,9 +140,11 @@ def test_donation_lost_in_a_function_that_is_not_jitted_is_a_warning():
     def caller(params, x):
         return jitted(params, x)
 
-    args = arguments()
-    with pytest.warns(UserWarning, match=r"\(caller\).*step donates nothing.*pass don"):
-        fp8_transform(caller)(*args)
+    args, fn = arguments(), fp8_transform(caller)
+    (note,) = fn.report(*args).notes
+    assert note.startswith("step, which it calls, donates nothing")
+    with pytest.warns(UserWarning, match=r"\(caller\): step, .*pass donate_argnums="):
+        fn(*args)
     assert not any(deleted(args))
     fp8_transform(caller, donate_argnums=0)(*args)
     assert deleted(args) == [True, True, False]
@@ -250,6 +252,7 @@ def test_nnx_step_donates_every_leaf_that_plain_nnx_does(options):
         fp8_transform(nnx.jit(nnx_step, **options)),
         fp8_transform(nnx_step, **options),
         fp8_transform(nnx.jit(nnx_step, graph=False, **options)),
+        fp8_transform(timed(nnx.jit(nnx_step, **options))),
     ):
         assert nnx_run(fn) == (found, 2)
 

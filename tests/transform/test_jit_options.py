@@ -239,6 +239,8 @@ def test_names_of_arguments_stay_in_messages_and_in_the_program():
     fn = fp8_transform(jax.jit(step, in_shardings=(on_mesh(), on_mesh("data"))))
     text = fn.lower(*arguments()).as_text(debug_info=True)
     assert "params['w']" in text
+    bound = fp8_transform(jax.jit(functools.partial(step, arguments()[0])), weights="x")
+    assert "@jit_step" in bound.lower(arguments()[1]).as_text()
 
 
 def sums(params, x):
