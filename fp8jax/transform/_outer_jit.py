@@ -219,6 +219,11 @@ def _of_nnx(fn: Any) -> OuterJit:
 def _of_equinox(fn: Any) -> OuterJit:
     options = _compat.jit_options(fn._cached)
     assert options is not None, "filter_jit is a jax.jit of a function of arrays"
+    if fn.donate_rest and jax.tree.leaves(fn._dynamic_fun):
+        raise ValueError(
+            f"fp8_transform({name_of(fn)}) takes no filter_jit of a module that "
+            "donates the module's own arrays: make the module an argument."
+        )
     names = list(inspect.signature(fn).parameters)
     donated = [
         i for i in range(len(names)) if (fn.donate_rest if i else fn.donate_first)

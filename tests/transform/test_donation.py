@@ -187,10 +187,26 @@ def test_equinox_donates_what_it_was_told_and_says_nothing(donate):
     assert run(fp8_transform(mine)) == run(plain)
 
 
+def test_equinox_module_that_donates_itself_is_refused():
+    eqx = pytest.importorskip("equinox")
+    linear = eqx.nn.Linear(D, D, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"^fp8_transform.*filter_jit of a module"):
+        fp8_transform(eqx.filter_jit(linear, donate="all"))
+    fn = fp8_transform(eqx.filter_jit(lambda layer, x: layer(x), donate="all"))
+    fn(linear, jnp.ones(D))
+    assert linear.bias.is_deleted()
+
+
 def test_equinox_filter_jit_says_what_the_transform_reads():
     eqx = pytest.importorskip("equinox")
     jitted = eqx.filter_jit(step, donate="all-except-first")
-    for name in ("donate_first", "donate_rest", "filter_warning", "_cached"):
+    for name in (
+        "donate_first",
+        "donate_rest",
+        "filter_warning",
+        "_cached",
+        "_dynamic_fun",
+    ):
         assert hasattr(jitted, name), f"filter_jit objects lost {name}: _outer_jit"
     assert jitted.__wrapped__ is step
 
