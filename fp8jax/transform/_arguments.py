@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from fp8jax import ops
-from fp8jax.transform._outer_jit import Chosen
+from fp8jax.transform._parameters import Chosen
 
 _PYTHON_SCALARS = (int, float, complex)
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from fp8jax import _compat
-from fp8jax.transform._outer_jit import OuterJit, name_of
+from fp8jax.transform._outer_jit import OuterJit
+from fp8jax.transform._parameters import name_of
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from fp8jax.transform._leaves import Leaf, leaves_of, positional_names
-from fp8jax.transform._outer_jit import Chosen, OuterJit, name_of
+from fp8jax.transform._outer_jit import OuterJit
+from fp8jax.transform._parameters import Chosen, name_of
 
 
 def has_modules(tree: Any) -> bool:

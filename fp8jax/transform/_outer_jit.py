@@ -15,29 +15,12 @@ from typing import Any
 import jax
 
 from fp8jax import _compat
+from fp8jax.transform._parameters import NONE, Chosen, chosen, completed, name_of
 
 NO_PARTIAL = (
     "fp8_transform takes no nnx.{0} of {1}, whose modules it cannot update: give it "
     "functools.partial(nnx.jit({1}), ...) instead."
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Chosen:
-    """Some of a function's arguments, by number and by name."""
-
-    numbers: frozenset[int] = frozenset()
-    names: frozenset[str] = frozenset()
-
-    def __bool__(self) -> bool:
-        return bool(self.numbers or self.names)
-
-    def __or__(self, other: "Chosen") -> "Chosen":
-        return Chosen(self.numbers | other.numbers, self.names | other.names)
-
-    def after(self, count: int) -> "Chosen":
-        """The same arguments, after `count` more positional ones."""
-        return Chosen(frozenset(n + count for n in self.numbers), self.names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +42,8 @@ class OuterJit:
     """
 
     fn: Callable[..., Any]
-    static: Chosen = Chosen()
-    donated: Chosen = Chosen()
+    static: Chosen = NONE
+    donated: Chosen = NONE
     in_shardings: Any = None
     out_shardings: Any = None
     others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -83,8 +66,9 @@ class OuterJit:
         Raises:
             ValueError: If they are of no argument, or static and donated at once.
         """
-        static = self._chosen("static", static_argnums, static_argnames)
-        donated = self._chosen("donate", donate_argnums, donate_argnames)
+        fn, bound = self.fn, len(self.args)
+        static = chosen("static", static_argnums, static_argnames, fn, bound)
+        donated = chosen("donate", donate_argnums, donate_argnames, fn, bound)
         static, donated = static | self.static, donated | self.donated
         both = static.numbers & donated.numbers or static.names & donated.names
         if both:
@@ -93,26 +77,6 @@ class OuterJit:
                 f"donated, got both for {', '.join(sorted(map(str, both)))}."
             )
         return dataclasses.replace(self, static=static, donated=donated)
-
-    def _chosen(self, kind: str, argnums: Any, argnames: Any) -> Chosen:
-        numbers = _several(kind, "argnums", argnums, int)
-        names = frozenset(_several(kind, "argnames", argnames, str))
-        parameters = parameters_of(self.fn)
-        if parameters is not None:
-            visible = len(parameters.positional) - len(self.args)
-            numbers = [n + visible if n < 0 else n for n in numbers]
-            known = {*parameters.positional, *parameters.keyword_only}
-            unknown = [n for n in numbers if n < 0 or n >= visible]
-            unknown = [] if parameters.takes_more else unknown
-            unknown += [] if parameters.takes_any_name else sorted(names - known)
-            if unknown:
-                raise ValueError(
-                    f"fp8_transform({name_of(self.fn)}) takes {kind}_argnums and "
-                    f"{kind}_argnames of its arguments {', '.join(sorted(known))}; got "
-                    f"{', '.join(map(repr, unknown))}."
-                )
-        chosen = Chosen(frozenset(numbers), names).after(len(self.args))
-        return completed(chosen, self.fn)
 
     @property
     def shardings(self) -> list[Any]:
@@ -134,6 +98,7 @@ def outer_jit(fn: Callable[..., Any]) -> OuterJit:
     found = _jitted(inner)
     if found is None:
         return OuterJit(fn, is_jitted=False)
+    args, kwargs = (*found.args, *args), {**found.kwargs, **kwargs}
     return dataclasses.replace(found, args=args, kwargs=kwargs)
 
 
@@ -258,7 +223,7 @@ def _of_wrapper(fn: Any) -> OuterJit | None:
     if not is_function or fn.__globals__.get("__name__", "").split(".")[0] in makers:
         return None
     inner = _jitted(fn.__wrapped__)
-    if inner is None:
+    if inner is None or inner.args:
         return None
     return OuterJit(
         fn,
@@ -267,61 +232,3 @@ def _of_wrapper(fn: Any) -> OuterJit | None:
         static_scalars=inner.static_scalars,
         quiet=inner.quiet,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Parameters:
-    """Of a function: names, and whether it takes arguments without any."""
-
-    positional: tuple[str, ...]
-    keyword_only: tuple[str, ...]
-    takes_more: bool
-    takes_any_name: bool
-
-
-def parameters_of(fn: Callable[..., Any]) -> Parameters | None:
-    """A function's parameters, if they are known."""
-    try:
-        parameters = inspect.signature(fn).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    kinds = [p.kind for p in parameters]
-    one = inspect.Parameter
-    positional = (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
-    return Parameters(
-        tuple(p.name for p in parameters if p.kind in positional),
-        tuple(p.name for p in parameters if p.kind is one.KEYWORD_ONLY),
-        one.VAR_POSITIONAL in kinds,
-        one.VAR_KEYWORD in kinds,
-    )
-
-
-def completed(chosen: Chosen, fn: Callable[..., Any]) -> Chosen:
-    """With the names of those given by number, and the numbers of those by name."""
-    parameters = parameters_of(fn)
-    if parameters is None:
-        return chosen
-    names = list(enumerate(parameters.positional))
-    numbers = {n + len(names) if n < 0 else n for n in chosen.numbers}
-    numbers |= {i for i, name in names if name in chosen.names}
-    return Chosen(
-        frozenset(numbers),
-        chosen.names | {name for i, name in names if i in numbers},
-    )
-
-
-def name_of(fn: Any) -> str:
-    """A function's name, for messages and the compiled program."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    return getattr(fn, "__name__", "fp8_transform")
-
-
-def _several(kind: str, what: str, given: Any, type_: type) -> list[Any]:
-    is_one = isinstance(given, str) or not isinstance(given, Collection)
-    values = [given] if is_one else list(given)
-    if not all(isinstance(value, type_) for value in values):
-        raise ValueError(
-            f"fp8_transform takes {kind}_{what} of {type_.__name__}, got {given!r}."
-        )
-    return values

@@ -33,8 +33,9 @@ from fp8jax.transform._leaves import (
     weight_mask,
 )
 from fp8jax.transform._nested_jit import lost_donation, refusing_compiler_options
-from fp8jax.transform._outer_jit import OuterJit, name_of
+from fp8jax.transform._outer_jit import OuterJit
 from fp8jax.transform._pair import pair
+from fp8jax.transform._parameters import name_of
 from fp8jax.transform._plan import Plan, doubting, make_plan, with_doubts
 from fp8jax.transform._policy import Policy
 from fp8jax.transform._replace import Replacer

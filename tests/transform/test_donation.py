@@ -73,6 +73,7 @@ TRANSFORMED = {
         donate_argnums=0,
     ),
     "twice": lambda: fp8_transform(fp8_transform(jax.jit(step, donate_argnums=0))),
+    "a partial twice": lambda: fp8_transform(fp8_transform(DONATING["partial"]())),
     "with statistics": lambda: fp8_transform(
         jax.jit(step, donate_argnums=0), stats=True
     ),
