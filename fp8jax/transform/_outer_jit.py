@@ -189,14 +189,22 @@ def _of_equinox(fn: Any) -> OuterJit:
             f"fp8_transform({name_of(fn)}) takes no filter_jit of a module that "
             "donates the module's own arrays: make the module an argument."
         )
-    names = list(inspect.signature(fn).parameters)
+    parameters = list(inspect.signature(fn).parameters.values())
     donated = [
-        i for i in range(len(names)) if (fn.donate_rest if i else fn.donate_first)
+        i
+        for i, _ in enumerate(parameters)
+        if (fn.donate_rest if i else fn.donate_first)
     ]
-    chosen = Chosen(frozenset(donated), frozenset(names[i] for i in donated))
+    several = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    if any(parameters[i].kind in several for i in donated):
+        raise ValueError(
+            f"fp8_transform({name_of(fn)}) takes filter_jit with donate= of functions "
+            f"that name their arguments, got {name_of(fn)}{inspect.signature(fn)}."
+        )
+    names = frozenset(parameters[i].name for i in donated)
     return OuterJit(
         fn.__wrapped__,
-        donated=chosen,
+        donated=Chosen(frozenset(donated), names),
         others=options.others,
         static_scalars=True,
         quiet=fn.filter_warning,

@@ -198,6 +198,20 @@ def test_equinox_module_that_donates_itself_is_refused():
     assert linear.bias.is_deleted()
 
 
+def test_equinox_donation_of_arguments_without_names_is_refused():
+    eqx = pytest.importorskip("equinox")
+
+    def unnamed(params, *args):
+        return step(params, *args)
+
+    fp8_transform(eqx.filter_jit(unnamed))
+    for donate in ("all", "warn-except-first"):
+        with pytest.raises(
+            ValueError, match=r"^fp8_transform.*unnamed\(params, \*args"
+        ):
+            fp8_transform(eqx.filter_jit(unnamed, donate=donate))
+
+
 def test_equinox_filter_jit_says_what_the_transform_reads():
     eqx = pytest.importorskip("equinox")
     jitted = eqx.filter_jit(step, donate="all-except-first")
