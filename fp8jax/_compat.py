@@ -3,14 +3,15 @@
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax._src import config, core, sharding_impls, source_info_util
+from jax._src import config, core, pjit, sharding_impls, source_info_util
 from jax._src.interpreters import batching, mlir
 from jax._src.named_sharding import UNSPECIFIED
+from jax.experimental.layout import Format
 from jax.sharding import AxisType
 
 JAX_VERSION: tuple[int, ...] = jax.__version_info__
@@ -307,43 +308,93 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class JitOptions:
-    """What `jax.jit`, or Equinox's `filter_jit`, was told about a function's arguments.
+    """What `jax.jit` was told about a function.
 
     Attributes:
         static_argnums, static_argnames, donate_argnums, donate_argnames: as in
-            `jax.jit`.
-        static_scalars: whether Python numbers are static, as in `filter_jit`.
+            `jax.jit`, which completes them from the function's signature.
+        in_shardings, out_shardings: as in `jax.jit`; None if it was told none.
+        others: its other keyword arguments, less those that are the default.
+        jit: `jax.jit` or `pjit`, which reads the mesh of `with mesh:` besides.
     """
 
-    static_argnums: tuple[int, ...] = ()
-    static_argnames: tuple[str, ...] = ()
-    donate_argnums: tuple[int, ...] = ()
-    donate_argnames: tuple[str, ...] = ()
-    static_scalars: bool = False
+    static_argnums: tuple[int, ...]
+    static_argnames: tuple[str, ...]
+    donate_argnums: tuple[int, ...]
+    donate_argnames: tuple[str, ...]
+    in_shardings: Any
+    out_shardings: Any
+    others: Mapping[str, Any]
+    jit: Callable[..., Any]
 
 
-def jit_options(fn: Any) -> JitOptions:
-    """The options of a jitted function; the defaults for any other callable."""
-    if type(fn).__module__.startswith("equinox.") and hasattr(fn, "donate_first"):
-        return _filter_jit_options(fn)
-    info = getattr(fn, "_jit_info", None)
-    if info is None:
-        return JitOptions()
+_A_JIT: Any = jax.jit(lambda: None)
+
+
+def jit_options(fn: Any) -> JitOptions | None:
+    """The options of a `jax.jit` object; None of any other callable."""
+    if not isinstance(fn, type(_A_JIT)):  # `functools.wraps` copies attributes.
+        return None
+    info: Any = fn._jit_info
+    others = {
+        name: getattr(info, name)
+        for name in ("keep_unused", "inline", "device", "backend")
+        if getattr(info, name) != getattr(_A_JIT._jit_info, name)
+    }
+    if info.compiler_options_kvs:
+        others["compiler_options"] = dict(info.compiler_options_kvs)
     return JitOptions(
         static_argnums=tuple(info.static_argnums),
         static_argnames=tuple(info.static_argnames),
         donate_argnums=tuple(info.donate_argnums),
         donate_argnames=tuple(info.donate_argnames),
+        in_shardings=_shardings_of_jit(info, "in"),
+        out_shardings=_shardings_of_jit(info, "out"),
+        others=others,
+        jit=pjit.pjit if info.use_resource_env else jax.jit,
     )
 
 
-def _filter_jit_options(fn: Any) -> JitOptions:
-    names = list(inspect.signature(fn).parameters)
-    donated = [
-        i for i in range(len(names)) if (fn.donate_rest if i else fn.donate_first)
+def _shardings_of_jit(info: Any, side: str) -> Any:
+    """The tree of shardings and layouts, which JAX keeps apart, as the user gave it."""
+    shardings = getattr(info, f"{side}_shardings_leaves")
+    layouts = getattr(info, f"{side}_layouts_leaves")
+    if all(s is UNSPECIFIED or s is None for s in shardings) and not any(layouts):
+        return None
+    both = [
+        s if layout is None else Format(layout, s)
+        for s, layout in zip(shardings, layouts, strict=True)
     ]
-    return JitOptions(
-        donate_argnums=tuple(donated),
-        donate_argnames=tuple(names[i] for i in donated),
-        static_scalars=True,
-    )
+    return getattr(info, f"{side}_shardings_treedef").unflatten(both)
+
+
+@dataclasses.dataclass(frozen=True)
+class PmapOptions:
+    """Which of a pmapped function's arguments are static, and which are donated.
+
+    Attributes:
+        static_broadcasted_argnums: as in `jax.pmap`.
+        donates: whether any argument is donated.
+    """
+
+    static_broadcasted_argnums: tuple[int, ...]
+    donates: bool
+
+
+def pmap_options(fn: Any) -> PmapOptions | None:
+    """The options of what `jax.pmap` returns; None of any other callable."""
+    if getattr(fn, "__globals__", {}).get("__name__") != jax.pmap.__module__:
+        return None
+    if not hasattr(fn, "lower"):
+        return None
+    infer_params = inspect.getclosurevars(fn).nonlocals["infer_params"]
+    told = inspect.getclosurevars(infer_params).nonlocals
+    static, donated = told["static_broadcasted_tuple"], told["donate_tuple"]
+    return PmapOptions(tuple(static), bool(donated))
+
+
+def donated_operands(call: Any) -> list[Any]:
+    """The operands that a jit equation donates, which JAX leaves undone."""
+    donated = call.params.get("donated_invars", (False,) * len(call.invars))
+    pairs = zip(call.invars, donated, strict=True)
+    return [x for x, is_donated in pairs if is_donated]

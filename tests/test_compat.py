@@ -4,11 +4,13 @@ If one of these fails, a JAX release removed or renamed what is in the test's na
 the function of `_compat` that is named with it needs a branch.
 """
 
+import functools
 import inspect
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.layout import Format, Layout
 from jax.extend import core
 
 from fp8jax import _compat
@@ -30,19 +32,64 @@ def test_jit_info_of_a_jit_object_holds_its_options():
 
     jitted = jax.jit(f, static_argnums=1, static_argnames="name", donate_argnums=0)
     assert hasattr(jitted, "_jit_info"), "jax.jit objects lost _jit_info: jit_options"
-    for name in (
-        "static_argnums",
-        "static_argnames",
-        "donate_argnums",
-        "donate_argnames",
-    ):
+    names = "static_argnums static_argnames donate_argnums donate_argnames keep_unused "
+    names += "inline device backend compiler_options_kvs use_resource_env "
+    for side in ("in", "out"):
+        for what in ("shardings_leaves", "shardings_treedef", "layouts_leaves"):
+            names += f"{side}_{what} "
+    for name in names.split():
         assert hasattr(jitted._jit_info, name), f"_jit_info lost {name}: jit_options"
     options = _compat.jit_options(jitted)
+    assert options is not None
     assert options.static_argnums == (1,)
     assert set(options.static_argnames) >= {"name"}
     assert options.donate_argnums == (0,)
-    assert not options.static_scalars
-    assert _compat.jit_options(f) == _compat.JitOptions()
+    assert (options.in_shardings, options.out_shardings) == (None, None)
+    assert options.others == {}
+    assert options.jit is jax.jit
+    assert jitted.__wrapped__ is f
+    assert _compat.jit_options(f) is None
+    assert _compat.jit_options(functools.wraps(jitted)(lambda x, n: x)) is None
+
+
+def test_jit_options_are_those_that_jit_was_given():
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    layout = Format(Layout((1, 0)), sharding)
+    told = {"compiler_options": {"a": 1}, "keep_unused": True, "inline": True}
+    jitted = jax.jit(
+        lambda x, y: x,
+        in_shardings=({"a": layout, "b": None}, sharding),
+        out_shardings=sharding,
+        **told,
+    )
+    options = _compat.jit_options(jitted)
+    assert options is not None
+    assert options.in_shardings == ({"a": layout, "b": None}, sharding)
+    assert options.out_shardings == sharding
+    assert options.others.keys() == told.keys()
+    assert options.others["compiler_options"] == {"a": 1}
+    same = _compat.jit_options(jax.jit(lambda x: x, **options.others))
+    assert same is not None
+    assert same.others == options.others
+
+
+def test_pmapped_functions_tell_what_is_static_and_whether_they_donate():
+    def f(x, n):
+        return x
+
+    pmapped = jax.pmap(f, static_broadcasted_argnums=1, donate_argnums=0)
+    assert _compat.pmap_options(pmapped) == _compat.PmapOptions((1,), True)
+    assert _compat.pmap_options(jax.pmap(f)) == _compat.PmapOptions((), False)
+    assert _compat.pmap_options(f) is None
+
+
+def test_operands_that_a_call_donates_are_told():
+    def f(x, y):
+        return jax.jit(lambda x, y: x + y, donate_argnums=1)(x, y)
+
+    eqn = eqn_of("jit", f, 1.0, 2.0)
+    assert _compat.donated_operands(eqn) == [eqn.invars[1]]
+    assert _compat.donated_operands(eqn_of("sin", jnp.sin, 1.0)) == []
 
 
 def test_interpret_mode_of_kernels_is_seen():
@@ -53,17 +100,6 @@ def test_interpret_mode_of_kernels_is_seen():
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         assert _compat.interprets_kernels()
     assert not _compat.interprets_kernels()
-
-
-def test_equinox_filter_jit_objects_say_what_they_donate():
-    eqx = pytest.importorskip("equinox")
-    jitted = eqx.filter_jit(lambda model, x: x, donate="all-except-first")
-    for name in ("donate_first", "donate_rest"):
-        assert hasattr(jitted, name), f"filter_jit objects lost {name}: jit_options"
-    options = _compat.jit_options(jitted)
-    assert options.static_scalars
-    assert options.donate_argnums == (1,)
-    assert options.donate_argnames == ("x",)
 
 
 def test_scan_equations_tell_constants_from_carries():

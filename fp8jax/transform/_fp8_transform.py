@@ -1,59 +1,24 @@
 """`fp8_transform`: the same function, its matrix products in FP8."""
 
+import dataclasses
 import functools
-import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
-from fp8jax import _compat, ops
+from fp8jax import ops
 from fp8jax.recipes import Recipe, Rule, check_recipe, deepseek_v3
-from fp8jax.transform import _nnx
-from fp8jax.transform._arguments import (
-    ArgumentOptions,
-    CallKey,
-    has_static_outputs,
-    without_marks,
-)
-from fp8jax.transform._carry import carry_codes
-from fp8jax.transform._custom_rules import check_custom_rules, with_custom_rules
-from fp8jax.transform._dedupe import dedupe
-from fp8jax.transform._devices import spread_of_program
-from fp8jax.transform._harvest import harvest
-from fp8jax.transform._hoist import hoist
-from fp8jax.transform._inline import inline_calls
-from fp8jax.transform._interpreter import Flow, rewrite
-from fp8jax.transform._leaves import (
-    Leaf,
-    Weights,
-    check_weights,
-    leaves_of,
-    positional_names,
-    weight_mask,
-)
-from fp8jax.transform._pair import pair
-from fp8jax.transform._plan import Plan, make_plan, with_doubts
+from fp8jax.transform import _nnx, _stages
+from fp8jax.transform._arguments import CallKey, Static
+from fp8jax.transform._custom_rules import check_custom_rules
+from fp8jax.transform._leaves import Weights, check_weights, weights_after
+from fp8jax.transform._outer_jit import OuterJit, outer_jit
 from fp8jax.transform._policy import Policy
-from fp8jax.transform._replace import Replacer
 from fp8jax.transform._report import Report
-from fp8jax.transform._residuals import residual_bytes
-from fp8jax.transform._roles import assign, is_whole_step
-from fp8jax.transform._rules import RULES, opaque
-from fp8jax.transform._sink import sink, without_unread
-from fp8jax.transform._statistics import named_statistics
-from fp8jax.transform._stored import StoredOperands
-from fp8jax.transform._stored_calls import as_arrays
-from fp8jax.transform._values import Dot, Scope
-
-NO_DERIVATIVE = (
-    "fp8_transform: products in FP8 have no forward-mode and no second derivative. "
-    "Apply fp8_transform outside: fp8_transform(lambda ...: jax.jvp(f, ...)), likewise "
-    "for jax.grad of a whole step, jax.hessian and jax.linearize."
-)
+from fp8jax.transform._step import Call, Step
 
 
 def fp8_transform(
@@ -87,9 +52,10 @@ def fp8_transform(
     output heads, routers, norms, attention, and the optimizer's own products.
 
     Args:
-        fn: a function of pytrees, which may be a `jax.jit` object: its static and
-            donated arguments stay such. Leaves that are no arrays are static. NNX
-            modules and optimizers among the arguments are updated in place.
+        fn: a function of pytrees. What a `jax.jit`, `nnx.jit` or `eqx.filter_jit`
+            around it says of donation, static arguments, shardings and compilation
+            holds. Leaves that are no arrays are static. NNX modules and optimizers
+            among the arguments are updated in place.
         recipe: of every layer that no rule is about; `recipes.deepseek_v3()` by
             default.
         rules: `recipes.Rule`s, in order, matched with the key path of a layer's weight
@@ -102,7 +68,7 @@ def fp8_transform(
             under `params` or of type `nnx.Param`; else, in a forward function, those of
             the first argument, if that is a container.
         static_argnums, static_argnames, donate_argnums, donate_argnames: as in
-            `jax.jit`.
+            `jax.jit`, besides those of a jit around `fn`.
         min_dim: a weight with fewer input or output features is skipped, unless a rule
             is about it.
         implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here.
@@ -123,7 +89,8 @@ def fp8_transform(
         structure and types of its arguments.
 
     Raises:
-        ValueError: If an argument of `fp8_transform` is none of the above.
+        ValueError: If an argument of `fp8_transform` is none of the above, or `fn` is
+            jitted in a way that cannot be followed.
     """
     if not callable(fn):
         raise ValueError(f"fp8_transform takes a function, got {fn!r}.")
@@ -147,59 +114,50 @@ def fp8_transform(
         _checked_dtype(weight_dtype),
         custom_rules,
     )
-    options = ArgumentOptions.of(
-        fn, static_argnums, static_argnames, donate_argnums, donate_argnames
+    outer = outer_jit(fn).with_options(
+        static_argnums, static_argnames, donate_argnums, donate_argnames
     )
-    return Fp8Function(fn, policy, weights, options)
+    return Fp8Function(fn, outer, policy, weights_after(weights, len(outer.args)))
 
 
 class Fp8Function:
     """What `fp8_transform` returns: call it as the function it was made of."""
 
     def __init__(
-        self,
-        fn: Callable[..., Any],
-        policy: Policy,
-        weights: Weights,
-        options: ArgumentOptions,
-        describe: Callable[..., list[Leaf]] | None = None,
+        self, fn: Callable[..., Any], outer: OuterJit, policy: Policy, weights: Weights
     ):
         """
         Args:
             fn: the function.
+            outer: the function within, and how it is to be jitted.
             policy: what is wanted of it.
-            weights: which leaves are parameters.
-            options: which arguments are static or donated.
-            describe: tells the leaves of `(args, kwargs)`.
+            weights: which leaves are parameters, of `outer.fn`'s arguments.
         """
         functools.update_wrapper(self, fn, updated=())
-        self._fn = fn
+        self._outer = outer
         self._policy = policy
         self._weights: Weights = weights
-        self._options = options
-        self._describe = describe or self._leaves
-        self._without_nnx: set[CallKey] = set()
-        self._has_static_outputs = False
-        self._pure_functions: dict[_nnx.PureFunction, Fp8Function] = {}
-
-        def run(key: CallKey, donated: list[Any], kept: list[Any]) -> Any:
-            return self._run(key, donated, kept)
-
-        self._name = getattr(fn, "__name__", "fp8_transform")
-        run.__name__ = run.__qualname__ = self._name
-        self._jit = jax.jit(run, static_argnums=0, donate_argnums=1)
+        self._step = Step(outer, policy, weights)
+        self._without_modules: set[CallKey] = set()
+        self._nnx_steps: dict[Hashable, Step] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = self._options.split(args, kwargs)
-        if self._has_nnx(call[0], args, kwargs):
-            return self._call_nnx(args, kwargs)
-        try:
-            outputs = self._jit(*call)
-        except TypeError as error:
-            if not _is_about_derivatives(error):
-                raise
-            raise TypeError(NO_DERIVATIVE) from error
-        return without_marks(outputs) if self._has_static_outputs else outputs
+        step, call, modules = self._prepared(*self._complete(args, kwargs))
+        return self._finished(step(call), modules)
+
+    @property
+    def outer_jit(self) -> OuterJit:
+        """How this function is jitted: for another transform, which then does it."""
+        results = self._outer.out_shardings
+        if self._policy.stats and results is not None:
+            results = (results, None)
+        return dataclasses.replace(
+            self._outer, fn=self._unjitted, out_shardings=results
+        )
+
+    def _unjitted(self, *args: Any, **kwargs: Any) -> Any:
+        step, call, modules = self._prepared(args, kwargs)
+        return self._finished(step.unjitted(call), modules)
 
     def report(self, *args: Any, **kwargs: Any) -> Report:
         """What becomes of every matrix product of this call, without running it.
@@ -207,154 +165,83 @@ class Fp8Function:
         Args:
             args, kwargs: as for the call; `jax.ShapeDtypeStruct`s will do for arrays.
         """
-        key, donated, kept = self._options.split(args, kwargs)
-        if self._has_nnx(key, args, kwargs):
-            _, function, pure_args = self._pure(args, kwargs)
-            return function.report(*pure_args)
-        jaxpr, _, plan = self._plan(key, donated, kept)
-        if not plan.whole_step:
-            return plan.report
-        fp8 = self._rewritten(jaxpr, plan, stats=False)
-        found = [residual_bytes(program, plan.is_weight) for program in (fp8, jaxpr)]
-        return plan.report.with_residuals(*found)
+        step, call, _ = self._prepared(*self._complete(args, kwargs))
+        return step.report(call)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
-        """As `jax.jit(fn).lower`, for a look at the compiled program."""
-        function, call = self._split(args, kwargs)
-        return function.lower(*call)
+        """As `jax.jit(fn).lower`, to look at the program or to compile it now.
+
+        What `.compile()` gives is called as the function, less static arguments.
+        """
+        return self._ahead(_stages.Lowered, "lower", args, kwargs)
 
     def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
         """As `jax.jit(fn).trace`, for a look at the rewritten program."""
-        function, call = self._split(args, kwargs)
-        return function.trace(*call)
+        return self._ahead(_stages.Traced, "trace", args, kwargs)
 
-    def _split(self, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...]]:
-        """The jitted function that a call runs, and what it is called with."""
-        call = self._options.split(args, kwargs)
-        if not self._has_nnx(call[0], args, kwargs):
-            return self._jit, call
-        _, function, pure_args = self._pure(args, kwargs)
-        return function._jit, function._options.split(pure_args, {})
+    def _ahead(self, wrapper: Any, stage: str, args: Any, kwargs: Any) -> Any:
+        args, kwargs = self._complete(args, kwargs)
+        step, call, modules = self._prepared(args, kwargs)
+        made = step.ahead(stage, call)
+        options, outer = self._step.options, self._outer
+        is_plain = modules is None and not outer.args and not outer.kwargs
+        is_plain &= options.all_arrays(args, kwargs) and not step.has_static_outputs
+        if is_plain:
+            return made
+        # No array of this call may live on with what is compiled.
+        key, count = call[0], len(args)
+        known = {*options.static.numbers, *range(len(outer.args))}
+        told = {i: x for i, x in enumerate(args) if i in known}
+        named = {name: kwargs[name] for name in options.static.names & kwargs.keys()}
 
-    def _run(self, key: CallKey, donated: list[Any], kept: list[Any]) -> Any:
-        # Runs under jit's trace, so jit's own cache is the transform's.
-        jaxpr, out_tree, plan = self._plan(key, donated, kept)
-        _warn(plan, self._policy, self._name)
-        stats = self._policy.stats
-        jaxpr = without_unread(self._rewritten(jaxpr, plan, stats))
-        self._has_static_outputs |= has_static_outputs(out_tree)
-        inputs = [*donated, *kept]
-        if not stats:
-            outputs = core.jaxpr_as_fun(jaxpr)(*inputs)
-            return jax.tree.unflatten(out_tree, outputs)
-        jaxpr, where = harvest(jaxpr)
-        results = core.jaxpr_as_fun(jaxpr)(*inputs)
-        n = out_tree.num_leaves
-        statistics = named_statistics(plan.measured, where, results[n:])
-        return jax.tree.unflatten(out_tree, results[:n]), statistics
+        def run(compiled: Any, args: Any, kwargs: Any) -> Any:
+            args = _stages.filled(args, told, count)
+            kwargs = {**outer.kwargs, **named, **kwargs}
+            _, call, modules = self._prepared(args, kwargs)
+            return self._finished(step.run_compiled(compiled, key, call), modules)
 
-    def _rewritten(self, jaxpr: Any, plan: Plan, stats: bool) -> Any:
-        """The program with its products replaced, each code made where it is best."""
-        replacer = Replacer(stats)
-        jaxpr = carry_codes(rewrite(jaxpr, plan.replacements, replacer))
-        jaxpr = hoist(jaxpr, plan.is_weight, replacer.calls)
-        return dedupe(pair(jaxpr, plan.is_weight, replacer.calls))
+        return wrapper(made, run)
 
-    def _plan(
-        self, key: CallKey, donated: list[Any], kept: list[Any]
-    ) -> tuple[Any, Any, Plan]:
-        """The function's jaxpr, its output's structure, and the plan for it."""
+    def _complete(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """With what partial application gave the function before."""
+        return (*self._outer.args, *args), {**self._outer.kwargs, **kwargs}
 
-        def flat(donated: list[Any], kept: list[Any]) -> Any:
-            arguments = key.arguments(donated, kept)
-            (args, kwargs), put_back = as_arrays(arguments, self._policy.weight_dtype)
-            return self._options.mark(put_back(self._fn(*args, **kwargs)), key)
-
-        try:
-            with _compat.remat_as_jaxpr():
-                jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(donated, kept)
-        except jax.errors.JAXTypeError as error:
-            error.add_note(
-                f"fp8_transform({self._name}) traces the function, as jax.jit does: "
-                "what it needs as a Python value goes into static_argnums= or "
-                "static_argnames=."
-            )
-            raise
-        jaxpr = sink(inline_calls(jaxpr))
-        stored = StoredOperands.of(jaxpr)
-        leaves = self._ordered_leaves(key, donated, kept)
-        flow = Flow(RULES, opaque, closure=1 << len(leaves))
-        inputs = [flow.input(i) for i in range(len(leaves))]
-        flow.walk(jaxpr, inputs, Scope())
-        dots = [flow.dots[position] for position in sorted(flow.dots)]
-        mask = weight_mask(self._weights, leaves, dots)
-        sizes = [leaf.size for leaf in leaves]
-
-        def decide(
-            dots: Sequence[Dot], whole_step: bool, programs: Sequence[Any]
-        ) -> Plan:
-            found = assign(dots, mask, sizes)
-            spread = max(key.spread, *map(spread_of_program, (jaxpr, *programs)))
-            plan = make_plan(
-                found, leaves, self._policy, whole_step, spread, mask, stored
-            )
-            return with_doubts(plan, found, leaves, self._policy, told)
-
-        told = self._weights is not None
-        whole_step = is_whole_step(dots)
-        plan = decide(dots, whole_step, ())
-        if self._policy.custom_rules and not whole_step:
-            plan = with_custom_rules(plan, flow, self._policy, decide)
-        return jaxpr, jax.tree.structure(out), plan
-
-    def _ordered_leaves(
-        self, key: CallKey, donated: list[Any], kept: list[Any]
-    ) -> list[Leaf]:
-        """As the jaxpr takes them: the donated ones first."""
-        args, kwargs = key.arguments(donated, kept, with_statics=False)
-        static = {i for i, _ in key.statics}
-        indices = [i for i in range(key.treedef.num_leaves) if i not in static]
-        leaves = dict(zip(indices, self._describe(args, kwargs), strict=True))
-        first = [leaves[i] for i in key.donated]
-        return first + [leaves[i] for i in indices if i not in key.donated]
-
-    def _leaves(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Leaf]:
-        return leaves_of(positional_names(self._fn, len(args)), args, kwargs)
-
-    def _has_nnx(self, key: CallKey, args: Any, kwargs: Any) -> bool:
-        if key in self._without_nnx:
-            return False
-        if _nnx.has_graph_nodes((args, kwargs)):
-            return True
-        self._without_nnx.add(key)
-        return False
-
-    def _call_nnx(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        pure, function, pure_args = self._pure(args, kwargs)
-        result = function(*pure_args)
-        (output, state), *statistics = result if self._policy.stats else (result,)
-        pure.update(self._by_name(args, kwargs), state)
-        return (output, *statistics) if statistics else output
-
-    def _pure(
+    def _prepared(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[_nnx.PureFunction, "Fp8Function", tuple[Any, ...]]:
-        """The function without side effects, transformed, and its arguments."""
-        by_name = self._by_name(args, kwargs)
-        nodes = tuple(n for n, x in by_name.items() if _nnx.has_graph_nodes(x))
-        names = tuple(positional_names(self._fn, len(args)))
-        pure = _nnx.PureFunction(self._fn, names, nodes)
-        if pure not in self._pure_functions:
-            options = ArgumentOptions.of(pure, 0, (), (), ())
-            self._pure_functions[pure] = Fp8Function(
-                pure, self._policy, self._weights, options, pure.leaves
-            )
-        static = self._options.static_names
-        return pure, self._pure_functions[pure], pure.split(by_name, static)
+    ) -> tuple[Step, Call, _nnx.NnxCall | None]:
+        """The step that a call runs, what it is called with, and modules to update."""
+        call = self._step.split(args, kwargs)
+        key = call[0]
+        if key in self._without_modules:
+            return self._step, call, None
+        if not _nnx.has_modules((args, kwargs)):
+            self._without_modules.add(key)
+            return self._step, call, None
+        modules = _nnx.NnxCall.of(*self._step.options.with_statics(args, kwargs))
+        graphdef = Static(modules.graphdef)
+        step = self._nnx_step(modules, graphdef)
+        return step, step.split((graphdef, *modules.args), modules.kwargs), modules
 
-    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        names = positional_names(self._fn, len(args))
-        return {**dict(zip(names, args, strict=True)), **kwargs}
+    def _nnx_step(self, modules: _nnx.NnxCall, graphdef: Static) -> Step:
+        """The function of arrays that an NNX function is, for modules like these."""
+        kind = None
+        if self._outer.in_shardings is not None:  # They say something of each module.
+            kind = graphdef, jax.tree.structure((modules.args, modules.kwargs))
+        if kind not in self._nnx_steps:
+            outer = _nnx.pure_jit(self._outer, modules)
+            pure: Any = outer.fn
+            self._nnx_steps[kind] = Step(
+                outer, self._policy, self._weights, pure.leaves
+            )
+        return self._nnx_steps[kind]
+
+    def _finished(self, result: Any, modules: _nnx.NnxCall | None) -> Any:
+        """A step's result, once modules have their new arrays."""
+        if modules is None:
+            return result
+        (output, states), *statistics = result if self._policy.stats else (result,)
+        modules.update(states)
+        return (output, *statistics) if statistics else output
 
 
 def _checked_dtype(dtype: Any) -> np.dtype:
@@ -364,46 +251,3 @@ def _checked_dtype(dtype: Any) -> np.dtype:
     raise ValueError(
         f"fp8_transform takes weight_dtype bfloat16, float16 or float32, got {dtype!r}."
     )
-
-
-def _is_about_derivatives(error: TypeError) -> bool:
-    text = str(error)
-    ours = ("quantized_dot has no gradient", "dot_general in FP8 has a gradient")
-    return "custom_vjp" in text or any(words in text for words in ours)
-
-
-def _warn(plan: Plan, policy: Policy, name: str) -> None:
-    report = plan.report
-    for doubt in plan.doubts:
-        warnings.warn(
-            f"fp8_transform({name}): {doubt} See .report(*args).", stacklevel=2
-        )
-    for pattern in report.unmatched_rules:
-        warnings.warn(
-            f"fp8_transform({name}): the rule {pattern!r} matched no layer's weight; "
-            "see .report(*args).",
-            stacklevel=2,
-        )
-    for pattern in report.unmatched_custom_rules:
-        warnings.warn(
-            f"fp8_transform({name}): {pattern!r} in custom_rules is the name of no "
-            "function with a custom_vjp or custom_jvp; see .report(*args).",
-            stacklevel=2,
-        )
-    emulated = [
-        f"{row.path} ({row.role})" for row in report.rows if row.kernel == "xla"
-    ]
-    if emulated and policy.implementation is None and ops.has_gpu_kernels():
-        others = f" and {len(emulated) - 3} more" if len(emulated) > 3 else ""
-        warnings.warn(
-            f"fp8_transform({name}): {', '.join(emulated[:3])}{others} run in XLA's "
-            "emulation of FP8, many times slower than the GPU kernels; "
-            ".report(*args) says why.",
-            stacklevel=2,
-        )
-    if not any(row.status == "fp8" for row in report.rows) and not policy.recipe.is_off:
-        warnings.warn(
-            f"fp8_transform({name}) found no matrix product to compute in FP8; "
-            ".report(*args) says why.",
-            stacklevel=2,
-        )

@@ -168,6 +168,15 @@ def check_weights(weights: Weights) -> None:
     )
 
 
+def weights_after(weights: Weights, count: int) -> Weights:
+    """The same weights, after `count` more positional arguments."""
+    if isinstance(weights, int):
+        return weights + count
+    if weights is None or callable(weights) or isinstance(weights, str):
+        return weights
+    return [w + count if isinstance(w, int) else w for w in weights]
+
+
 def weight_mask(weights: Weights, leaves: Sequence[Leaf], dots: Sequence[Dot]) -> int:
     """Which leaves are parameters, as `Value.leaves`.
 

@@ -157,8 +157,13 @@ def with_doubts(
         return plan
     in_fp8 = plan.replacements.keys()
     found = doubts(assignments, in_fp8, leaves, policy, unsupported, told)
-    report = dataclasses.replace(plan.report, notes=(*plan.report.notes, *found))
-    return dataclasses.replace(plan, report=report, doubts=found)
+    return doubting(plan, found)
+
+
+def doubting(plan: Plan, doubts: tuple[str, ...]) -> Plan:
+    """The plan, and its report, with more to warn of."""
+    report = dataclasses.replace(plan.report, notes=(*plan.report.notes, *doubts))
+    return dataclasses.replace(plan, report=report, doubts=(*plan.doubts, *doubts))
 
 
 def _on_devices(

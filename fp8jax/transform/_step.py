@@ -1,0 +1,253 @@
+"""A function of pytrees, traced, planned, rewritten and jitted again."""
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.sharding import PartitionSpec
+
+from fp8jax import _compat, ops
+from fp8jax.transform._arguments import (
+    ArgumentOptions,
+    CallKey,
+    has_static_outputs,
+    without_marks,
+)
+from fp8jax.transform._carry import carry_codes
+from fp8jax.transform._custom_rules import with_custom_rules
+from fp8jax.transform._dedupe import dedupe
+from fp8jax.transform._devices import spread_of_program
+from fp8jax.transform._harvest import harvest
+from fp8jax.transform._hoist import hoist
+from fp8jax.transform._inline import inline_calls
+from fp8jax.transform._interpreter import Flow, rewrite
+from fp8jax.transform._jit_step import jit_step
+from fp8jax.transform._leaves import (
+    Leaf,
+    Weights,
+    leaves_of,
+    positional_names,
+    weight_mask,
+)
+from fp8jax.transform._nested_jit import lost_donation, refusing_compiler_options
+from fp8jax.transform._outer_jit import OuterJit
+from fp8jax.transform._pair import pair
+from fp8jax.transform._parameters import name_of
+from fp8jax.transform._plan import Plan, doubting, make_plan, with_doubts
+from fp8jax.transform._policy import Policy
+from fp8jax.transform._replace import Replacer
+from fp8jax.transform._report import Report
+from fp8jax.transform._residuals import residual_bytes
+from fp8jax.transform._roles import assign, is_whole_step
+from fp8jax.transform._rules import RULES, opaque
+from fp8jax.transform._sink import sink, without_unread
+from fp8jax.transform._statistics import named_statistics
+from fp8jax.transform._stored import StoredOperands
+from fp8jax.transform._stored_calls import as_arrays
+from fp8jax.transform._values import Dot, Scope
+from fp8jax.transform._warn import warn
+
+NO_DERIVATIVE = (
+    "fp8_transform: products in FP8 have no forward-mode and no second derivative. "
+    "Apply fp8_transform outside: fp8_transform(lambda ...: jax.jvp(f, ...)), likewise "
+    "for jax.grad of a whole step, jax.hessian and jax.linearize."
+)
+
+# A call's key, and its arguments with None for all that is static.
+Call = tuple[CallKey, tuple[Any, ...], dict[str, Any]]
+
+
+class Step:
+    """A function of pytrees, jitted as it was, with its products in FP8.
+
+    Attributes:
+        outer: the function, and how it is jitted.
+        options: which arguments are static.
+        has_static_outputs: whether results of calls so far hold a `StaticOutput`.
+    """
+
+    def __init__(
+        self,
+        outer: OuterJit,
+        policy: Policy,
+        weights: Weights,
+        describe: Callable[..., list[Leaf]] | None = None,
+    ):
+        """
+        Args:
+            outer: the function, and how it is to be jitted.
+            policy: what is wanted of it.
+            weights: which leaves are parameters.
+            describe: tells the leaves of `(args, kwargs)`.
+        """
+        self.outer = outer
+        self.options = ArgumentOptions(outer.static, outer.static_scalars)
+        self.has_static_outputs = False
+        self._policy = policy
+        self._weights: Weights = weights
+        self._describe = describe or self._leaves
+        self._name = name_of(outer.fn)
+
+    @functools.cached_property
+    def jit(self) -> Any:
+        """The jitted function `(key, *args, **kwargs)`."""
+
+        def run(key: CallKey, /, *args: Any, **kwargs: Any) -> Any:
+            return self._run(key, args, kwargs)
+
+        run.__name__ = run.__qualname__ = self._name
+        return jit_step(run, self.outer, self._policy.stats)
+
+    def split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        return self.options.split(args, kwargs)
+
+    def unjitted(self, call: Call) -> Any:
+        """The function's results, computed within what is being traced."""
+        return self.finished(self._run(*call))
+
+    def __call__(self, call: Call) -> Any:
+        key, args, kwargs = call
+        try:
+            if not self.outer.quiet:
+                return self.finished(self.jit(key, *args, **kwargs))
+            with warnings.catch_warnings():
+                message = "Some donated buffers were not usable"
+                warnings.filterwarnings("ignore", message=message)
+                return self.finished(self.jit(key, *args, **kwargs))
+        except TypeError as error:
+            if not _is_about_derivatives(error):
+                raise
+            raise TypeError(NO_DERIVATIVE) from error
+
+    def finished(self, outputs: Any) -> Any:
+        """Results of `jit` as the function gives them."""
+        return without_marks(outputs) if self.has_static_outputs else outputs
+
+    def ahead(self, stage: str, call: Call) -> Any:
+        """What `jit.trace` or `jit.lower` makes of a call."""
+        key, args, kwargs = call
+        return getattr(self.jit, stage)(key, *args, **kwargs)
+
+    def run_compiled(self, compiled: Any, was: CallKey, call: Call) -> Any:
+        """The function's results, by what was compiled for a call of this key.
+
+        Raises:
+            TypeError: If this call differs in its structure or in what is static.
+        """
+        key, args, kwargs = call
+        if was.treedef != key.treedef:
+            raise TypeError(
+                f"fp8_transform({self._name}) was compiled for arguments of the "
+                f"structure {was.treedef}, got {key.treedef}."
+            )
+        if was.statics != key.statics:
+            raise TypeError(
+                f"fp8_transform({self._name}) was compiled for other leaves that are "
+                "no arrays, such as activations or the graph of an NNX module, which "
+                "are a part of the program."
+            )
+        args, kwargs = self.options.dynamic(args, kwargs)
+        return self.finished(compiled(*args, **kwargs))
+
+    def report(self, call: Call) -> Report:
+        """What becomes of every matrix product of this call, without running it."""
+        jaxpr, _, plan = self._plan(*call)
+        if not plan.whole_step:
+            return plan.report
+        fp8 = self._rewritten(jaxpr, plan, stats=False)
+        found = [residual_bytes(program, plan.is_weight) for program in (fp8, jaxpr)]
+        return plan.report.with_residuals(*found)
+
+    def _run(self, key: CallKey, args: Any, kwargs: Any) -> Any:
+        # Runs under jit's trace, so jit's own cache is the transform's.
+        jaxpr, out_tree, plan = self._plan(key, args, kwargs)
+        warn(plan, self._policy, self._name)
+        stats = self._policy.stats
+        jaxpr = without_unread(self._rewritten(jaxpr, plan, stats))
+        self.has_static_outputs |= has_static_outputs(out_tree)
+        inputs = jax.tree.leaves((args, kwargs))
+        if not stats:
+            outputs = core.jaxpr_as_fun(jaxpr)(*inputs)
+            return jax.tree.unflatten(out_tree, outputs)
+        jaxpr, where = harvest(jaxpr)
+        results = core.jaxpr_as_fun(jaxpr)(*inputs)
+        n = out_tree.num_leaves
+        statistics = named_statistics(plan.measured, where, results[n:])
+        return jax.tree.unflatten(out_tree, results[:n]), statistics
+
+    def _rewritten(self, jaxpr: Any, plan: Plan, stats: bool) -> Any:
+        """The program with its products replaced, each code made where it is best."""
+        replacer = Replacer(stats)
+        jaxpr = carry_codes(rewrite(jaxpr, plan.replacements, replacer))
+        jaxpr = hoist(jaxpr, plan.is_weight, replacer.calls)
+        return dedupe(pair(jaxpr, plan.is_weight, replacer.calls))
+
+    def _plan(self, key: CallKey, args: Any, kwargs: Any) -> tuple[Any, Any, Plan]:
+        """The function's jaxpr, its output's structure, and the plan for it."""
+
+        def flat(arrays: list[Any]) -> Any:
+            arguments = key.arguments(arrays)
+            (args, kwargs), put_back = as_arrays(arguments, self._policy.weight_dtype)
+            outputs = put_back(self.outer.fn(*args, **kwargs))
+            return self.options.mark(outputs, key)
+
+        try:
+            with _compat.remat_as_jaxpr(), refusing_compiler_options(self.outer):
+                arrays = jax.tree.leaves((args, kwargs))
+                jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(arrays)
+        except jax.errors.JAXTypeError as error:
+            error.add_note(
+                f"fp8_transform({self._name}) traces the function, as jax.jit does: "
+                "what it needs as a Python value goes into static_argnums= or "
+                "static_argnames=."
+            )
+            raise
+        lost = lost_donation(jaxpr, self.outer)
+        jaxpr = sink(inline_calls(jaxpr))
+        stored = StoredOperands.of(jaxpr)
+        leaves = self._describe(args, kwargs)
+        flow = Flow(RULES, opaque, closure=1 << len(leaves))
+        inputs = [flow.input(i) for i in range(len(leaves))]
+        flow.walk(jaxpr, inputs, Scope())
+        dots = [flow.dots[position] for position in sorted(flow.dots)]
+        mask = weight_mask(self._weights, leaves, dots)
+        sizes = [leaf.size for leaf in leaves]
+
+        def decide(
+            dots: Sequence[Dot], whole_step: bool, programs: Sequence[Any]
+        ) -> Plan:
+            found = assign(dots, mask, sizes)
+            told = map(_spread_of, self.outer.shardings)
+            in_program = map(spread_of_program, (jaxpr, *programs))
+            spread = max(key.spread, *told, *in_program)
+            plan = make_plan(
+                found, leaves, self._policy, whole_step, spread, mask, stored
+            )
+            is_told = self._weights is not None
+            return with_doubts(plan, found, leaves, self._policy, is_told)
+
+        whole_step = is_whole_step(dots)
+        plan = decide(dots, whole_step, ())
+        if self._policy.custom_rules and not whole_step:
+            plan = with_custom_rules(plan, flow, self._policy, decide)
+        return jaxpr, jax.tree.structure(out), doubting(plan, lost)
+
+    def _leaves(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Leaf]:
+        return leaves_of(positional_names(self.outer.fn, len(args)), args, kwargs)
+
+
+def _spread_of(sharding: Any) -> ops.Spread:
+    """Over how many devices what the jit says of an array spreads it."""
+    if isinstance(sharding, PartitionSpec):  # On the mesh in context.
+        mesh = jax.sharding.get_abstract_mesh()
+        return ops.Spread.MANY if mesh.empty else ops.spread_of_mesh(mesh)
+    return ops.spread_of_sharding(sharding)
+
+
+def _is_about_derivatives(error: TypeError) -> bool:
+    text = str(error)
+    ours = ("quantized_dot has no gradient", "dot_general in FP8 has a gradient")
+    return "custom_vjp" in text or any(words in text for words in ours)
