@@ -47,6 +47,8 @@ def scaled_matmul(
         ValueError: If an operand is no matrix, the contractions differ, or a tile does
             not span 128 of the contraction.
         NotImplementedError: If the implementation asked for cannot run.
+        TypeError: When differentiated: codes have no derivative. `fp8jax.dot_general`
+            has gradients.
 
     Error: float32 accumulation of exact products, then one rounding to `out_dtype`.
     """
@@ -62,6 +64,7 @@ def scaled_matmul(
         rhs.scale,
         *(() if accumulate is None else (accumulate,)),
         implementation=implementation,
+        caller=name,
         lhs_tile=lhs.tile,
         rhs_tile=rhs.tile,
         out_dtype=np.dtype(out_dtype),

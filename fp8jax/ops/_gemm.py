@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fp8jax import numerics
 from fp8jax.matmul import scaled_matmul
-from fp8jax.ops._derivatives import refuse_derivatives
 from fp8jax.ops._layout import DimensionNumbers, Layout, Operand, plan
 from fp8jax.ops._partition import Factorization, split_over_devices
 from fp8jax.quant import (
@@ -136,7 +136,7 @@ def quantized_dot(
         return _whole(lhs, rhs, layout, specs, out_dtype, implementation)
     key = layout.numbers, specs, out_dtype, implementation
     run = _split(lhs.ndim, rhs.ndim, *key)
-    return refuse_derivatives(run, _NO_GRADIENT)(lhs, rhs)
+    return numerics.refuse_derivatives(run, _NO_GRADIENT)(lhs, rhs)
 
 
 def _whole(
@@ -193,7 +193,7 @@ def quantize_operand(
     def run(x: jax.Array) -> QTensor:
         return quantize_along(x, operand.contraction, spec, implementation)
 
-    return refuse_derivatives(run, _NO_GRADIENT)(operand.arrange(x))
+    return numerics.refuse_derivatives(run, _NO_GRADIENT)(operand.arrange(x))
 
 
 def quantize_operand_both(
@@ -216,7 +216,7 @@ def quantize_operand_both(
         side = operand.contraction
         return quantize_both_ways(x, side, spec, spec_t, implementation)
 
-    return refuse_derivatives(run, _NO_GRADIENT)(operand.arrange(x))
+    return numerics.refuse_derivatives(run, _NO_GRADIENT)(operand.arrange(x))
 
 
 def multiply_operands(

@@ -40,17 +40,26 @@ def quantize(
     Raises:
         ValueError: If `x` has fewer than two dimensions, no element, or no float dtype.
         NotImplementedError: If the implementation asked for cannot run.
+        TypeError: When differentiated: codes have no derivative. `fake_quantize` passes
+            gradients straight through, and `fp8jax.dot_general` is a product with
+            gradients. Under `jax.lax.stop_gradient` anything may be quantized.
 
     Error: `|data * scale - x| <= max(2**-4 * |x|, 2**-10 * scale)` for E4M3. A NaN or
-    an infinity in `x` makes its whole tile NaN. Not differentiable: gradients of
-    quantized products come from `fp8jax.dot_general`.
+    an infinity in `x` makes its whole tile NaN.
 
     Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.2.
     """
-    x = checked("quantize", x, spec)
+    return quantize_for("quantize", x, spec, implementation)
+
+
+def quantize_for(
+    name: str, x: jax.Array, spec: QuantSpec, implementation: str | None
+) -> QTensor:
+    """`quantize` on behalf of the function `name`, which errors are about."""
+    x = checked(name, x, spec)
 
     def run(matrix: jax.Array) -> QTensor:
-        return _quantize_matrix(matrix, spec, implementation)
+        return _quantize_matrix(name, matrix, spec, implementation)
 
     *batch, m, k = x.shape
     if batch and m % spec.tile[0] == 0:  # No tile spans two matrices: a tall one.
@@ -79,12 +88,18 @@ def quantize_transposed(
         QTensor: `[..., k, m]`.
 
     Raises:
-        ValueError, NotImplementedError: As `quantize` does.
+        ValueError, NotImplementedError, TypeError: As `quantize` does.
     """
-    x = checked("quantize_transposed", x, spec)
+    return _quantize_transposed("quantize_transposed", x, spec, implementation)
+
+
+def _quantize_transposed(
+    name: str, x: jax.Array, spec: QuantSpec, implementation: str | None
+) -> QTensor:
+    x = checked(name, x, spec)
 
     def run(matrix: jax.Array) -> QTensor:
-        return _quantize_matrix(matrix, spec, implementation, transposed=True)
+        return _quantize_matrix(name, matrix, spec, implementation, transposed=True)
 
     return each_matrix(run, x)
 
@@ -112,20 +127,21 @@ def quantize_both(
         QTensors `[..., m, k]` and `[..., k, m]`.
 
     Raises:
-        ValueError, NotImplementedError: As `quantize` does.
+        ValueError, NotImplementedError, TypeError: As `quantize` does.
 
     Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.2.
     """
-    x = checked("quantize_both", x, spec, spec_t)
+    name = "quantize_both"
+    x = checked(name, x, spec, spec_t)
     if dataclasses.replace(spec_t, tile=spec.tile) != spec:
         return (
-            quantize(x, spec, implementation=implementation),
-            quantize_transposed(x, spec_t, implementation=implementation),
+            quantize_for(name, x, spec, implementation),
+            _quantize_transposed(name, x, spec_t, implementation),
         )
 
     def run(matrix: jax.Array) -> tuple[QTensor, QTensor]:
         (data, scale), (data_t, scale_t) = _dispatch.call(
-            "quantize_both",
+            name,
             matrix,
             implementation=implementation,
             tile=spec.tile,
@@ -156,6 +172,7 @@ def checked(name: str, x: jax.Array, *specs: QuantSpec) -> jax.Array:
 
 
 def _quantize_matrix(
+    name: str,
     x: jax.Array,
     spec: QuantSpec,
     implementation: str | None,
@@ -165,6 +182,7 @@ def _quantize_matrix(
         "quantize",
         x,
         implementation=implementation,
+        caller=name,
         tile=spec.tile,
         dtype=spec.dtype,
         scale=spec.scale,
@@ -196,6 +214,11 @@ def requantize(
     Returns:
         QTensor of the same shape.
 
+    Raises:
+        ValueError, NotImplementedError, TypeError: As `quantize` does.
+
     Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.3.
     """
-    return quantize(q.dequantize(), spec, implementation=implementation)
+    name = "requantize"
+    values = _dispatch.undifferentiated(name, q).dequantize()
+    return quantize_for(name, values, spec, implementation)
