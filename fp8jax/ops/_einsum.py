@@ -8,6 +8,7 @@ from jax import lax
 from opt_einsum import parser
 
 from fp8jax.ops._dot_general import dot_general
+from fp8jax.ops._gemm import check_inputs
 from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
 
 
@@ -57,6 +58,10 @@ def einsum(
             preferred_element_type=preferred_element_type,
             out_sharding=out_sharding,
         )
+    check_inputs("einsum", x, w)
+    if preferred_element_type is None:
+        # Not `dot_general`'s: of float16 and bfloat16 it is float32.
+        preferred_element_type = jnp.promote_types(x.dtype, w.dtype)
     x_names, w_names, out_names = _parse(subscripts, x, w)
     x, x_names = _distinct(x, x_names, w_names + out_names)
     w, w_names = _distinct(w, w_names, x_names + out_names)

@@ -53,8 +53,8 @@ def rms_norm_dot(
         implementation: as in `fp8jax.dot_general`.
 
     Returns:
-        `[..., n_i]` for each weight, in the dtype of `x` and the weight, or the one
-        they promote to.
+        `[..., n_i]` for each weight, in the dtype of `x` and the weight, or what
+        `jax.lax.dot_general` gives of two.
 
     Raises:
         ValueError: If dtypes or shapes do not fit, or without a weight.

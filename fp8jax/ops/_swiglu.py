@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax.ops._dot_general import dot_general
-from fp8jax.ops._gemm import check_inputs
+from fp8jax.ops._gemm import check_inputs, product_dtype
 from fp8jax.ops._product import (
     MATRICES,
     Product,
@@ -54,7 +54,8 @@ def swiglu_mlp(
         implementation: as in `fp8jax.dot_general`.
 
     Returns:
-        `[..., n]` in the dtype of `x` and the weights, or the one they promote to.
+        `[..., n]` in the dtype of `x` and the weights, or what `jax.lax.dot_general`
+        gives of several.
 
     Raises:
         ValueError: If dtypes or shapes do not fit.
@@ -112,7 +113,7 @@ def _unfused(
 def activation(gate: jax.Array, up: jax.Array) -> jax.Array:
     """`silu(gate) * up`, in float32, rounded once."""
     h = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-    return h.astype(jnp.promote_types(gate.dtype, up.dtype))
+    return h.astype(product_dtype(gate, up))
 
 
 class _Products(NamedTuple):
