@@ -41,7 +41,10 @@ def scaled_matmul(
         implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here.
 
     Returns:
-        `[m, n]` of `out_dtype`. Row i depends on row i of `lhs` alone.
+        `[m, n]` of `out_dtype`. Row i depends on row i of `lhs` alone. So do its bits,
+        whatever m is, where the lhs has a scale for every row; where tiles have more
+        rows, XLA:CPU may add up a chunk in another order for another m. For another n
+        it may in any case.
 
     Raises:
         ValueError: If an operand is no matrix, the contractions differ, or a tile does

@@ -1,8 +1,10 @@
 """Scales and codes: the arithmetic of fine-grained FP8 quantization.
 
-Every function here is elementwise or a reduction over a tile, in float32, and gives
-the same bits on every backend, jitted or not, as far as IEEE arithmetic does. Scales
-of NumPy arrays are made in NumPy.
+Every function here is elementwise or a reduction over a tile, in float32. Scales, and
+codes by power-of-two scales, have the same bits on every backend, jitted or not, but
+that some take float32 subnormals for zero. By float32 scales a code may move by a step
+where `x / scale` lies at a tie, because backends round division differently. Scales of
+NumPy arrays are made in NumPy.
 
 Convention: the scale multiplies, `x ~= data * scale`. No array holds a reciprocal.
 """

@@ -62,7 +62,7 @@ def rms_norm_dot(
         TypeError: When differentiated twice, or in forward mode.
 
     Error: as the norm and `dot_general` apart, but that on a GPU 1/rms(x) is summed in
-    another order: k 2^-24 of itself, which moves a code where it lies at a tie.
+    another order: (k + 4) 2^-24 of itself, which moves a code where it lies at a tie.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
     """

@@ -64,7 +64,7 @@ def swiglu_mlp(
 
     Error: against the three `dot_general` the activation and its gradients differ by
     some float32 ulps before their one rounding. A code may move by a step where that
-    lies at a tie, two in a thousand at most: results agree to 40 dB.
+    lies at a tie: two in a thousand of random numbers, and results agree to 40 dB.
 
     Source: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
     """

@@ -42,8 +42,8 @@ def quantize_rms_norm(
         TypeError: When differentiated: see `quantize`; `fp8jax.ops.rms_norm_dot` has
             gradients.
 
-    Error: r is within k 2^-24 of the exact one, relatively; then as `quantize`. A row
-    with a NaN or an infinity, or whose squares' sum overflows, is NaN.
+    Error: r is within (k + 4) 2^-24 of the exact one, relatively; then as `quantize`. A
+    row with a NaN or an infinity, or whose squares' sum overflows, is NaN.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
     """

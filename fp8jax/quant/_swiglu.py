@@ -48,9 +48,10 @@ def quantize_swiglu(
         TypeError: When differentiated: see `quantize`; `fp8jax.ops.swiglu_mlp` has
             gradients.
 
-    Error: h is within (13 + 1.5 |g|) 2^-24 of the exact value, relatively, before its
-    rounding; then as `quantize`. An infinity in `gate`, or a NaN anywhere, makes its
-    tiles NaN.
+    Error: h is within `(13 + 1.5 |g|) 2^-24 |h| + (1 + |u| + |g u|) 2^-126` of the
+    exact value before its rounding; then as `quantize`. The second part is what is no
+    normal number and may count as zero, as sigma(g) is for g below -87. An infinity in
+    `gate`, or a NaN anywhere, makes its tiles NaN.
 
     Source: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
     """
