@@ -3,7 +3,7 @@
 An op is asked for by name. Without an explicit `implementation` the first one in the
 table that is available and does not refuse runs; with one, that one runs or the call
 raises. Every call is made by `marked`, so that `fp8jax.fp8_transform` knows this
-library's own work when it meets it.
+library's own work when it meets it. None of it is differentiated: it is about codes.
 """
 
 import functools
@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
-from fp8jax import _lowered_once
+from fp8jax import _lowered_once, numerics
 from fp8jax.kernels import check_available
 
 # Before the names of our own jitted functions: nothing that is written with `def` has
@@ -62,15 +63,44 @@ def mark_of(eqn: Any) -> str | None:
     return name.removeprefix(MARK)
 
 
-def call(op: str, *arrays: jax.Array, implementation: str | None, **static: Any) -> Any:
+def undifferentiated(name: str, tree: Any) -> Any:
+    """A pytree of arrays; TypeError, on behalf of `name`, if one is differentiated."""
+    constant = _constant(name)
+    # Arrays that are no tracers are constants, and need no equation that says so.
+    return jax.tree.map(lambda x: constant(x) if isinstance(x, Tracer) else x, tree)
+
+
+@functools.cache
+def _constant(name: str) -> Callable[[jax.Array], jax.Array]:
+    refuse = numerics.refuse_derivatives(_same, numerics.no_derivative(name))
+    return marked("constant", lambda x: refuse(x)[0])
+
+
+def _same(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    return arrays
+
+
+def call(
+    op: str,
+    *arrays: jax.Array,
+    implementation: str | None,
+    caller: str | None = None,
+    **static: Any,
+) -> Any:
     """Runs `op` on `arrays` with the first implementation that takes them.
 
+    Args:
+        op, arrays, static: of the kernel.
+        implementation: which one; None for the first.
+        caller: who is said to have no derivative; `op` by default.
+
     Raises:
+        TypeError: When differentiated.
         ValueError: If `implementation` is no name in the table.
         NotImplementedError: If the implementation asked for, or every one, is
             unavailable here or refuses these arguments; it gives each one's reason.
     """
-    run = functools.partial(_run, op, arrays, static)
+    run = functools.partial(_run, op, arrays, static, caller or op)
     return _first_that_takes(op, implementation, run)[1]
 
 
@@ -80,16 +110,18 @@ def resolve(
     """The name of the implementation that `call` would run; raises as it does."""
 
     def run(name: str) -> Any:
-        return jax.eval_shape(lambda *avals: _run(op, avals, static, name), *arrays)
+        return jax.eval_shape(lambda *x: _run(op, x, static, op, name), *arrays)
 
     return _first_that_takes(op, implementation, run)[0]
 
 
-def _run(op: str, arrays: tuple, static: dict[str, Any], name: str) -> Any:
+def _run(op: str, arrays: tuple, static: dict[str, Any], caller: str, name: str) -> Any:
     kernel, options = _marked(op, name), tuple(sorted(static.items()))
     if name == "xla":
-        return kernel(*arrays, static=options)
-    return _lowered_once.called(kernel, *arrays, static=options)
+        return kernel(*arrays, static=options, caller=caller)
+    if _lowered_once.is_asked():  # Nothing is differentiated there.
+        return _lowered_once.called(kernel, *arrays, static=options, caller=op)
+    return kernel(*arrays, static=options, caller=caller)
 
 
 def _first_that_takes(
@@ -116,7 +148,12 @@ def _marked(op: str, name: str) -> Callable[..., Any]:
     # Imported on first use: Pallas takes long to import, and CPU users need none of it.
     kernel = getattr(importlib.import_module(f"fp8jax.kernels.{name}"), op)
 
-    def run(*arrays: jax.Array, static: tuple[tuple[str, Any], ...]) -> Any:
-        return kernel(*arrays, **dict(static))
+    def run(
+        *arrays: jax.Array, static: tuple[tuple[str, Any], ...], caller: str
+    ) -> Any:
+        # Inside of the mark, and traced once for all calls. Not around the kernel: one
+        # that changes a `jax.Ref` may not be called by a function with a rule.
+        refuse = numerics.refuse_derivatives(_same, numerics.no_derivative(caller))
+        return kernel(*refuse(*arrays), **dict(static))
 
-    return marked(f"{op}_{name}", run, static_argnames=("static",))
+    return marked(f"{op}_{name}", run, static_argnames=("static", "caller"))

@@ -29,23 +29,27 @@ def kernels_lowered_once() -> Iterator[None]:
         _IS_ON.reset(token)
 
 
-def called(kernel: Callable[..., Any], *arrays: jax.Array, static: Any) -> Any:
-    """`kernel(*arrays, static=static)`, lowered once where that is asked for.
+def is_asked() -> bool:
+    """Whether that is entered here."""
+    return _IS_ON.get()
+
+
+def called(kernel: Callable[..., Any], *arrays: jax.Array, **static: Any) -> Any:
+    """`kernel(*arrays, **static)`, lowered once.
 
     Args:
         kernel: the same function object for the same kernel.
         arrays: its operands.
         static: hashable.
     """
-    if not _IS_ON.get():
-        return kernel(*arrays, static=static)
-    run = functools.partial(kernel, static=static)
+    run = functools.partial(kernel, **static)
+    options = tuple(sorted(static.items()))
 
     @jax.custom_batching.custom_vmap
     def once(*arrays: jax.Array) -> Any:
         avals = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
         x64 = jax.config.read("jax_enable_x64")
-        return _exported(kernel, static, avals, x64).call(*arrays)
+        return _exported(kernel, options, avals, x64).call(*arrays)
 
     @once.def_vmap
     def _vmap(axis_size: int, is_mapped: Any, *arrays: jax.Array) -> Any:
@@ -58,8 +62,8 @@ def called(kernel: Callable[..., Any], *arrays: jax.Array, static: Any) -> Any:
 
 @functools.lru_cache(maxsize=1024)
 def _exported(
-    kernel: Callable[..., Any], static: Any, avals: Any, x64: bool
+    kernel: Callable[..., Any], static: tuple, avals: Any, x64: bool
 ) -> export.Exported:
     del x64  # A part of the key alone: what is traced depends on it.
-    run = jax.jit(functools.partial(kernel, static=static))
+    run = jax.jit(functools.partial(kernel, **dict(static)))
     return export.export(run, platforms=["cuda"], disabled_checks=_CHECKS)(*avals)

@@ -1,9 +1,11 @@
 """The table of implementations: choice, refusals, and no silent fall-back."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from fp8jax import _dispatch
+import fp8jax
+from fp8jax import _dispatch, matmul, quant
 from fp8jax.kernels import xla
 
 CALL = {"tile": (1, 128), "dtype": jnp.float8_e4m3fn, "scale": "pow2", "eps": 0.0}
@@ -18,8 +20,8 @@ def two_implementations(monkeypatch):
 
     def marked(op, name):
         return {
-            "mosaic_gpu": lambda x, static: refuse(x),
-            "xla": lambda x, static: getattr(xla, op)(x, **dict(static)),
+            "mosaic_gpu": lambda x, static, caller: refuse(x),
+            "xla": lambda x, static, caller: getattr(xla, op)(x, **dict(static)),
         }[name]
 
     monkeypatch.setattr(_dispatch, "check_available", lambda name: None)
@@ -60,3 +62,28 @@ def test_every_implementation_in_the_table_exists():
             assert callable(
                 getattr(importlib.import_module(f"fp8jax.kernels.{name}"), op)
             )
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="the kernels are for JAX 0.11 or newer"
+)
+def test_kernels_that_add_in_place_lower_where_derivatives_are_refused(monkeypatch):
+    monkeypatch.setattr(_dispatch, "check_available", lambda name: None)
+    sizes = jnp.array([100, 28], jnp.int32)
+
+    def run(x, total, totals):
+        q = fp8jax.quantize(x)
+        block = fp8jax.quantize(x, fp8jax.BLOCK_128X128)
+        _, grouped = quant.quantize_grouped(x, sizes)
+        return (
+            fp8jax.scaled_matmul(q, block, out_dtype=jnp.float32, accumulate=total),
+            matmul.grouped_wgrad(grouped, grouped, sizes, accumulate=totals),
+        )
+
+    arrays = jnp.ones((128, 256)), jnp.ones((128, 128)), jnp.ones((2, 256, 256))
+    for fn, args in (
+        (run, arrays),
+        (jax.vmap(run), [jnp.stack([a, a]) for a in arrays]),
+    ):
+        lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",))
+        assert "mosaic_gpu" in lowered.as_text()

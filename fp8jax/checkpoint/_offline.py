@@ -44,7 +44,7 @@ def quantize_checkpoint(
     """Writes the checkpoint at `source` with FP8 weights, the same on every machine.
 
     Codes and scales are `quantize`'s by IEEE arithmetic: its bits with scales of ue8m0;
-    with float32 ones XLA's division may move one code in a thousand by a step.
+    with float32 ones XLA's division may move codes of what lies at a tie by a step.
 
     Weights are read, quantized and written in bands of rows: memory does not grow with
     the model. Other files of the source folder are copied. A run that was killed is

@@ -46,6 +46,7 @@ def grouped_matmul(
     Raises:
         ValueError: If shapes, tiles or dtypes do not fit.
         NotImplementedError: If the implementation asked for cannot run.
+        TypeError: When differentiated: `fp8jax.ragged_dot` has gradients.
 
     Error: that of `scaled_matmul`.
     """
@@ -74,6 +75,7 @@ def grouped_matmul(
         rhs.scale,
         group_sizes,
         implementation=implementation,
+        caller=name,
         lhs_tile=lhs.tile,
         rhs_tile=rhs.tile,
         out_dtype=np.dtype(out_dtype),
@@ -111,6 +113,7 @@ def grouped_wgrad(
     Raises:
         ValueError: If shapes, tiles or dtypes do not fit.
         NotImplementedError: If the implementation asked for cannot run.
+        TypeError: When differentiated: `fp8jax.ragged_dot` has gradients.
 
     Error: that of `scaled_matmul`.
     """
@@ -135,6 +138,7 @@ def grouped_wgrad(
         group_sizes,
         *(() if accumulate is None else (accumulate,)),
         implementation=implementation,
+        caller=name,
         lhs_tile=lhs.tile,
         rhs_tile=rhs.tile,
         out_dtype=np.dtype(out_dtype),

@@ -41,12 +41,17 @@ def scaled_matmul(
         implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here.
 
     Returns:
-        `[m, n]` of `out_dtype`. Row i depends on row i of `lhs` alone.
+        `[m, n]` of `out_dtype`. Row i depends on row i of `lhs` alone. So do its bits,
+        whatever m is, where the lhs has a scale for every row; where tiles have more
+        rows, XLA:CPU may add up a chunk in another order for another m. For another n
+        it may in any case.
 
     Raises:
         ValueError: If an operand is no matrix, the contractions differ, or a tile does
             not span 128 of the contraction.
         NotImplementedError: If the implementation asked for cannot run.
+        TypeError: When differentiated: codes have no derivative. `fp8jax.dot_general`
+            has gradients.
 
     Error: float32 accumulation of exact products, then one rounding to `out_dtype`.
     """
@@ -62,6 +67,7 @@ def scaled_matmul(
         rhs.scale,
         *(() if accumulate is None else (accumulate,)),
         implementation=implementation,
+        caller=name,
         lhs_tile=lhs.tile,
         rhs_tile=rhs.tile,
         out_dtype=np.dtype(out_dtype),

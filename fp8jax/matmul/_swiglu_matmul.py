@@ -39,6 +39,7 @@ def swiglu_matmul(
     Raises:
         ValueError: If shapes, tiles or dtypes do not fit.
         NotImplementedError: If the implementation asked for cannot run.
+        TypeError: When differentiated: `fp8jax.ops.swiglu_mlp` has gradients.
 
     Error: as `scaled_matmul` and `quantize_swiglu`.
 
@@ -55,6 +56,7 @@ def swiglu_matmul(
     check_out(name, dtype, None, ())
     if spec.tile != TILE_1X128.tile or gate.tile != up.tile:
         how: Any = {"implementation": implementation}
+        x, gate, up = _dispatch.undifferentiated(name, (x, gate, up))
         gated, upped = (scaled_matmul(x, w, out_dtype=dtype, **how) for w in (gate, up))
         h, _ = quantize_swiglu(gated, upped, spec, None, **how)
         assert h is not None
@@ -63,6 +65,7 @@ def swiglu_matmul(
         "gemm_swiglu",
         *(part for q in (x, gate, up) for part in (q.data, q.scale)),
         implementation=implementation,
+        caller=name,
         lhs_tile=x.tile,
         rhs_tile=gate.tile,
         between=np.dtype(dtype),

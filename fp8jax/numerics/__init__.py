@@ -1,5 +1,6 @@
 """What an FP8 number means: formats, rounding, tiles, groups and error measures."""
 
+from fp8jax.numerics._derivatives import no_derivative, refuse_derivatives
 from fp8jax.numerics._errors import cosine_similarity, relative_error, sqnr_db
 from fp8jax.numerics._formats import FP8_DTYPES, is_fp8, max_value
 from fp8jax.numerics._groups import (
@@ -43,6 +44,8 @@ __all__ = [
     "is_fp8",
     "join_tiles",
     "max_value",
+    "no_derivative",
+    "refuse_derivatives",
     "relative_error",
     "round_to",
     "round_up_pow2",

@@ -1,8 +1,10 @@
 """Scales and codes: the arithmetic of fine-grained FP8 quantization.
 
-Every function here is elementwise or a reduction over a tile, in float32, and gives
-the same bits on every backend, jitted or not, as far as IEEE arithmetic does. Scales
-of NumPy arrays are made in NumPy.
+Every function here is elementwise or a reduction over a tile, in float32. Scales, and
+codes by power-of-two scales, have the same bits on every backend, jitted or not, but
+that some take float32 subnormals for zero. By float32 scales a code may move by a step
+where `x / scale` lies at a tie, because backends round division differently. Scales of
+NumPy arrays are made in NumPy.
 
 Convention: the scale multiplies, `x ~= data * scale`. No array holds a reciprocal.
 """
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fp8jax.numerics._derivatives import no_derivative, refuse_derivatives
 from fp8jax.numerics._formats import max_value
 
 ScaleKind = Literal["pow2", "fp32"]
@@ -21,6 +24,11 @@ AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 
 # Below it 1 / scale overflows float32 and the codes lose exactness.
 SMALLEST_SCALE = 2.0**-126
+
+_NO_AMAX_DERIVATIVE = (
+    "integer_amax has no derivative: it reads bit patterns, whose derivative JAX takes "
+    "for zero. Differentiate jnp.max(jnp.abs(x)), or take jax.lax.stop_gradient(x)."
+)
 
 _MANTISSA_BITS = np.int32(23)
 _MANTISSA_MASK = np.int32((1 << _MANTISSA_BITS) - 1)
@@ -30,11 +38,16 @@ def integer_amax(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Largest magnitude along `axes` (kept), as float32, with NaN > inf > finite.
 
     The maximum is taken over the bit patterns of `|x|`, because a float maximum drops
-    NaN on some backends (XLA:CPU).
+    NaN on some backends (XLA:CPU). TypeError when differentiated: JAX's derivative of
+    bit patterns is zero.
     """
-    bits = lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
-    largest = jnp.max(bits, axis=axes, keepdims=True)
-    return lax.bitcast_convert_type(largest, jnp.float32)
+
+    def amax(x: jax.Array) -> jax.Array:
+        bits = lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
+        largest = jnp.max(bits, axis=axes, keepdims=True)
+        return lax.bitcast_convert_type(largest, jnp.float32)
+
+    return refuse_derivatives(amax, _NO_AMAX_DERIVATIVE)(x)
 
 
 def round_up_pow2(scale: AnyArray) -> AnyArray:
@@ -86,11 +99,18 @@ def encode(x: jax.Array, scale: jax.Array, dtype: jax.typing.DTypeLike) -> jax.A
         x: any float dtype; taken to float32.
         scale: float32, broadcast against `x`.
         dtype: FP8 dtype of the codes.
+
+    Raises:
+        TypeError: When differentiated.
     """
     limit = max_value(dtype)
-    t = x.astype(jnp.float32) / scale
-    # Casts differ by backend beyond the largest value, and a bare clip may drop NaN.
-    return jnp.where(jnp.isnan(t), t, jnp.clip(t, -limit, limit)).astype(dtype)
+
+    def run(x: jax.Array, scale: jax.Array) -> jax.Array:
+        t = x.astype(jnp.float32) / scale
+        # Casts differ by backend beyond the largest value, and a clip may drop NaN.
+        return jnp.where(jnp.isnan(t), t, jnp.clip(t, -limit, limit)).astype(dtype)
+
+    return refuse_derivatives(run, no_derivative("encode"))(x, scale)
 
 
 def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -107,5 +127,13 @@ def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 
 def decode_tiles(data: jax.Array, scale: jax.Array) -> jax.Array:
-    """`data * scale` in float32, for tiles `[mt, tm, kt, tk]` and scales `[mt, kt]`."""
-    return data.astype(jnp.float32) * scale[:, None, :, None]
+    """`data * scale` in float32, for tiles `[mt, tm, kt, tk]` and scales `[mt, kt]`.
+
+    The scale may be differentiated; TypeError if the codes are.
+    """
+    wide = refuse_derivatives(_as_float32, no_derivative("decode_tiles"))(data)
+    return wide * scale[:, None, :, None]
+
+
+def _as_float32(data: jax.Array) -> jax.Array:
+    return data.astype(jnp.float32)

@@ -34,6 +34,7 @@ from fp8jax.ops._static_weight import (
     static_weight_dot,
     static_weight_rms_norm,
     static_weight_swiglu,
+    without_derivative,
 )
 from fp8jax.ops._swiglu import swiglu_mlp
 
@@ -84,4 +85,5 @@ __all__ = [
     "swiglu_mlp",
     "takes_own_product",
     "unpermute",
+    "without_derivative",
 ]

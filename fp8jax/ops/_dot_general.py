@@ -50,7 +50,8 @@ def dot_general(
         rhs: the weight, likewise.
         dimension_numbers: as in `jax.lax.dot_general`; batch dimensions are mapped.
         precision: of the GEMMs that the recipe leaves out of FP8.
-        preferred_element_type: dtype of the result; the operands' promoted by default.
+        preferred_element_type: dtype of the result; by default `jax.lax.dot_general`'s,
+            which of float16 and bfloat16 is bfloat16.
         out_sharding: as in `jax.lax.dot_general`, of arrays on an explicit mesh.
         recipe: `recipes.deepseek_v3()` by default.
         implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here.

@@ -10,6 +10,7 @@ from opt_einsum import parser
 
 from fp8jax.ops._dot_general import dot_general
 from fp8jax.ops._explicit import check_out_sharding, typed_as
+from fp8jax.ops._gemm import check_inputs
 from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
 
 
@@ -57,7 +58,11 @@ def einsum(
     plain = functools.partial(jnp.einsum, subscripts, out_sharding=out_sharding, **how)
     if recipe.is_off:
         return plain(x, w)
+    check_inputs("einsum", x, w)
     check_out_sharding("einsum", out_sharding, x, w)
+    if preferred_element_type is None:
+        # Not `dot_general`'s: of float16 and bfloat16 it is float32.
+        how["preferred_element_type"] = jnp.promote_types(x.dtype, w.dtype)
 
     def run(x: jax.Array, w: jax.Array) -> jax.Array:
         options = {"recipe": recipe, "implementation": implementation, **how}

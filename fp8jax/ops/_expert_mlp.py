@@ -68,7 +68,8 @@ def expert_mlp(
             such groups. The result has the same bits with it and without.
 
     Returns:
-        `[rows, n]` in the dtype of `x` and the weights, or the one they promote to.
+        `[rows, n]` in the dtype of `x` and the weights, or what `jax.lax.ragged_dot`
+        gives of several.
         Rows of no expert are zero.
 
     Raises:

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from fp8jax import numerics
 from fp8jax.matmul import scaled_matmul
-from fp8jax.ops._derivatives import refuse_derivatives
 from fp8jax.ops._layout import DimensionNumbers, Layout, Operand, plan
 from fp8jax.ops._partition import Factorization, named, split_over_devices
 from fp8jax.ops._partly_manual import Surroundings
@@ -47,16 +48,29 @@ def check_inputs(name: str, lhs: jax.Array, rhs: jax.Array) -> None:
 
 
 def output_dtype(name: str, lhs: jax.Array, rhs: jax.Array, preferred: Any) -> np.dtype:
-    """The dtype `lax.dot_general` gives: `preferred`, else the promoted one."""
-    dtype = np.dtype(
-        jnp.promote_types(lhs.dtype, rhs.dtype) if preferred is None else preferred
-    )
+    """The dtype `lax.dot_general` gives: `preferred`, else by its own promotion."""
+    dtype = product_dtype(lhs, rhs) if preferred is None else np.dtype(preferred)
     if dtype not in INPUT_DTYPES:
         raise ValueError(
             f"{name} takes preferred_element_type bfloat16, float16 or float32, got "
             f"{dtype}."
         )
     return dtype
+
+
+def product_dtype(lhs: jax.Array, rhs: jax.Array) -> np.dtype:
+    """What `lax.dot_general` gives of two dtypes, also where promotion is strict.
+
+    It is not that of `jnp.promote_types`: of float16 and bfloat16 it is bfloat16.
+    """
+    return _product_dtype(np.dtype(lhs.dtype), np.dtype(rhs.dtype))
+
+
+@functools.cache
+def _product_dtype(lhs: np.dtype, rhs: np.dtype) -> np.dtype:
+    scalars = (jax.ShapeDtypeStruct((), dtype) for dtype in (lhs, rhs))
+    nothing = (((), ()), ((), ()))  # Contracted, and mapped.
+    return jax.eval_shape(lambda x, y: lax.dot_general(x, y, nothing), *scalars).dtype
 
 
 def quantize_along(
@@ -115,7 +129,7 @@ def quantized_dot(
         dimension_numbers: as in `jax.lax.dot_general`.
         lhs_spec, rhs_spec: in the `[free, contraction]` orientation; either side may be
             the one in 128x128 tiles.
-        preferred_element_type: dtype of the result; the operands' promoted by default.
+        preferred_element_type: dtype of the result; `jax.lax.dot_general`'s by default.
         implementation: `"xla"`, `"mosaic_gpu"`, or None for the best one here.
         split: whether the arrays may be sharded: then XLA's partitioner is told how
             to split the product as it would the plain one, and each device runs the
@@ -137,7 +151,7 @@ def quantized_dot(
         return _whole(lhs, rhs, layout, specs, out_dtype, implementation)
     key = layout.numbers, specs, out_dtype, implementation, Surroundings.here()
     run = _split(lhs.ndim, rhs.ndim, *key)
-    return refuse_derivatives(run, _NO_GRADIENT)(lhs, rhs)
+    return numerics.refuse_derivatives(run, _NO_GRADIENT)(lhs, rhs)
 
 
 def _whole(
@@ -196,7 +210,7 @@ def quantize_operand(
     def run(x: jax.Array) -> QTensor:
         return quantize_along(x, operand.contraction, spec, implementation)
 
-    return refuse_derivatives(run, _NO_GRADIENT)(operand.arrange(x))
+    return numerics.refuse_derivatives(run, _NO_GRADIENT)(operand.arrange(x))
 
 
 def quantize_operand_both(
@@ -219,7 +233,7 @@ def quantize_operand_both(
         side = operand.contraction
         return quantize_both_ways(x, side, spec, spec_t, implementation)
 
-    return refuse_derivatives(run, _NO_GRADIENT)(operand.arrange(x))
+    return numerics.refuse_derivatives(run, _NO_GRADIENT)(operand.arrange(x))
 
 
 def multiply_operands(

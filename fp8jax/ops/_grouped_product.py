@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jax import lax
 
+from fp8jax import numerics
 from fp8jax.matmul import grouped_matmul, grouped_wgrad
-from fp8jax.ops._derivatives import refuse_derivatives
 from fp8jax.ops._product import (
     INPUT_CODES,
     ONE_DERIVATIVE,
@@ -66,7 +66,7 @@ class GroupedProduct:
 
     def once(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn` of arrays, part of a gradient rule, refusing to be differentiated."""
-        return refuse_derivatives(fn, ONE_DERIVATIVE.format(name=self.name))
+        return numerics.refuse_derivatives(fn, ONE_DERIVATIVE.format(name=self.name))
 
     def plain(self, x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
         """The product as `lax.ragged_dot` computes it."""
@@ -207,4 +207,4 @@ def quantized_ragged_dot(
         q_lhs, q_rhs = quantize(lhs, lhs_spec, **how), along(rhs, rhs_spec, **how)
         return grouped_matmul(q_lhs, q_rhs, sizes, out_dtype=out_dtype, **how)
 
-    return refuse_derivatives(run, _NO_GRADIENT)(lhs, rhs, sizes)
+    return numerics.refuse_derivatives(run, _NO_GRADIENT)(lhs, rhs, sizes)

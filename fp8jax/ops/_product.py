@@ -9,8 +9,8 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from fp8jax import numerics
 from fp8jax.matmul import scaled_matmul
-from fp8jax.ops._derivatives import refuse_derivatives
 from fp8jax.ops._gemm import quantize_along, quantize_both_ways, quantized_dot
 from fp8jax.ops._layout import Operand, plan
 from fp8jax.quant import QTensor, QuantSpec
@@ -46,7 +46,7 @@ class Product:
 
     def once(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn` of arrays, part of a gradient rule, refusing to be differentiated."""
-        return refuse_derivatives(fn, ONE_DERIVATIVE.format(name=self.name))
+        return numerics.refuse_derivatives(fn, ONE_DERIVATIVE.format(name=self.name))
 
     def plain(self, x: jax.Array, w: jax.Array) -> jax.Array:
         """The product as `lax.dot_general` computes it."""

@@ -48,7 +48,8 @@ def ragged_dot(
         group_sizes: integers `[g]` on the device, rows of each group; any may be 0.
             Their sum is at most m.
         precision: of the GEMMs that the recipe leaves out of FP8.
-        preferred_element_type: dtype of the result; the operands' promoted by default.
+        preferred_element_type: dtype of the result; by default `jax.lax.ragged_dot`'s,
+            which of float16 and bfloat16 is bfloat16.
         group_offset, out_sharding: as in `jax.lax.ragged_dot`; only with
             `recipes.bf16()` so far.
         recipe: `recipes.deepseek_v3()` by default. It quantizes lhs and its gradients

@@ -55,8 +55,8 @@ def rms_norm_dot(
         implementation: as in `fp8jax.dot_general`.
 
     Returns:
-        `[..., n_i]` for each weight, in the dtype of `x` and the weight, or the one
-        they promote to.
+        `[..., n_i]` for each weight, in the dtype of `x` and the weight, or what
+        `jax.lax.dot_general` gives of two.
 
     Raises:
         ValueError: If dtypes or shapes do not fit, or without a weight.
@@ -64,7 +64,7 @@ def rms_norm_dot(
         TypeError: When differentiated twice, or in forward mode.
 
     Error: as the norm and `dot_general` apart, but that on a GPU 1/rms(x) is summed in
-    another order: k 2^-24 of itself, which moves a code where it lies at a tie.
+    another order: (k + 4) 2^-24 of itself, which moves a code where it lies at a tie.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
     """

@@ -42,6 +42,11 @@ def route(
     So the bias decides which experts are taken, not what they weigh, and has no
     gradient. Of equal scores the lower number wins.
 
+    A NaN among a token's logits, or in the bias, leaves open which experts are taken:
+    all weights of that token are NaN, and so are its gradients. Its experts are some
+    that it could have; other tokens are as they were. Infinities are no NaN: their
+    scores are 0 and 1, and a bias of -inf or inf bars or forces an expert.
+
     Args:
         logits: float32 `[tokens, experts]`.
         bias: float32 `[experts]`; see `balanced_bias`.
@@ -69,16 +74,17 @@ def route(
         )
     check_routing("route", experts, top_k, num_groups, top_groups)
     scores = jax.nn.sigmoid(logits)
-    chosen = _choose(
-        lax.stop_gradient(scores) + lax.stop_gradient(bias),
-        top_k,
-        num_groups,
-        top_groups,
-    )
+    biased = scores + lax.stop_gradient(bias)
+    is_nan = jnp.isnan(biased)
+    # NOTE: by its sign bit a NaN comes before or after all numbers in an order.
+    order = jnp.where(is_nan.any(axis=1, keepdims=True), 0, biased)
+    chosen = _choose(lax.stop_gradient(order), top_k, num_groups, top_groups)
     weights = jnp.take_along_axis(scores, chosen, axis=1)
     if normalize:
         weights /= weights.sum(axis=1, keepdims=True) + _EPSILON
-    return Routing(chosen, weights * scale)
+    # 1, or NaN, to which each NaN score contributes: gradients reach those, too.
+    known = 1 + jnp.where(is_nan, biased, 0).sum(axis=1, keepdims=True)
+    return Routing(chosen, weights * known * scale)
 
 
 def _choose(
@@ -89,6 +95,8 @@ def _choose(
         size = experts // num_groups
         grouped = scores.reshape(tokens, num_groups, size)
         best = lax.top_k(grouped, min(2, size))[0].sum(axis=2)  # [tokens, groups]
+        # One expert of the group is forced, and the others are barred.
+        best = jnp.where(jnp.isnan(best), jnp.inf, best)
         _, kept = lax.top_k(best, top_groups)
         is_kept = (kept[:, :, None] == jnp.arange(num_groups)).any(axis=1)
         grouped = jnp.where(is_kept[:, :, None], grouped, -jnp.inf)

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from fp8jax import numerics
 from fp8jax.matmul import scaled_matmul, swiglu_matmul
-from fp8jax.ops._derivatives import refuse_derivatives
 from fp8jax.ops._explicit import summed_product, typed_as
 from fp8jax.ops._gemm import INPUT_DTYPES
 from fp8jax.ops._static_split import over_devices
@@ -345,7 +345,8 @@ def _quantized(
 
 
 def without_derivative(name: str, product: Callable[..., Any]) -> Callable[..., Any]:
-    return refuse_derivatives(
+    """`product` of arrays, part of one by QTensors; TypeError if differentiated."""
+    return numerics.refuse_derivatives(
         product,
         f"{name} with a QTensor kernel has no gradient: it is for inference. Train "
         "with an array as the kernel.",

@@ -1,5 +1,6 @@
 """Quantized arrays: `QuantSpec` says how, `quantize` makes a `QTensor`."""
 
+from fp8jax.quant._fake_quantize import fake_quantize
 from fp8jax.quant._grouped import grouped_columns, quantize_grouped
 from fp8jax.quant._place import contraction_minor
 from fp8jax.quant._qtensor import QTensor
@@ -22,6 +23,7 @@ __all__ = [
     "QTensor",
     "QuantSpec",
     "contraction_minor",
+    "fake_quantize",
     "grouped_columns",
     "moments",
     "quantize",

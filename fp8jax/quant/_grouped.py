@@ -6,7 +6,7 @@ import jax
 
 from fp8jax import _dispatch, numerics
 from fp8jax.quant._qtensor import QTensor
-from fp8jax.quant._quantize import checked, quantize
+from fp8jax.quant._quantize import checked, quantize_for
 from fp8jax.quant._spec import TILE_1X128, QuantSpec
 
 _GROUP_TILE = 128  # Rows that a tile of the transposed codes spans.
@@ -50,6 +50,7 @@ def quantize_grouped(
     Raises:
         ValueError: If x is no matrix, `group_sizes` is none, or specs do not fit.
         NotImplementedError: If the implementation asked for cannot run.
+        TypeError: When differentiated: see `quantize`.
 
     Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.2.
     """
@@ -66,7 +67,7 @@ def quantize_grouped(
         )
     if spec is not None and dataclasses.replace(spec, tile=spec_t.tile) != spec_t:
         return (
-            quantize(x, spec, implementation=implementation),
+            quantize_for(name, x, spec, implementation),
             quantize_grouped(
                 x, group_sizes, None, spec_t, implementation=implementation
             )[1],

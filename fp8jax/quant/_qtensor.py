@@ -4,8 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fp8jax import numerics
+from fp8jax import _dispatch, numerics
+
+_DEQUANTIZE = "QTensor.dequantize"
 
 
 @jax.tree_util.register_dataclass
@@ -59,17 +62,12 @@ class QTensor:
         return QTensor(self.data.mT, self.scale.mT, (columns, rows))
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-        """`data * scale`, computed in float32 and rounded to `dtype`."""
-        self.check("QTensor.dequantize")
+        """`data * scale`, computed in float32 and rounded to `dtype`.
 
-        def decode(data: jax.Array, scale: jax.Array) -> jax.Array:
-            tiles = numerics.split_tiles(data, self.tile)
-            values = numerics.decode_tiles(tiles, scale)
-            return numerics.join_tiles(values, data.shape).astype(dtype)
-
-        for _ in self.shape[:-2]:
-            decode = jax.vmap(decode)
-        return decode(self.data, self.scale)
+        The scale may be differentiated; TypeError if the codes are.
+        """
+        self.check(_DEQUANTIZE)
+        return _decode(self.data, self.scale, tile=self.tile, dtype=np.dtype(dtype))
 
     def check(self, name: str) -> None:
         """Raises ValueError, on behalf of the function `name`, if one fails."""
@@ -100,3 +98,20 @@ class QTensor:
             f"QTensor(shape={tuple(shape)}, tile={self.tile}, dtype={dtype}, "
             f"nbytes={self.nbytes})"
         )
+
+
+def _decode_array(
+    data: jax.Array, scale: jax.Array, *, tile: numerics.Tile, dtype: np.dtype
+) -> jax.Array:
+    def decode(data: jax.Array, scale: jax.Array) -> jax.Array:
+        tiles = numerics.split_tiles(data, tile)
+        values = numerics.decode_tiles(tiles, scale)
+        return numerics.join_tiles(values, data.shape).astype(dtype)
+
+    data = _dispatch.undifferentiated(_DEQUANTIZE, data)
+    for _ in data.shape[:-2]:
+        decode = jax.vmap(decode)
+    return decode(data, scale)
+
+
+_decode = _dispatch.marked("decode", _decode_array, static_argnames=("tile", "dtype"))

@@ -39,9 +39,11 @@ def quantize_rms_norm(
     Raises:
         ValueError: If dtypes or shapes do not fit.
         NotImplementedError: If the implementation asked for cannot run.
+        TypeError: When differentiated: see `quantize`; `fp8jax.ops.rms_norm_dot` has
+            gradients.
 
-    Error: r is within k 2^-24 of the exact one, relatively; then as `quantize`. A row
-    with a NaN or an infinity, or whose squares' sum overflows, is NaN.
+    Error: r is within (k + 4) 2^-24 of the exact one, relatively; then as `quantize`. A
+    row with a NaN or an infinity, or whose squares' sum overflows, is NaN.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
     """
@@ -72,7 +74,7 @@ def quantize_add_rms_norm(
         to the dtype of x.
 
     Raises:
-        ValueError, NotImplementedError: As `quantize_rms_norm` does.
+        ValueError, NotImplementedError, TypeError: As `quantize_rms_norm` does.
     """
     name = "quantize_add_rms_norm"
     x, weight = _checked(name, x, weight, spec)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fp8jax import numerics
+from fp8jax import _dispatch, numerics
 from fp8jax.quant._qtensor import QTensor
 
 # What `moments` holds, in order. All but the last are sums.
@@ -25,9 +25,11 @@ def moments(x: jax.Array, q: QTensor) -> jax.Array:
 
     Raises:
         ValueError: If the shapes differ.
+        TypeError: When differentiated.
     """
     if x.shape != q.shape:
         raise ValueError(f"moments takes equal shapes, got {x.shape} and {q.shape}.")
+    x, q = _dispatch.undifferentiated("moments", (x, q))
     # The barrier keeps XLA from taking a cast to FP8 and back for the identity.
     q = lax.optimization_barrier(q)
     x = x.astype(jnp.float32)

@@ -45,10 +45,13 @@ def quantize_swiglu(
     Raises:
         ValueError: If dtypes, shapes or specs do not fit.
         NotImplementedError: If the implementation asked for cannot run.
+        TypeError: When differentiated: see `quantize`; `fp8jax.ops.swiglu_mlp` has
+            gradients.
 
-    Error: h is within (13 + 1.5 |g|) 2^-24 of the exact value, relatively, before its
-    rounding; then as `quantize`. An infinity in `gate`, or a NaN anywhere, makes its
-    tiles NaN.
+    Error: h is within `(13 + 1.5 |g|) 2^-24 |h| + (1 + |u| + |g u|) 2^-126` of the
+    exact value before its rounding; then as `quantize`. The second part is what is no
+    normal number and may count as zero, as sigma(g) is for g below -87. An infinity in
+    `gate`, or a NaN anywhere, makes its tiles NaN.
 
     Source: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
     """
@@ -81,7 +84,7 @@ def quantize_swiglu_gradient(
         What `quantize_swiglu` returns, of dgate and of dup.
 
     Raises:
-        ValueError, NotImplementedError: As `quantize_swiglu` does.
+        ValueError, NotImplementedError, TypeError: As `quantize_swiglu` does.
     """
     name, inputs = "quantize_swiglu_gradient", {"dh": dh, "gate": gate, "up": up}
     dgate, dup = _quantize(name, inputs, spec, spec_t, implementation)

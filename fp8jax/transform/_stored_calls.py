@@ -1,6 +1,7 @@
 """What a function sees of its QTensors, and the equations of products by them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -60,7 +61,10 @@ class _Rows:
     def _run(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = self.operand.arrange(x)
         x = x if self.operand.contraction == 1 else x.mT
-        q = quantize(x, self.spec, implementation=self.implementation)
+        run = functools.partial(
+            quantize, spec=self.spec, implementation=self.implementation
+        )
+        q = ops.without_derivative("fp8_transform", run)(x)
         return q.data, q.scale
 
 

@@ -83,15 +83,38 @@ def test_positive_sums_over_a_long_contraction_keep_float32_accuracy():
     assert np.linalg.norm(out - expected) / np.linalg.norm(expected) < 2e-3
 
 
+@pytest.mark.parametrize("k", [384, 2048])
+@pytest.mark.parametrize("n", [1, 2, 33, 256])
+@pytest.mark.parametrize("tiles", [(ONE, BLOCK), (ONE, ONE)], ids=["1d2d", "1d1d"])
+def test_bits_of_a_row_do_not_depend_on_how_many_rows_there_are(tiles, n, k):
+    # XLA:CPU alone sums a vector's product otherwise, and another backend might more.
+    lhs, rhs = operand(0, 300, k, tiles[0]), operand(1, n, k, tiles[1])
+    multiply = jax.jit(functools.partial(SCALED_MATMUL, out_dtype=jnp.float32))
+    whole = multiply(lhs, rhs)
+    for rows in (1, 2, 3, 8, 64, 200):
+        part = jax.tree.map(lambda a, rows=rows: a[:rows], lhs)
+        np.testing.assert_array_equal(multiply(part, rhs), whole[:rows])
+    last = jax.tree.map(lambda a: a[-1:], lhs)
+    np.testing.assert_array_equal(multiply(last, rhs), whole[-1:])
+
+
+def test_rows_in_blocks_and_columns_are_float32_of_the_same_sums_for_any_size():
+    # Their bits may differ: XLA picks an order of a chunk's sum by the matrix's size.
+    lhs, rhs = operand(0, 300, 384, BLOCK), operand(1, 256, 384, ONE)
+    for rows in (128, 256):
+        part = fp8jax.QTensor(lhs.data[:rows], lhs.scale[: rows // 128], BLOCK)
+        out = SCALED_MATMUL(part, rhs, out_dtype=jnp.float32)
+        assert_product_within_float32(out, part, rhs)
+    for columns in (1, 8, 100):
+        part = jax.tree.map(lambda a, columns=columns: a[:columns], rhs)
+        out = SCALED_MATMUL(lhs, part, out_dtype=jnp.float32)
+        assert_product_within_float32(out, lhs, part)
+
+
 @pytest.mark.parametrize("tiles", [(ONE, BLOCK), (ONE, ONE)], ids=["1d2d", "1d1d"])
 def test_row_i_does_not_depend_on_other_rows(tiles):
     lhs, rhs = operand(0, 300, 384, tiles[0]), operand(1, 256, 384, tiles[1])
     whole = SCALED_MATMUL(lhs, rhs, out_dtype=jnp.float32)
-    for rows in (8, 64, 200):
-        part = jax.tree.map(lambda a, rows=rows: a[:rows], lhs)
-        out = SCALED_MATMUL(part, rhs, out_dtype=jnp.float32)
-        # XLA:CPU picks the order of its sum by the matrix's size: float32 of exact.
-        assert_product_within_float32(out, part, rhs)
     poisoned = fp8jax.QTensor(lhs.data, lhs.scale.at[7, 1].set(jnp.nan), lhs.tile)
     out = np.array(SCALED_MATMUL(poisoned, rhs, out_dtype=jnp.float32))
     assert np.all(np.isnan(out[7]))

@@ -77,6 +77,67 @@ def test_in_fp8_it_is_near(residual):
     assert not np.any(ours[1][2])
 
 
+def one_nan_logit(t=5, expert=6):
+    """`arrays` with inf - inf for one logit of one token, and what else is finite."""
+    x, router, bias, gate, up, down = arrays()
+    x = x.at[:, :2].set(0).at[t, :2].set(1e38)
+    router = router.at[0].set(0).at[1].set(0)
+    router = router.at[0, expert].set(1e30).at[1, expert].set(-1e30)
+    # No expert reads the two features.
+    return x, router, bias, gate.at[:, :2].set(0), up.at[:, :2].set(0), down
+
+
+def nan_token(t=5):
+    x, *others = arrays()
+    return x.at[t, 3].set(jnp.nan), *others
+
+
+@pytest.mark.parametrize("recipe", [OFF, None], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("make", [one_nan_logit, nan_token])
+def test_a_nan_in_routing_is_its_token_s_and_nobody_else_s(make, recipe):
+    t, others = 5, np.delete(np.arange(TOKENS), 5)
+    inputs = make()
+    x, router, bias, *weights = inputs
+    logits = x @ router
+    assert np.isnan(logits).any(axis=1).nonzero()[0].tolist() == [t]
+
+    y, gradients = value_and_gradients(functools.partial(output, recipe), *inputs)
+    _, load = ops.moe(*inputs, recipe=recipe, **ROUTING)
+    assert load.sum() == TOKENS * ROUTING["top_k"]
+    assert np.all(np.isnan(y[t]))
+    # The oracle is of the token's neighbours, without it.
+    alone = x.at[t].set(0), router, bias, *weights
+    expected, theirs = value_and_gradients(every_expert, *alone)
+    dx, drouter, dbias, *dweights = gradients
+    for ours, oracle in ((y, expected), (dx, theirs[0])):
+        assert np.all(np.isfinite(ours[others]))
+        # Gradients of the two large features are of 1e30.
+        a, e = ours[others, 2:], oracle[others, 2:]
+        if recipe is OFF:
+            np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4)
+        else:
+            assert numerics.sqnr_db(a, e) > 15
+    # And FP8's bits are those of the neighbours in a batch that has no NaN.
+    clean, _ = value_and_gradients(functools.partial(output, recipe), *alone)
+    np.testing.assert_array_equal(y[others], clean[others])
+    # What is trained hears of it: the router, and experts that the token went to.
+    assert np.isnan(dx[t]).any()
+    assert np.isnan(drouter).any()
+    assert not np.any(dbias)
+    routed = ops.route(logits, bias, **ROUTING).experts[t]
+    for dw in dweights:
+        broken = np.isnan(dw).any(axis=(1, 2)).nonzero()[0]
+        assert set(broken.tolist()) == set(np.asarray(routed).tolist())
+
+
+def test_a_nan_in_one_column_of_the_router_is_every_token_s():
+    x, router, *others = arrays()
+    inputs = x, router.at[0, 3].set(jnp.nan), *others
+    y, load = ops.moe(*inputs, **ROUTING)
+    assert np.all(np.isnan(y))
+    assert load.sum() == TOKENS * ROUTING["top_k"]
+
+
 def test_load_counts_every_token_and_experts_without_one_have_zero_gradients():
     x, router, bias, *weights = arrays()
     bias = bias.at[jnp.array([1, 6])].set(-10.0)  # Never chosen.

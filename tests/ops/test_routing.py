@@ -142,6 +142,74 @@ def test_token_of_nan_and_one_of_the_least_scores_are_routed_to_experts():
     assert np.all(np.isfinite(np.delete(routing.weights, 1, axis=0)))
 
 
+NANS = np.float32(np.nan), np.copysign(np.float32(np.nan), np.float32(-1))
+
+
+@pytest.mark.parametrize("nan", NANS, ids=["+nan", "-nan"])
+@pytest.mark.parametrize("expert", [0, 7, 15])
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_one_nan_makes_all_weights_of_its_token_nan_and_no_other_s(counts, expert, nan):
+    # By its sign an order puts it first or last.
+    clean, bias = normal(0, TOKENS, EXPERTS), 0.2 * normal(1, EXPERTS)
+    logits = clean.at[5, expert].set(nan)
+    mix = normal(2, TOKENS, counts["top_k"])
+
+    @jax.jit
+    def route_and_gradient(logits):
+        def loss(logits):
+            routing = ops.route(logits, bias, **counts)
+            return (routing.weights * mix).sum(), routing
+
+        gradient, routing = jax.grad(loss, has_aux=True)(logits)
+        return routing, gradient
+
+    routing, gradient = route_and_gradient(logits)
+    experts, weights = oracle(clean, bias, **counts)
+    others = np.delete(np.arange(TOKENS), 5)
+    np.testing.assert_array_equal(routing.experts[others], experts[others])
+    np.testing.assert_allclose(
+        routing.weights[others], weights[others], rtol=32 * 2**-24
+    )
+    assert np.all(np.isnan(routing.weights[5]))
+    assert len(set(np.asarray(routing.experts[5]))) == counts["top_k"]
+    assert np.all((routing.experts >= 0) & (routing.experts < EXPERTS))
+    load = ops.dispatch(routing.experts, EXPERTS).load
+    assert load.sum() == TOKENS * counts["top_k"]
+    assert np.isnan(gradient[5, expert])
+    _, expected = route_and_gradient(clean)
+    np.testing.assert_array_equal(gradient[others], expected[others])
+
+
+def test_a_nan_in_the_bias_leaves_no_token_s_experts_known():
+    bias = jnp.zeros(EXPERTS).at[3].set(jnp.nan)
+    routing = ops.route(normal(0, TOKENS, EXPERTS), bias, top_k=4)
+    assert np.all(np.isnan(routing.weights))
+
+
+def test_infinite_logits_are_scores_of_one_and_of_zero():
+    logits = normal(0, TOKENS, EXPERTS).at[5, 3].set(jnp.inf).at[6, 4].set(-jnp.inf)
+    bias = jnp.zeros(EXPERTS)
+    routing, gradient = (
+        f(lambda x: ops.route(x, bias, top_k=4))(logits)
+        for f in (lambda f: f, lambda f: jax.grad(lambda x: f(x).weights.std()))
+    )
+    experts, weights = oracle(np.clip(logits, -500, 500), bias, top_k=4)
+    np.testing.assert_array_equal(routing.experts, experts)
+    np.testing.assert_allclose(routing.weights, weights, rtol=32 * 2**-24)
+    assert routing.experts[5, 0] == 3
+    assert np.all(np.isfinite(gradient))
+
+
+def test_infinite_biases_bar_and_force_experts():
+    bias = jnp.full(EXPERTS, -jnp.inf).at[jnp.array([1, 2, 3])].set(0.0)
+    bias = bias.at[8].set(jnp.inf)
+    # Group 2 has one forced expert, and three that are barred.
+    logits = normal(0, TOKENS, EXPERTS)
+    routing = ops.route(logits, bias, top_k=4, num_groups=4, top_groups=2)
+    np.testing.assert_array_equal(np.sort(routing.experts), [[1, 2, 3, 8]] * TOKENS)
+    assert np.all(np.isfinite(routing.weights))
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [

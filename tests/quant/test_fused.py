@@ -9,6 +9,7 @@ import pytest
 
 import fp8jax
 from fp8jax import numerics, quant
+from fp8jax.kernels import _swiglu
 from fp8jax.testing import assert_same_bits
 
 FP32 = fp8jax.QuantSpec((1, 128), scale="fp32")
@@ -93,6 +94,31 @@ def test_rms_norm_is_the_quantization_of_its_bfloat16_values():
     h = (values * expected[:, None] * weight).astype(jnp.bfloat16)
     exact = fp8jax.quantize(h).dequantize()
     assert numerics.sqnr_db(q.dequantize(), exact) > 50
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 8, 128, 1000])
+def test_inverse_rms_is_within_its_bound_of_the_float64_one(k):
+    (x,) = arrays(1, (500, k), jnp.float32)
+    _, inverse = quant.quantize_rms_norm(x, jnp.ones(k), epsilon=0.0)
+    exact = (np.asarray(x, np.float64) ** 2).mean(axis=1) ** -0.5
+    off = np.abs(np.asarray(inverse, np.float64) / exact - 1)
+    assert off.max() <= (k + 4) * 2.0**-24
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_swiglu_is_within_its_bound_where_sigma_underflows_too(wrap):
+    rng = np.random.default_rng(0)
+    gate = np.concatenate([np.linspace(-110, 110, 40_001), rng.uniform(-95, -80, 9999)])
+    up = rng.normal(size=gate.size) * np.exp2(rng.integers(-9, 9, gate.size))
+    gate, up = gate.astype(np.float32), up.astype(np.float32)
+    (h,) = wrap(_swiglu.swiglu)(jnp.asarray(gate), jnp.asarray(up))
+    g, u = gate.astype(np.float64), up.astype(np.float64)
+    exact = g / (1 + np.exp(-g)) * u
+    bound = (13 + 1.5 * np.abs(g)) * 2.0**-24 * np.abs(exact)
+    off = np.abs(np.asarray(h, np.float64) - exact)
+    # The relative part alone does not hold: sigma(-88) is no normal float32.
+    assert np.any(off > bound)
+    assert np.all(off <= bound + (1 + np.abs(u) + np.abs(g * u)) * 2.0**-126)
 
 
 def test_bad_input_is_named():

@@ -100,10 +100,18 @@ def _code_product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     return lax.platform_dependent(
         lhs,
         rhs,
-        cpu=functools.partial(_dot_nt, dtype=jnp.float32),
+        cpu=_cpu_dot_nt,
         # Every FP8 code is a bfloat16, and matrix units multiply those exactly.
         default=functools.partial(_dot_nt, dtype=jnp.bfloat16),
     )
+
+
+def _cpu_dot_nt(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    # XLA:CPU sums a product with a vector in another order: a row alone would have
+    # other bits than among others. So a vector is two.
+    m, n = len(lhs), len(rhs)
+    lhs, rhs = (x if len(x) > 1 else jnp.pad(x, ((0, 1), (0, 0))) for x in (lhs, rhs))
+    return _dot_nt(lhs, rhs, dtype=jnp.float32)[:m, :n]
 
 
 def _dot_nt(

@@ -1,0 +1,115 @@
+"""Results have the dtypes that JAX's own products give, of operands of any two."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import fp8jax
+from fp8jax import ops, recipes
+
+DTYPES = jnp.bfloat16, jnp.float16, jnp.float32
+PAIRS = list(itertools.product(DTYPES, DTYPES))
+DIMS = (((1,), (0,)), ((), ()))
+SIZES = jnp.array([4, 4], jnp.int32)
+every_pair = pytest.mark.parametrize(("x_dtype", "w_dtype"), PAIRS, ids=str)
+every_mode = pytest.mark.parametrize("mode", ["standard", "strict"])
+
+
+def arrays(x_dtype, w_dtype):
+    return jnp.ones((8, 128), x_dtype), jnp.ones((128, 16), w_dtype)
+
+
+@every_pair
+@every_mode
+@pytest.mark.parametrize("preferred", [None, *DTYPES], ids=str)
+def test_dot_general_and_ragged_dot_give_the_dtype_of_lax(
+    x_dtype, w_dtype, mode, preferred
+):
+    x, w = arrays(x_dtype, w_dtype)
+    experts = jnp.stack([w, w])
+    how: Any = {"preferred_element_type": preferred}
+    specs = fp8jax.TILE_1X128, fp8jax.BLOCK_128X128
+    with jax.numpy_dtype_promotion(mode):
+        want = jax.eval_shape(lambda: lax.dot_general(x, w, DIMS, **how))
+        for ours in (
+            lambda: fp8jax.dot_general(x, w, DIMS, **how),
+            lambda: ops.quantized_dot(x, w, DIMS, *specs, **how),
+        ):
+            got = jax.eval_shape(ours)
+            assert (got.dtype, got.shape) == (want.dtype, want.shape)
+        want = jax.eval_shape(lambda: lax.ragged_dot(x, experts, SIZES, **how))
+        got = jax.eval_shape(lambda: fp8jax.ragged_dot(x, experts, SIZES, **how))
+        assert (got.dtype, got.shape) == (want.dtype, want.shape)
+
+
+@every_pair
+def test_einsum_gives_the_dtype_of_jnp(x_dtype, w_dtype):
+    x, w = arrays(x_dtype, w_dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        got = jax.eval_shape(lambda: ops.einsum("tk,kn->tn", x, w))
+        assert got.dtype == jax.eval_shape(lambda: jnp.einsum("tk,kn->tn", x, w)).dtype
+    if x_dtype != w_dtype:
+        with (
+            jax.numpy_dtype_promotion("strict"),
+            pytest.raises(ValueError, match="promotion"),
+        ):
+            ops.einsum("tk,kn->tn", x, w)
+
+
+@every_pair
+@every_mode
+@pytest.mark.parametrize("recipe", [recipes.deepseek_v3(), recipes.bf16_wgrad()])
+def test_gradients_have_the_dtypes_of_their_operands(x_dtype, w_dtype, mode, recipe):
+    x, w = arrays(x_dtype, w_dtype)
+    with jax.numpy_dtype_promotion(mode):
+        dx, dw = jax.grad(
+            lambda x, w: (
+                fp8jax.dot_general(x, w, DIMS, recipe=recipe).astype(jnp.float32).sum()
+            ),
+            (0, 1),
+        )(x, w)
+    assert (dx.dtype, dw.dtype) == (x_dtype, w_dtype)
+    # Ones: every sum is an integer that all of these hold.
+    np.testing.assert_array_equal(dx, jnp.full_like(x, 16))
+    np.testing.assert_array_equal(dw, jnp.full_like(w, 8))
+
+
+@pytest.mark.parametrize("mode", ["standard", "strict"])
+def test_gated_mlps_of_several_dtypes_are_products_of_lax_in_a_row(mode):
+    x, gate = arrays(jnp.float16, jnp.float16)
+    up, down = gate.astype(jnp.bfloat16), jnp.ones((16, 8), jnp.float16)
+
+    def plain(x, gate, up, down):
+        # In the dtype that a product of the two would have.
+        between = lax.dot_general(gate, up, (((0,), (0,)), ((), ()))).dtype
+        return lax.dot_general(jnp.ones((8, 16), between), down, DIMS)
+
+    with jax.numpy_dtype_promotion(mode):
+        want = jax.eval_shape(plain, x, gate, up, down)
+        got = jax.eval_shape(ops.swiglu_mlp, x, gate, up, down)
+        assert got.dtype == want.dtype == jnp.bfloat16
+        experts = [jnp.stack([w, w]) for w in (gate, up, down)]
+        got = jax.eval_shape(ops.expert_mlp, x, *experts, SIZES)
+        assert got.dtype == want.dtype
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "w_dtype"), [(jnp.float16, jnp.bfloat16), (jnp.float32, jnp.bfloat16)]
+)
+def test_fp8_transform_gives_the_dtypes_of_the_function(x_dtype, w_dtype):
+    x = jnp.ones((128, 256), x_dtype)
+    params = {"w": jnp.ones((256, 128), w_dtype)}
+
+    def plain(params, x):
+        return lax.dot_general(x, params["w"], DIMS)
+
+    transformed = fp8jax.fp8_transform(plain)
+    assert transformed.report(params, x).fraction == 1
+    got, want = transformed(params, x), plain(params, x)
+    assert got.dtype == want.dtype
+    np.testing.assert_array_equal(got, want)
