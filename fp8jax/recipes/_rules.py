@@ -94,12 +94,18 @@ def _skip(names: str, reason: str) -> Rule:
 # that model code gives it.
 DEFAULT_SKIPS: tuple[Rule, ...] = (
     _skip(
-        r"embed|embedder|embeddings?|(\w*_)?(embed|emb|embedding|embeddings)(_\d+)?"
-        r"|wte|wpe",
+        r"embed|(\w*_)?embedder|embeddings?|embed_(in|tokens)|wte|wpe"
+        r"|(\w*_)?(embed|emb|embedding|embeddings)(_\d+)?",
         "embedding",
     ),
-    _skip(r"(lm_|output_|cls_)?head|unembed(ding)?|logits|classifier", "output head"),
-    _skip(r"router(_\w+)?|gating|gate_router", "router"),
+    _skip(
+        r"((lm|mlm|output|cls|classification|policy|value)_)?head|unembed(ding)?"
+        r"|embed_out|output_layer|logits(_\w+)?|\w+_logits|classifier",
+        "output head",
+    ),
+    # Llama's first name for it; deeper down, attention's `output` is another.
+    Rule(r"(?i)(params/|model/)?output(/\w+)?", None, "output head"),
+    _skip(r"\w*router(_\w+)?|gating", "router"),
     _skip(r"\w*norm(_?\w+)?|ln(_\w+|\d+)?|(\w+_)?ln", "norm"),
 )
 

@@ -16,6 +16,7 @@ from fp8jax import _compat
 from fp8jax.transform._liveness import Read, reads
 from fp8jax.transform._phase_flow import PhasesByFlow
 from fp8jax.transform._phases import Passes
+from fp8jax.transform._readers import Readers
 from fp8jax.transform._values import Dot, HandWritten, Position, Scope, Value
 
 # Gives an equation's results from its operands, and tells `Flow` of the dots in it.
@@ -144,6 +145,7 @@ class Flow:
         closure: `Value.leaves` of arrays that are no arguments.
         dots: every product found, by position.
         hand_written: every call with a gradient rule of its own found, by position.
+        readers: what reads products' results.
     """
 
     def __init__(self, rules: Mapping[str, FlowRule], default: FlowRule, closure: int):
@@ -162,6 +164,7 @@ class Flow:
         self._phases = PhasesByFlow()
         self.dots: dict[Position, Dot] = {}
         self.hand_written: dict[Position, HandWritten] = {}
+        self.readers = Readers()
 
     def number(self, *key: Hashable) -> int:
         """One integer for each distinct key."""

@@ -29,6 +29,7 @@ class Policy:
         implementation: as in `fp8jax.dot_general`.
         stats: whether quantization errors are measured, too.
         weight_dtype: of the arrays that the function sees for QTensors.
+        found: default rules about this program, by what its products are for.
         custom_rules: patterns of names of functions with a gradient rule of their own
             that are rewritten, rule and all.
     """
@@ -40,9 +41,11 @@ class Policy:
     stats: bool = False
     weight_dtype: jax.typing.DTypeLike = jnp.bfloat16
     custom_rules: tuple[str, ...] = ()
+    found: tuple[Rule, ...] = ()
 
     def rule_for(self, path: str, role: GemmName, k: int, n: int) -> Rule | None:
-        rules = (*self.rules, *DEFAULT_SKIPS, skip_narrow(self.min_dim))
+        defaults = (*DEFAULT_SKIPS, *self.found, skip_narrow(self.min_dim))
+        rules = (*self.rules, *defaults)
         return first_match(rules, path, role, k, n)
 
     def gemm(

@@ -78,6 +78,7 @@ def elementwise(
     if any(hasattr(v.aval, "inner_aval") for v in eqn.invars):
         # What is read from a mutable array may come from anywhere.
         value = dataclasses.replace(value, leaves=value.leaves | flow.closure)
+    value = flow.readers.computed(eqn, operands, value)
     return _numbered(flow, eqn, operands, value)
 
 
@@ -123,6 +124,7 @@ def _broadcast(
 def _slice(
     flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
+    flow.readers.gathered(eqn, operands)
     return _numbered(flow, eqn, operands, joined(operands))
 
 
@@ -231,7 +233,10 @@ def _product(
     flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
     values = elementwise(flow, eqn, operands, scope)
-    return [dataclasses.replace(value, product=True) for value in values]
+    near = flow.readers.product(scope.position)
+    return [
+        dataclasses.replace(value, product=True, near=near, part=0) for value in values
+    ]
 
 
 def _numbered(

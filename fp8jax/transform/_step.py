@@ -1,5 +1,6 @@
 """A function of pytrees, traced, planned, rewritten and jitted again."""
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from fp8jax.transform._carry import carry_codes
 from fp8jax.transform._custom_rules import with_custom_rules
 from fp8jax.transform._dedupe import dedupe
 from fp8jax.transform._devices import spread_of_program
+from fp8jax.transform._found_rules import found_rules
 from fp8jax.transform._harvest import harvest
 from fp8jax.transform._hoist import hoist
 from fp8jax.transform._inline import inline_calls
@@ -223,11 +225,11 @@ class Step:
             told = map(_spread_of, self.outer.shardings)
             in_program = map(spread_of_program, (jaxpr, *programs))
             spread = max(key.spread, *told, *in_program)
-            plan = make_plan(
-                found, leaves, self._policy, whole_step, spread, mask, stored
-            )
+            rules = found_rules(flow.readers, found, leaves)
+            policy = dataclasses.replace(self._policy, found=rules)
+            plan = make_plan(found, leaves, policy, whole_step, spread, mask, stored)
             is_told = self._weights is not None
-            return with_doubts(plan, found, leaves, self._policy, is_told)
+            return with_doubts(plan, found, leaves, policy, is_told)
 
         whole_step = is_whole_step(dots)
         plan = decide(dots, whole_step, ())

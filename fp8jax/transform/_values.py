@@ -31,6 +31,9 @@ class Value:
         product: whether a matrix product went into it.
         cotangent: whether the backward pass went into it.
         residual: whether it was made in the forward pass, or made again as it was.
+        near: products that it comes from without another one in between, as bits; no
+            part of what makes two values equal.
+        part: of a log-sum-exp: 1 for exponentials, 2 for their sum; likewise.
     """
 
     leaves: int
@@ -39,6 +42,8 @@ class Value:
     product: bool = False
     cotangent: bool = False
     residual: bool = False
+    near: int = dataclasses.field(default=0, compare=False)
+    part: int = dataclasses.field(default=0, compare=False)
 
     @property
     def only_leaf(self) -> int | None:
@@ -57,6 +62,8 @@ def joined(values: Sequence[Value]) -> Value:
         product=any(v.product for v in values),
         cotangent=any(v.cotangent for v in values),
         residual=all(v.residual for v in values),
+        near=functools.reduce(operator.or_, (v.near for v in values), 0),
+        part=max((v.part for v in values), default=0),
     )
 
 
