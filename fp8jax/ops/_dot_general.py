@@ -8,7 +8,7 @@ import jax
 from jax import lax
 
 from fp8jax.ops._explicit import check_out_sharding, typed_as
-from fp8jax.ops._gemm import check_inputs, output_dtype
+from fp8jax.ops._gemm import check_inputs, checked_precision, output_dtype
 from fp8jax.ops._layout import Layout, plan
 from fp8jax.ops._product import (
     Product,
@@ -108,7 +108,7 @@ def _product_of(
         w=layout.rhs,
         x_dtype=lhs.dtype,
         w_dtype=rhs.dtype,
-        precision=lax.Precision(precision) if isinstance(precision, str) else precision,
+        precision=checked_precision(precision, lhs, rhs),
         split=spread(lhs, rhs) != Spread.ONE,
         **static,
     )

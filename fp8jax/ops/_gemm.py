@@ -73,6 +73,24 @@ def _product_dtype(lhs: np.dtype, rhs: np.dtype) -> np.dtype:
     return jax.eval_shape(lambda x, y: lax.dot_general(x, y, nothing), *scalars).dtype
 
 
+def checked_precision(precision: Any, lhs: jax.Array, rhs: jax.Array) -> Any:
+    """A precision that `jax.lax.dot_general` takes of these, as a static argument.
+
+    Raises:
+        ValueError: In JAX's words, if it is none.
+    """
+    precision = tuple(precision) if isinstance(precision, list) else precision
+    _check_precision(precision, np.dtype(lhs.dtype), np.dtype(rhs.dtype))
+    return precision
+
+
+@functools.cache
+def _check_precision(precision: Any, lhs: np.dtype, rhs: np.dtype) -> None:
+    avals = [jax.ShapeDtypeStruct((1, 1), dtype) for dtype in (lhs, rhs)]
+    numbers = ((1,), (0,)), ((), ())
+    jax.eval_shape(lambda x, w: jax.lax.dot_general(x, w, numbers, precision), *avals)
+
+
 def quantize_along(
     x: jax.Array, contraction: int, spec: QuantSpec, implementation: str | None
 ) -> QTensor:

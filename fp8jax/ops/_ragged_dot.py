@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fp8jax.ops._gemm import check_inputs, output_dtype
+from fp8jax.ops._gemm import check_inputs, checked_precision, output_dtype
 from fp8jax.ops._grouped_product import (
     ALIGNMENT,
     GroupedProduct,
@@ -138,7 +138,7 @@ def grouped_product(
         out_dtype=output_dtype(name, x, w, dtype),
         x_dtype=x.dtype,
         w_dtype=w.dtype,
-        precision=lax.Precision(precision) if isinstance(precision, str) else precision,
+        precision=checked_precision(precision, x, w),
         recipe=recipe,
         implementation=without_split(name, implementation, x, w, sizes),
         aligned=aligned,

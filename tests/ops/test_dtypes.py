@@ -1,6 +1,9 @@
 """Results have the dtypes that JAX's own products give, of operands of any two."""
 
+import dataclasses
+import functools
 import itertools
+import re
 from typing import Any
 
 import jax
@@ -113,3 +116,32 @@ def test_fp8_transform_gives_the_dtypes_of_the_function(x_dtype, w_dtype):
     got, want = transformed(params, x), plain(params, x)
     assert got.dtype == want.dtype
     np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [None, "highest", "F32_F32_F32", "BF16_BF16_F32_X3", ("high", "default")],
+)
+def test_precision_is_whatever_lax_takes_and_goes_to_products_left_out(precision):
+    x, w = jnp.ones((8, 128)), jnp.ones((128, 128))
+    dims = (((1,), (0,)), ((), ()))
+    recipe = dataclasses.replace(recipes.deepseek_v3(), wgrad=None)
+
+    def precisions(dot):
+        def loss(w):
+            return dot(x, w, dims, precision).sum()
+
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(w)
+        return set(re.findall(r"precision=(\S+)", str(jaxpr)))
+
+    ours = precisions(functools.partial(fp8jax.dot_general, recipe=recipe))
+    assert precisions(jax.lax.dot_general) <= ours
+    sizes = jnp.array([4, 4])
+    run = functools.partial(fp8jax.ragged_dot, precision=precision)
+    assert jax.eval_shape(run, x, jnp.stack([w, w]), sizes).shape == (8, 128)
+
+
+def test_precision_that_is_none_is_refused_though_all_is_in_fp8():
+    x, w = jnp.ones((8, 128)), jnp.ones((128, 128))
+    with pytest.raises(ValueError, match="BF17"):
+        fp8jax.dot_general(x, w, (((1,), (0,)), ((), ())), "BF17")
