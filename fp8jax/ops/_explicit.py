@@ -15,6 +15,17 @@ def is_explicit(*trees: Any) -> bool:
     return any(_compat.is_explicit(jax.typeof(x)) for x in jax.tree.leaves(trees))
 
 
+def refuse_explicit(name: str, *trees: Any) -> None:
+    """Raises NotImplementedError, on behalf of `name`, for explicit shardings."""
+    if is_explicit(*trees):
+        types = ", ".join(str(jax.typeof(x)) for x in jax.tree.leaves(trees))
+        raise NotImplementedError(
+            f"{name} takes arrays of automatic shardings, or one device's in a "
+            f"jax.shard_map, got explicit ones: {types}. Call it in jax.shard_map, or "
+            "by jax.sharding.auto_axes."
+        )
+
+
 def check_out_sharding(name: str, out_sharding: Any, *arrays: jax.Array) -> None:
     """Raises NotImplementedError, on behalf of `name`, where it has no meaning."""
     if out_sharding is not None and not is_explicit(arrays):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fp8jax.ops._expert_mlp import expert_mlp, is_fused
+from fp8jax.ops._explicit import refuse_explicit
 from fp8jax.ops._grouped_product import ALIGNMENT
 from fp8jax.ops._permute import dispatch, permute, unpermute
 from fp8jax.ops._routing import route
@@ -70,6 +71,7 @@ def moe(
             "moe takes x [..., k], a router [k, experts] and weights [experts, k, "
             f"hidden], got {x.shape=}, {router.shape=}, {w_gate.shape=}."
         )
+    refuse_explicit("moe", x, router, bias, w_gate, w_up, w_down)
     tokens = x.reshape(-1, x.shape[-1])
     # A GPU's default for float32 products is TF32: its errors would reorder scores.
     logits = jnp.matmul(

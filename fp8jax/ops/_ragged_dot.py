@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fp8jax.ops._explicit import refuse_explicit
 from fp8jax.ops._gemm import check_inputs, checked_precision, output_dtype
 from fp8jax.ops._grouped_product import (
     ALIGNMENT,
@@ -121,6 +122,7 @@ def grouped_product(
         ValueError: On behalf of `name`, if they do not fit.
     """
     check_inputs(name, x, w)
+    refuse_explicit(name, x, w, sizes)
     shape, dtypes = jnp.shape(sizes), jnp.result_type(sizes)
     fits = x.ndim == 2 and w.ndim == 3 and shape == w.shape[:1]
     if not fits or x.shape[1] != w.shape[1] or not jnp.issubdtype(dtypes, jnp.integer):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax.matmul import grouped_matmul
+from fp8jax.ops._explicit import refuse_explicit
 from fp8jax.ops._spread import Spread, spread, without_split
 from fp8jax.ops._static_weight import activation_spec, kind_of, without_derivative
 from fp8jax.quant import QTensor, quantize, quantize_swiglu
@@ -69,6 +70,7 @@ def static_weight_experts(
             f"{sizes[1]}{list(sizes[0])}."
         )
     arrays = x, kernels, group_sizes
+    refuse_explicit(name, *arrays)
     # Under a trace types do not tell, and weights are served on one device most often.
     if spread(*jax.tree.leaves(arrays)) == Spread.MANY:
         implementation = without_split(name, implementation, *arrays)

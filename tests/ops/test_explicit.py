@@ -229,6 +229,23 @@ def test_gated_and_normalized_layers(stored):
 
 
 @pytest.mark.usefixtures("mesh")
+@pytest.mark.parametrize("stored", [False, True])
+def test_rows_in_groups_are_refused_with_the_way_out(stored):
+    w = jnp.ones((4, 128, 128))
+    rows, router = put(jnp.ones((256, 128)), P("a")), put(jnp.ones((128, 4)), P())
+    experts = put(fp8jax.quantize(w, SPEC) if stored else w, P())
+    sizes = put(jnp.full(4, 64), P())
+    calls = {
+        "ragged_dot": lambda: fp8jax.ragged_dot(rows, put(w, P()), sizes),
+        "expert_mlp": lambda: ops.expert_mlp(rows, *[experts] * 3, sizes),
+        "moe": lambda: ops.moe(rows, router, sizes * 0.0, *[experts] * 3, top_k=2),
+    }
+    for name, call in calls.items():
+        with pytest.raises(NotImplementedError, match=rf"{name} takes .*shard_map"):
+            call()
+
+
+@pytest.mark.usefixtures("mesh")
 def test_a_recipe_without_fp8_is_lax_s_own():
     x, w = put(X, P("a", None, "b")), put(UP, P("b"))
     how = {"out_sharding": P("a", None, None)}
