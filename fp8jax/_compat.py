@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import config, core, pjit, sharding_impls, source_info_util
-from jax._src.interpreters import batching, mlir
+from jax._src.interpreters import mlir
 from jax._src.named_sharding import UNSPECIFIED
 from jax.experimental.layout import Format
 from jax.sharding import AxisType
@@ -199,6 +199,12 @@ def union_of_varying_axes(*arrays: Any) -> frozenset[str]:
     return frozenset().union(*(varying_axes(jax.typeof(x)) for x in arrays))
 
 
+def varying_over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """`x`, in a shard_map, as a value that may differ along these axes as well."""
+    missing = tuple(sorted(axes - varying_axes(jax.typeof(x))))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
 def is_explicit(aval: Any) -> bool:
     """Whether the sharding is a part of the type."""
     # Under automatic sharding, too, a dot may carry an `out_sharding`: of no meaning.
@@ -213,21 +219,18 @@ _here_only.def_abstract_eval(lambda x, message: x)
 
 def _lower_here_only(ctx: Any, x: Any, *, message: str) -> list[Any]:
     context = ctx.module_context
+    if not context.lowering_parameters.for_export:
+        return [x]
     devices = getattr(context.axis_context, "num_devices", None)
     if devices is None:  # In a shard_map.
         mesh = context.axis_context.mesh
         devices = 1 if context.axis_context.manual_axes == {*mesh.axis_names} else 2
-    if context.lowering_parameters.for_export and devices > 1:
+    if devices > 1:
         raise NotImplementedError(message)
     return [x]
 
 
-def _batch_here_only(args: Any, dims: Any, *, message: str) -> Any:
-    return _here_only.bind(*args, message=message), dims[0]
-
-
 mlir.register_lowering(_here_only, _lower_here_only)
-batching.primitive_batchers[_here_only] = _batch_here_only
 
 
 def here_only(x: jax.Array, message: str) -> jax.Array:

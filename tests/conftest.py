@@ -87,3 +87,10 @@ def _device(request: pytest.FixtureRequest) -> Iterator[None]:
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where no array can be split: the tests' process has eight devices."""
     monkeypatch.setattr(_spread, "_is_only_device", lambda: True)
+
+
+@pytest.fixture
+def standard_promotion() -> Iterator[None]:
+    """For optimizers, which count in integers."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

@@ -62,10 +62,7 @@ def train_step(model):
     return step, (params, optimizer.init(params))
 
 
-@pytest.fixture(autouse=True)
-def _standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):  # Adam's step count is an integer.
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture

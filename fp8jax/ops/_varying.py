@@ -3,7 +3,6 @@
 from typing import TypeVar
 
 import jax
-from jax import lax
 
 from fp8jax import _compat
 
@@ -18,9 +17,4 @@ def vary_alike(trees: _Trees) -> _Trees:
     in one with `check_vma=False`, they are as they came.
     """
     axes = _compat.union_of_varying_axes(*jax.tree.leaves(trees))
-
-    def cast(x: jax.Array) -> jax.Array:
-        missing = sorted(axes - _compat.varying_axes(jax.typeof(x)))
-        return lax.pcast(x, tuple(missing), to="varying") if missing else x
-
-    return jax.tree.map(cast, trees) if axes else trees
+    return jax.tree.map(lambda x: _compat.varying_over(x, axes), trees)

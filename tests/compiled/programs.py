@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import fp8jax
 from benchmarks import _h100, _hlo
-from benchmarks._llama import Decoder
-from fp8jax.transform import Report
+from benchmarks._llama import SHAPES, Decoder
+from fp8jax.transform import Report, Row
 
 
 class Compiled(NamedTuple):
@@ -35,3 +35,15 @@ def fp8(decoder: Decoder) -> Compiled:
     with _h100.as_where_they_are(devices(decoder)):
         report = step.report(*args)
     return Compiled(_hlo.parse(_h100.compiled(step, *args)), report)
+
+
+def products(decoder: Decoder) -> tuple[list[Row], list[_hlo.Kernel]]:
+    """The report's rows in FP8 and the program's kernels, as many runs of each."""
+    program, report = fp8(decoder)
+    rows = [row for row in report.rows if row.status == "fp8"]
+    # Every weight's fprop, dgrad and wgrad, or the test would be about nothing.
+    assert sum(row.count for row in rows) >= 3 * len(SHAPES) * decoder.layers
+    assert {row.kernel for row in rows} == {"mosaic_gpu"}
+    kernels = [kernel for kernel in _hlo.kernels(program) if kernel.is_product]
+    assert sum(kernel.times for kernel in kernels) == sum(row.count for row in rows)
+    return rows, kernels

@@ -17,10 +17,7 @@ D = 128
 ADAM = optax.adam(1e-2)
 
 
-@pytest.fixture(autouse=True)
-def _standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):  # Optimizers count in integers.
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def normal(seed, *shape):

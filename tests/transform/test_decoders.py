@@ -2,7 +2,6 @@
 
 import collections
 
-import jax
 import pytest
 
 from benchmarks._decoders import CASES, LAYERS
@@ -20,10 +19,7 @@ INTENDED = {
 ATTENTION = 2 * (1 + 1 + 2)
 
 
-@pytest.fixture(autouse=True)
-def _standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):  # Optimizers count in integers.
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.mark.parametrize("framework", CASES)

@@ -13,10 +13,7 @@ from fp8jax.transform import fp8_transform
 D = 128
 
 
-@pytest.fixture(autouse=True)
-def _standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):  # Optimizers count in integers.
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def normal(seed, *shape):

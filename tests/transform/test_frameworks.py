@@ -18,10 +18,7 @@ X = jax.random.normal(jax.random.key(0), (64, D))
 TARGET = jnp.flip(X, axis=1)
 
 
-@pytest.fixture(autouse=True)
-def _standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):  # Optimizers count in integers.
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def rows(report):

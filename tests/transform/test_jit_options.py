@@ -22,10 +22,7 @@ D = 128
 COMPILED = {"xla_allow_excess_precision": False}
 
 
-@pytest.fixture(autouse=True)
-def _standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):  # Optimizers count in integers.
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def normal(seed, *shape):

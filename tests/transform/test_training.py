@@ -22,10 +22,7 @@ ADAM = optax.adam(3e-3)
 SHAPES = {"qkv": (D, 3 * D), "out": (D, D), "up": (D, HIDDEN), "down": (HIDDEN, D)}
 
 
-@pytest.fixture(autouse=True)
-def _standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):  # Optimizers count in integers.
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def attend(qkv):  # [..., t, 3 d] -> [..., t, d]

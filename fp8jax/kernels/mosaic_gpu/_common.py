@@ -57,10 +57,8 @@ def called(kernel: Callable[..., _Results], *operands: jax.Array) -> _Results:
     from the call. Put it right on what the kernel writes, inside any transpose or cast,
     which XLA then still cancels.
     """
-    axes = tuple(sorted(_compat.union_of_varying_axes(*operands)))
-    results = kernel(*operands)
-    if axes:
-        results = jax.tree.map(lambda x: lax.pcast(x, axes, to="varying"), results)
+    axes = _compat.union_of_varying_axes(*operands)
+    results = jax.tree.map(lambda x: _compat.varying_over(x, axes), kernel(*operands))
     return lax.optimization_barrier(results)
 
 

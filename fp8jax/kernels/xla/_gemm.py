@@ -81,14 +81,9 @@ def sum_of_chunks(
         r_scale = numerics.expand_scale(r_scale, n, tiles[1][0])
         return acc + partial * (l_scale[:, None] * r_scale[None, :])
 
-    acc = _varying_like(jnp.zeros((m, n), jnp.float32), lhs, lhs_scale, rhs, rhs_scale)
+    axes = _compat.union_of_varying_axes(lhs, lhs_scale, rhs, rhs_scale)
+    acc = _compat.varying_over(jnp.zeros((m, n), jnp.float32), axes)
     return lax.fori_loop(first, end, promote, acc)
-
-
-def _varying_like(x: jax.Array, *others: jax.Array) -> jax.Array:
-    """`x` as a value that differs between devices as the others do, in a shard_map."""
-    axes = _compat.union_of_varying_axes(*others)
-    return lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
 def _columns(x: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
