@@ -116,12 +116,8 @@ def resolve(
 
 
 def _run(op: str, arrays: tuple, static: dict[str, Any], caller: str, name: str) -> Any:
-    kernel, options = _marked(op, name), tuple(sorted(static.items()))
-    if name == "xla":
-        return kernel(*arrays, static=options, caller=caller)
-    if _lowered_once.is_asked():  # Nothing is differentiated there.
-        return _lowered_once.called(kernel, *arrays, static=options, caller=op)
-    return kernel(*arrays, static=options, caller=caller)
+    options = tuple(sorted(static.items()))
+    return _marked(op, name)(*arrays, static=options, caller=caller)
 
 
 def _first_that_takes(
@@ -154,6 +150,8 @@ def _marked(op: str, name: str) -> Callable[..., Any]:
         # Inside of the mark, and traced once for all calls. Not around the kernel: one
         # that changes a `jax.Ref` may not be called by a function with a rule.
         refuse = numerics.refuse_derivatives(_same, numerics.no_derivative(caller))
-        return kernel(*refuse(*arrays), **dict(static))
+        if name == "xla":
+            return kernel(*refuse(*arrays), **dict(static))
+        return _lowered_once.called(kernel, *refuse(*arrays), **dict(static))
 
     return marked(f"{op}_{name}", run, static_argnames=("static", "caller"))

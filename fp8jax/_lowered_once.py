@@ -1,69 +1,142 @@
-"""GPU kernels that are lowered once for many programs.
+"""GPU kernels that are lowered once a process, and compiled while JAX goes on.
 
-XLA's partitioner asks for each product of a program by itself, and JAX lowers each
-answer as a program of its own: a GPU kernel takes a third of a second, and most are
-equal. An exported function is lowered once, and then only read.
+JAX lowers a GPU kernel anew in every program, and in each answer to XLA's partitioner:
+in Python, a third of a second each. Mosaic compiles as long again, one kernel after
+another, when XLA emits the program at last. So a kernel is an equation of its own here.
+Its lowering is an exported function, made once; and what was exported is compiled in a
+thread, so that Mosaic, which keeps what it compiled, is done when XLA asks.
 """
 
 import contextlib
-import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any
 
 import jax
 from jax import export
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+from fp8jax import _compat
 
 # Pallas promises no stability of its calls between versions; these live in one process.
 _CHECKS = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
-_IS_ON = contextvars.ContextVar("fp8jax_lowered_once", default=False)
+
+_Kernel = Callable[..., Any]
+_Static = tuple[tuple[str, Any], ...]
+_Shapes = tuple[jax.ShapeDtypeStruct, ...]
 
 
-@contextlib.contextmanager
-def kernels_lowered_once() -> Iterator[None]:
-    """Where it is entered, kernels are traced as calls of what is lowered already."""
-    token = _IS_ON.set(True)
-    try:
-        yield
-    finally:
-        _IS_ON.reset(token)
-
-
-def is_asked() -> bool:
-    """Whether that is entered here."""
-    return _IS_ON.get()
-
-
-def called(kernel: Callable[..., Any], *arrays: jax.Array, **static: Any) -> Any:
+def called(kernel: _Kernel, *arrays: jax.Array, **static: Any) -> Any:
     """`kernel(*arrays, **static)`, lowered once.
 
+    In a mesh's context it is the kernel itself, whose types say what arrays vary over,
+    and in Pallas' interpret mode.
+
     Args:
-        kernel: the same function object for the same kernel.
+        kernel: the same function object for the same kernel; not differentiated.
         arrays: its operands.
         static: hashable.
     """
-    run = functools.partial(kernel, **static)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.axis_names or _compat.interprets_kernels():
+        return kernel(*arrays, **static)
     options = tuple(sorted(static.items()))
+    flat = _KERNEL.bind(*arrays, kernel=kernel, static=options)
+    return jax.tree.unflatten(_traced(kernel, options, _shapes(arrays))[1], flat)
 
-    @jax.custom_batching.custom_vmap
-    def once(*arrays: jax.Array) -> Any:
-        avals = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
-        x64 = jax.config.read("jax_enable_x64")
-        return _exported(kernel, options, avals, x64).call(*arrays)
 
-    @once.def_vmap
-    def _vmap(axis_size: int, is_mapped: Any, *arrays: jax.Array) -> Any:
-        del axis_size  # What is exported has no rule: kernels have their own.
-        out = jax.vmap(run, [0 if mapped else None for mapped in is_mapped])(*arrays)
-        return out, jax.tree.map(lambda _: True, out)
+def _shapes(arrays: Sequence[Any]) -> _Shapes:
+    return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
 
-    return once(*arrays)
+
+def _traced(kernel: _Kernel, static: _Static, shapes: _Shapes) -> Any:
+    return _traced_once(kernel, static, shapes, jax.config.read("jax_enable_x64"))
+
+
+@functools.lru_cache(maxsize=1024)
+def _traced_once(kernel: _Kernel, static: _Static, shapes: _Shapes, x64: bool) -> Any:
+    """A jitted function to a list, and the structure and the types of its results."""
+    del x64  # A part of the key alone: what is traced depends on it.
+
+    def run(*arrays: jax.Array) -> list[jax.Array]:
+        return jax.tree.leaves(kernel(*arrays, **dict(static)))
+
+    out = jax.eval_shape(lambda *arrays: kernel(*arrays, **dict(static)), *shapes)
+    return jax.jit(run), jax.tree.structure(out), jax.tree.leaves(out)
 
 
 @functools.lru_cache(maxsize=1024)
 def _exported(
-    kernel: Callable[..., Any], static: tuple, avals: Any, x64: bool
+    kernel: _Kernel, static: _Static, shapes: _Shapes, x64: bool
 ) -> export.Exported:
-    del x64  # A part of the key alone: what is traced depends on it.
-    run = jax.jit(functools.partial(kernel, **dict(static)))
-    return export.export(run, platforms=["cuda"], disabled_checks=_CHECKS)(*avals)
+    run = _traced_once(kernel, static, shapes, x64)[0]
+    made = export.export(run, platforms=["cuda"], disabled_checks=_CHECKS)(*shapes)
+    _compile_ahead(made)
+    return made
+
+
+def _compile_ahead(made: export.Exported) -> None:
+    if jax.default_backend() == "gpu":
+        _thread().submit(_compile, made)
+
+
+@functools.cache
+def _thread() -> futures.ThreadPoolExecutor:
+    # One: Mosaic compiles no two kernels at a time.
+    return futures.ThreadPoolExecutor(1, thread_name_prefix="fp8jax_compile")
+
+
+def _compile(made: export.Exported) -> None:
+    """Leaves the kernel with Mosaic, which knows it again in every other program."""
+    # What fails here fails in the program, too, with an error that the user sees.
+    with contextlib.suppress(Exception):
+        jax.jit(made.call).lower(*made.in_avals).compile()
+
+
+def _call(*arrays: jax.Array, kernel: _Kernel, static: _Static) -> Any:
+    return _traced(kernel, static, _shapes(arrays))[0](*arrays)
+
+
+def _call_exported(*arrays: jax.Array, kernel: _Kernel, static: _Static) -> Any:
+    x64 = jax.config.read("jax_enable_x64")
+    return _exported(kernel, static, _shapes(arrays), x64).call(*arrays)
+
+
+def _abstract(*types: Any, kernel: _Kernel, static: _Static) -> Any:
+    results = _traced(kernel, static, _shapes(types))[2]
+    # Types of the context: a mesh, where there is one, has no axis.
+    return [types[0].update(shape=x.shape, dtype=x.dtype) for x in results]
+
+
+def _batched(
+    arrays: Any, dims: Any, *, kernel: _Kernel, static: _Static
+) -> tuple[Any, Any]:
+    def run(*arrays: jax.Array) -> list[jax.Array]:
+        return jax.tree.leaves(kernel(*arrays, **dict(static)))
+
+    # Kernels have rules of their own, such as one launch for a whole batch.
+    out = jax.vmap(run, dims)(*arrays)
+    return out, [0] * len(out)
+
+
+def _lowered(ctx: Any, *values: Any, **params: Any) -> Any:
+    # What is exported is for one platform.
+    is_alone = len(ctx.module_context.platforms) == 1
+    call = functools.partial(_call_exported if is_alone else _call, **params)
+    return mlir.lower_fun(call, multiple_results=True)(ctx, *values)
+
+
+_KERNEL = Primitive("fp8jax_kernel")
+_KERNEL.multiple_results = True
+_KERNEL.def_impl(_call)
+_KERNEL.def_abstract_eval(_abstract)
+batching.primitive_batchers[_KERNEL] = _batched
+mlir.register_lowering(
+    _KERNEL,
+    lambda ctx, *values, **params: mlir.lower_fun(
+        functools.partial(_call, **params), multiple_results=True
+    )(ctx, *values),
+)
+mlir.register_lowering(_KERNEL, _lowered, platform="cuda")

@@ -281,7 +281,7 @@ NOTHING_TO_DIFFERENTIATE = {
     "checkpoint.save",
     *("linen.balance", "nnx.ExpertLoad", "nnx.RouterBias", "nnx.balance"),
     *("matmul.MARK", "matmul.gemm_implementation", "matmul.grouped_implementation"),
-    *("matmul.has_gpu_kernels", "matmul.kernels_lowered_once"),
+    "matmul.has_gpu_kernels",
     *("matmul.mark_of", "matmul.marked"),
     *("numerics.FP8_DTYPES", "numerics.GroupBlocks", "numerics.SMALLEST_SCALE"),
     *("numerics.ScaleKind", "numerics.Tile", "numerics.check_group_sizes"),

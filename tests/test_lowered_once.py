@@ -1,10 +1,12 @@
-"""GPU kernels in programs of their own, lowered once for all of them."""
+"""GPU kernels: lowered once for all programs, and compiled while JAX goes on."""
 
 import re
+import threading
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import fp8jax
 from fp8jax import _dispatch, _lowered_once, ops
@@ -13,6 +15,7 @@ from fp8jax.ops._product import MATRICES
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="the kernels are for JAX 0.11 or newer"
 )
+SQUARE = (256, 256), (256, 256)
 
 
 @pytest.fixture(autouse=True)
@@ -27,20 +30,15 @@ def product(x, w):
     return ops.quantized_dot(x, w, MATRICES, *specs)
 
 
-def once(fn):
-    def run(*args):
-        with _lowered_once.kernels_lowered_once():
-            return fn(*args)
-
-    return run
+def program(fn, *shapes, platforms=("cuda",)):
+    """The program of a function, not traced before, of arrays of these shapes."""
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    traced = jax.jit(lambda *args: fn(*args)).trace(*args)
+    return traced.lower(lowering_platforms=platforms).as_text()
 
 
 def kernels(fn, *shapes):
-    """GPU kernels in the program of a function of arrays of these shapes."""
-    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
-    traced = jax.jit(lambda *args: fn(*args)).trace(*args)  # Not traced before.
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    return len(re.findall("custom_call @mosaic_gpu", text))
+    return len(re.findall("custom_call @mosaic_gpu", program(fn, *shapes)))
 
 
 def lowered():
@@ -48,22 +46,71 @@ def lowered():
 
 
 def test_equal_kernels_of_several_programs_are_lowered_once():
-    square = (256, 256), (256, 256)
     for _ in range(3):
-        assert kernels(once(product), *square) == 3
+        assert kernels(product, *SQUARE) == 3
     assert lowered() == 3
     # Another product with the same weight's kernel: x's and the GEMM are new.
-    assert kernels(once(product), (512, 256), (256, 256)) == 3
+    assert kernels(product, (512, 256), (256, 256)) == 3
     assert lowered() == 5
 
 
-def test_nothing_is_kept_where_it_is_not_asked_for():
-    assert kernels(product, (256, 256), (256, 256)) == 3
+def test_a_trace_lowers_nothing():
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in SQUARE)
+    assert jax.eval_shape(product, x, w).shape == (256, 256)
     assert lowered() == 0
 
 
 @pytest.mark.parametrize("in_axes", [(0, None), (0, 0)])
 def test_mapped_kernels_are_mapped_by_their_own_rules(in_axes):
     shapes = [(4, 256, 256) if a == 0 else (256, 256) for a in in_axes]
-    mapped = jax.vmap(product, in_axes)
-    assert kernels(once(mapped), *shapes) == kernels(mapped, *shapes)
+    # In one launch or in a loop's body: each kernel stands there once.
+    assert kernels(jax.vmap(product, in_axes), *shapes) == 3
+
+
+def test_in_a_shard_map_a_kernel_says_what_it_varies_over():
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.shard_map(
+        product, mesh=mesh, in_specs=(P("d"), P()), out_specs=P("d"), check_vma=True
+    )
+    args = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((512, 256), (256, 256))]
+    text = str(jax.make_jaxpr(split)(*args))
+    assert "pallas_call" in text or "mpmd_map" in text
+    assert _lowered_once._KERNEL.name not in text
+
+
+def test_each_kernel_is_compiled_ahead_once_where_a_gpu_is(monkeypatch):
+    compiled, is_done = [], threading.Event()
+
+    def compile_(made):
+        compiled.append((made.fun_name, threading.current_thread()))
+        if len(compiled) == 3:
+            is_done.set()
+
+    monkeypatch.setattr(_lowered_once, "_compile", compile_)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for _ in range(2):
+        assert kernels(product, *SQUARE) == 3
+    assert is_done.wait(60)
+    assert len(compiled) == 3
+    assert threading.main_thread() not in {thread for _, thread in compiled}
+
+
+def test_nothing_is_compiled_ahead_where_no_gpu_is(monkeypatch):
+    monkeypatch.setattr(_lowered_once, "_thread", lambda: pytest.fail("compiled"))
+    assert kernels(product, *SQUARE) == 3
+
+
+def test_what_does_not_compile_ahead_is_left_to_the_program(monkeypatch):
+    made = []
+    monkeypatch.setattr(_lowered_once, "_compile_ahead", made.append)
+    program(product, *SQUARE)
+    assert len(made) == 3
+    with pytest.raises(ValueError, match="exported for platforms"):
+        jax.jit(made[0].call).lower(*made[0].in_avals)  # No GPU is here.
+    _lowered_once._compile(made[0])
+
+
+def test_a_program_for_several_platforms_lowers_its_own_kernels():
+    text = program(product, *SQUARE, platforms=("cpu", "cuda"))
+    assert len(re.findall("custom_call @mosaic_gpu", text)) == 3
+    assert lowered() == 0

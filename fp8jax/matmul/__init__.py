@@ -1,7 +1,6 @@
 """Products of quantized arrays."""
 
 from fp8jax._dispatch import MARK, mark_of, marked
-from fp8jax._lowered_once import kernels_lowered_once
 from fp8jax.matmul._grouped import grouped_matmul, grouped_wgrad
 from fp8jax.matmul._grouped_implementation import grouped_implementation
 from fp8jax.matmul._kernels_here import has_gpu_kernels
@@ -15,7 +14,6 @@ __all__ = [
     "grouped_matmul",
     "grouped_wgrad",
     "has_gpu_kernels",
-    "kernels_lowered_once",
     "mark_of",
     "marked",
     "scaled_matmul",

@@ -27,7 +27,6 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from fp8jax import _compat
 from fp8jax._version import __version__
-from fp8jax.matmul import kernels_lowered_once
 from fp8jax.ops._partly_manual import compass, free_axes, free_mesh, partitioned_mesh
 
 Factors = tuple[str, ...]  # One name for each dimension of an array.
@@ -139,8 +138,7 @@ def split_over_devices(
 
         @_without_mesh
         def shard(*args: jax.Array) -> Any:
-            with kernels_lowered_once():
-                out = product(*args[:count])
+            out = product(*args[:count])
             if not summed:
                 return out
             return jax.tree.map(lambda part: lax.psum(part, summed), out)
