@@ -8,7 +8,12 @@ import jax
 from jax import lax
 
 from fp8jax.ops._explicit import check_out_sharding, typed_as
-from fp8jax.ops._gemm import check_inputs, checked_precision, output_dtype
+from fp8jax.ops._gemm import (
+    check_inputs,
+    checked_precision,
+    output_dtype,
+    recipe_for,
+)
 from fp8jax.ops._layout import Layout, plan
 from fp8jax.ops._product import (
     Product,
@@ -71,6 +76,7 @@ def dot_general(
     name = "dot_general"
     recipe = deepseek_v3() if recipe is None else recipe
     check_recipe(name, recipe)
+    recipe = recipe_for(recipe, lhs, rhs)
     plain = functools.partial(
         lax.dot_general,
         dimension_numbers=dimension_numbers,

@@ -10,7 +10,7 @@ from opt_einsum import parser
 
 from fp8jax.ops._dot_general import dot_general
 from fp8jax.ops._explicit import check_out_sharding, typed_as
-from fp8jax.ops._gemm import check_inputs
+from fp8jax.ops._gemm import check_inputs, recipe_for
 from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
 
 
@@ -51,6 +51,7 @@ def einsum(
     """
     recipe = deepseek_v3() if recipe is None else recipe
     check_recipe("einsum", recipe)
+    recipe = recipe_for(recipe, x, w)
     how: Any = {
         "precision": precision,
         "preferred_element_type": preferred_element_type,

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fp8jax.ops._gemm import recipe_for
 from fp8jax.ops._grouped_product import (
     GroupedProduct,
     dgrad_of,
@@ -91,6 +92,7 @@ def expert_mlp(
     if any(isinstance(w, QTensor) for w in weights):
         gate, up, down = weights
         return static_weight_experts(name, x, gate, up, down, group_sizes, **how)
+    recipe = how["recipe"] = recipe_for(recipe, x, *weights)
     for w in weights[:2]:
         into = grouped_product(name, x, w, group_sizes, **how, aligned=aligned)
     if w_gate.shape != w_up.shape or w_down.shape[:2] != w_gate.shape[::2]:

@@ -21,6 +21,7 @@ from fp8jax.quant import (
     quantize_both,
     quantize_transposed,
 )
+from fp8jax.recipes import Recipe, bf16
 
 INPUT_DTYPES = tuple(np.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
 
@@ -40,11 +41,14 @@ def check_inputs(name: str, lhs: jax.Array, rhs: jax.Array) -> None:
                 f"{name} takes bfloat16, float16 or float32 arrays, got {side}.dtype="
                 f"{x.dtype}."
             )
-        if x.size == 0:
-            raise ValueError(
-                f"{name} takes arrays of at least one element, got {side}.shape="
-                f"{x.shape}."
-            )
+
+
+def recipe_for(recipe: Recipe, *arrays: Any) -> Recipe:
+    """`recipe`, or that of plain products where an array is empty: no number is left.
+
+    An empty shard or batch, an expert's device without tokens: zeros, as JAX's own.
+    """
+    return recipe if all(x.size for x in arrays) else bf16()
 
 
 def output_dtype(name: str, lhs: jax.Array, rhs: jax.Array, preferred: Any) -> np.dtype:
@@ -164,6 +168,8 @@ def quantized_dot(
     check_inputs(name, lhs, rhs)
     layout = plan(lhs.shape, rhs.shape, dimension_numbers, name)
     out_dtype = output_dtype(name, lhs, rhs, preferred_element_type)
+    if not (lhs.size and rhs.size):
+        return jnp.zeros(layout.out_shape, out_dtype)
     specs = lhs_spec, rhs_spec
     if not split:
         return _whole(lhs, rhs, layout, specs, out_dtype, implementation)

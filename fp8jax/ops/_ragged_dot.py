@@ -8,7 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from fp8jax.ops._explicit import refuse_explicit
-from fp8jax.ops._gemm import check_inputs, checked_precision, output_dtype
+from fp8jax.ops._gemm import (
+    check_inputs,
+    checked_precision,
+    output_dtype,
+    recipe_for,
+)
 from fp8jax.ops._grouped_product import (
     ALIGNMENT,
     GroupedProduct,
@@ -71,6 +76,7 @@ def ragged_dot(
     name = "ragged_dot"
     recipe = deepseek_v3() if recipe is None else recipe
     check_recipe(name, recipe)
+    recipe = recipe_for(recipe, lhs, rhs)
     if recipe.is_off:
         return lax.ragged_dot(
             lhs,

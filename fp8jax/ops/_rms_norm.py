@@ -10,7 +10,7 @@ from jax import lax
 
 from fp8jax.ops._dot_general import dot_general
 from fp8jax.ops._explicit import summed_product, typed_as
-from fp8jax.ops._gemm import check_inputs
+from fp8jax.ops._gemm import check_inputs, recipe_for
 from fp8jax.ops._product import (
     INPUT_CODES,
     MATRICES,
@@ -71,6 +71,7 @@ def rms_norm_dot(
     name = "rms_norm_dot"
     recipe = deepseek_v3() if recipe is None else recipe
     check_recipe(name, recipe)
+    recipe = recipe_for(recipe, x, *weights)
     for w in weights:
         check_inputs(name, x, w)
     side = x.shape[-1:]

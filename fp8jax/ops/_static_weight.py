@@ -76,7 +76,9 @@ def static_weight_dot(
     def plain(x: jax.Array | QTensor, kernel: QTensor) -> jax.Array:
         return summed_product(_values(x, out_dtype), _values(kernel, out_dtype))
 
-    return typed_as(plain, without_derivative(name, product), x, kernel)
+    return typed_as(
+        plain, without_derivative(name, plain if 0 in x.shape else product), x, kernel
+    )
 
 
 def _dot(
@@ -158,7 +160,7 @@ def static_weight_rms_norm(
         h = _values(h, out_dtype)
         return tuple(summed_product(h, _values(w, out_dtype)) for w in kernels)
 
-    run = without_derivative(name, products)
+    run = without_derivative(name, plain if 0 in x.shape else products)
     return typed_as(plain, run, x, scale, *kernels)
 
 
@@ -250,7 +252,9 @@ def static_weight_swiglu(
         h = summed_product(rows, weights[0]) * summed_product(rows, weights[1])
         return summed_product(h, weights[2])
 
-    return typed_as(plain, without_derivative(name, product), x, *kernels)
+    return typed_as(
+        plain, without_derivative(name, plain if 0 in x.shape else product), x, *kernels
+    )
 
 
 def _gated(

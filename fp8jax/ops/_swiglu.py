@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fp8jax.ops._dot_general import dot_general
 from fp8jax.ops._explicit import summed_product, typed_as
-from fp8jax.ops._gemm import check_inputs, product_dtype
+from fp8jax.ops._gemm import check_inputs, product_dtype, recipe_for
 from fp8jax.ops._product import (
     MATRICES,
     Product,
@@ -73,6 +73,7 @@ def swiglu_mlp(
     name = "swiglu_mlp"
     recipe = deepseek_v3() if recipe is None else recipe
     check_recipe(name, recipe)
+    recipe = recipe_for(recipe, x, w_gate, w_up, w_down)
     for w in (w_gate, w_up, w_down):
         check_inputs(name, x, w)
     fits = x.ndim >= 1 and w_gate.shape == w_up.shape == (
