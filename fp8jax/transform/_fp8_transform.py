@@ -1,9 +1,10 @@
 """`fp8_transform`: the same function, its matrix products in FP8."""
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Hashable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,10 @@ from fp8jax.transform._policy import Policy
 from fp8jax.transform._report import Report
 from fp8jax.transform._step import Call, Step
 
+_NOT_GIVEN: Any = object()
 
+
+@overload
 def fp8_transform(
     fn: Callable[..., Any],
     recipe: Recipe | None = None,
@@ -36,7 +40,31 @@ def fp8_transform(
     stats: bool = False,
     weight_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     custom_rules: Sequence[str] = (),
-) -> "Fp8Function":
+) -> "Fp8Function": ...
+
+
+@overload
+def fp8_transform(
+    *, recipe: Recipe | None = None, **options: Any
+) -> "Callable[[Callable[..., Any]], Fp8Function]": ...
+
+
+def fp8_transform(  # pyright: ignore[reportInconsistentOverload]
+    fn: Any = _NOT_GIVEN,
+    recipe: Recipe | None = None,
+    *,
+    rules: Sequence[Rule] = (),
+    weights: Weights = None,
+    static_argnums: int | Collection[int] = (),
+    static_argnames: str | Collection[str] = (),
+    donate_argnums: int | Collection[int] = (),
+    donate_argnames: str | Collection[str] = (),
+    min_dim: int = 128,
+    implementation: str | None = None,
+    stats: bool = False,
+    weight_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    custom_rules: Sequence[str] = (),
+) -> Any:
     """`fn`, jitted, with its layers' matrix products in FP8.
 
     `fn` is traced and its program rewritten: every product of an activation and a
@@ -47,6 +75,9 @@ def fp8_transform(
       forward, recomputed and backward products are told apart and replaced;
     - on a forward function, to be differentiated outside: products become
       `fp8jax.dot_general`, whose gradients follow the recipe.
+
+    Either is a call or a decorator, of methods too: `@fp8_transform`, or with options
+    and without the function, `@fp8_transform(stats=True)`.
 
     What stays as it is has a reason in `.report(*args)`. By default that is embeddings,
     output heads, routers, norms, attention, and the optimizer's own products.
@@ -86,12 +117,17 @@ def fp8_transform(
 
     Returns:
         A callable with `fn`'s signature. It is a jitted function: traced once for each
-        structure and types of its arguments.
+        structure and types of its arguments. As an attribute of a class it binds its
+        instance, the first argument: static if it is no pytree, as under `jax.jit`.
+        Without `fn`, the decorator that gives it.
 
     Raises:
         ValueError: If an argument of `fp8_transform` is none of the above, or `fn` is
             jitted in a way that cannot be followed.
     """
+    if fn is _NOT_GIVEN:
+        options = {k: v for k, v in locals().items() if k != "fn"}  # As they came.
+        return functools.partial(fp8_transform, **options)
     if not callable(fn):
         raise ValueError(f"fp8_transform takes a function, got {fn!r}.")
     if recipe is not None:
@@ -134,12 +170,24 @@ class Fp8Function:
             weights: which leaves are parameters, of `outer.fn`'s arguments.
         """
         functools.update_wrapper(self, fn, updated=())
+        self.__wrapped__ = fn
         self._outer = outer
         self._policy = policy
         self._weights: Weights = weights
         self._step = Step(outer, policy, weights)
         self._without_modules: set[CallKey] = set()
         self._nnx_steps: dict[Hashable, Step] = {}
+
+    def __get__(self, instance: Any, owner: type | None = None) -> "Fp8Function":
+        """The method of an instance; what is traced and compiled is for all of them."""
+        if instance is None:
+            return self
+        bound = copy.copy(self)
+        args = (*self._outer.args, instance)
+        bound._outer = dataclasses.replace(self._outer, args=args)
+        if hasattr(self.__wrapped__, "__get__"):  # For its signature.
+            bound.__wrapped__ = self.__wrapped__.__get__(instance, owner)
+        return bound
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         step, call, modules = self._prepared(*self._complete(args, kwargs))
