@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import config, core, pjit, sharding_impls, source_info_util
+from jax._src import config, core, effects, pjit, sharding_impls, source_info_util
 from jax._src.interpreters import mlir
 from jax._src.named_sharding import UNSPECIFIED
 from jax.experimental.layout import Format
@@ -49,6 +49,11 @@ def is_jaxpr(x: Any) -> bool:
 def jaxpr_consts(jaxpr: Any) -> tuple[Any, ...]:
     """The values of `open_jaxpr(jaxpr).constvars`, if the jaxpr holds them."""
     return tuple(getattr(jaxpr, "consts", ()))
+
+
+def has_input_effects(eqn: Any) -> bool:
+    """Whether effects name operands by their numbers, as of mutable arrays."""
+    return any(isinstance(e, effects.JaxprInputEffect) for e in eqn.effects)
 
 
 def with_parts(jaxpr: Any, **parts: Any) -> Any:
@@ -307,6 +312,20 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()  # Since 0.12.
     return len(consts), len(carry)
+
+
+def with_scan_counts(
+    params: dict[str, Any], consts: int, carry: int, slices: int, stacks: int
+) -> dict[str, Any]:
+    """What of a scan's parameters says how many operands and results there are."""
+    if "num_consts" in params:
+        return {"num_consts": consts, "num_carry": carry}  # It counts no others.
+    from jax._src import flattree  # pyright: ignore (since 0.12)
+
+    def pack(*sizes: int) -> Any:
+        return flattree.pack(tuple(map(flattree.nones, sizes)))
+
+    return {"ft_in": pack(consts, carry, slices), "ft_out": pack(carry, stacks)}
 
 
 @dataclasses.dataclass(frozen=True)

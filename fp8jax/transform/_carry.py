@@ -11,14 +11,10 @@ from jax.extend import core
 
 from fp8jax import _compat, ops
 from fp8jax.transform._calls import EARLY
-from fp8jax.transform._interpreter import (
-    moved_to,
-    splice,
-    sub_jaxprs,
-    with_sub_jaxprs,
-)
+from fp8jax.transform._interpreter import moved_to, splice
 from fp8jax.transform._stacks import without_slices
 from fp8jax.transform._views import chain_of, views_in, without_unread
+from fp8jax.transform.ir import jaxprs_of, with_jaxprs
 
 
 def carry_codes(jaxpr: Any) -> Any:
@@ -48,11 +44,11 @@ def carry_codes(jaxpr: Any) -> Any:
     def _with_visited(eqn: Any) -> Any:
         if ops.mark_of(eqn) is not None:
             return eqn
-        subs = sub_jaxprs(eqn)
+        subs = jaxprs_of(eqn)
         visited = [visit(sub) for sub in subs]
         if all(a is b for a, b in zip(subs, visited, strict=True)):
             return eqn
-        return with_sub_jaxprs(eqn, visited)
+        return with_jaxprs(eqn, visited)
 
     return visit(jaxpr)
 

@@ -9,8 +9,8 @@ from typing import Any
 from jax.extend import core
 
 from fp8jax import _compat, ops
-from fp8jax.transform._interpreter import sub_jaxprs, with_sub_jaxprs
 from fp8jax.transform._stacks import without_inputs
+from fp8jax.transform.ir import jaxprs_of, with_jaxprs
 
 # Their operands are those of their one jaxpr.
 CALLS = ("checkpoint", "closed_call", "eval_jaxpr", "remat", "remat2")
@@ -44,7 +44,7 @@ def dedupe(jaxpr: Any) -> Any:
         if eqn.primitive.name in ("scan", *CALLS):
             eqn = _without_second(eqn, codes)
             flags = [isinstance(x, core.Var) and x in codes for x in eqn.invars]
-        subs = sub_jaxprs(eqn)
+        subs = jaxprs_of(eqn)
         visited = []
         for sub in subs:
             count = len(_compat.open_jaxpr(sub).invars)
@@ -52,14 +52,14 @@ def dedupe(jaxpr: Any) -> Any:
             visited.append(visit(sub, known))
         if all(a is b for a, b in zip(subs, visited, strict=True)):
             return eqn
-        return with_sub_jaxprs(eqn, visited)
+        return with_jaxprs(eqn, visited)
 
     return visit(jaxpr, (False,) * len(_compat.open_jaxpr(jaxpr).invars))
 
 
 def _without_second(eqn: Any, codes: set[Any]) -> Any:
     """The equation without operands that are others' codes again."""
-    (jaxpr,) = sub_jaxprs(eqn)
+    (jaxpr,) = jaxprs_of(eqn)
     body = _compat.open_jaxpr(jaxpr)
     n_consts, start = len(eqn.invars), len(eqn.invars)
     if eqn.primitive.name == "scan":
@@ -93,5 +93,5 @@ def _without_second(eqn: Any, codes: set[Any]) -> Any:
     else:
         stays = [i for i, _ in enumerate(eqn.invars) if i not in gone]
         params = _compat.with_some_call_operands(eqn.params, stays)
-    new = with_sub_jaxprs(eqn.replace(params=params), [jaxpr])
+    new = with_jaxprs(eqn.replace(params=params), [jaxpr])
     return without_inputs(new, set(env))

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fp8jax import _compat, ops
-from fp8jax.transform._interpreter import sub_jaxprs
+from fp8jax.transform.ir import jaxprs_of
 
 
 def spread_of_program(jaxpr: Any) -> ops.Spread:
@@ -24,7 +24,7 @@ def spread_of_program(jaxpr: Any) -> ops.Spread:
                 continue
             yield ops.spread_of_sharding(eqn.params.get("sharding"))
             yield from map(ops.spread_of_sharding, eqn.params.get("in_shardings", ()))
-            for sub in sub_jaxprs(eqn):
+            for sub in jaxprs_of(eqn):
                 yield from visit(sub)
 
     return max((ops.spread(), *visit(jaxpr)))

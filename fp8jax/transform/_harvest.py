@@ -16,13 +16,9 @@ from jax.extend import core
 from fp8jax import _compat, ops
 from fp8jax.quant import MOMENTS, sum_moments
 from fp8jax.transform._calls import STATISTICS
-from fp8jax.transform._interpreter import (
-    moved_to,
-    splice,
-    sub_jaxprs,
-    with_sub_jaxprs,
-)
+from fp8jax.transform._interpreter import moved_to, splice
 from fp8jax.transform._values import HAND_WRITTEN_CALLS
+from fp8jax.transform.ir import jaxprs_of, with_jaxprs
 
 Found = list[Any]  # Variables; None for what cannot be brought out.
 
@@ -79,7 +75,7 @@ def harvest(jaxpr: Any) -> tuple[Any, list[int | None]]:
             return [eqn], [eqn.outvars[0]]
         if mark is not None or eqn.primitive.name in HAND_WRITTEN_CALLS:
             return [eqn], []
-        visited = [visit(jaxpr) for jaxpr in sub_jaxprs(eqn)]
+        visited = [visit(jaxpr) for jaxpr in jaxprs_of(eqn)]
         count = sum(len(where) for _, where in visited)
         primitive = eqn.primitive.name
         if not count:
@@ -111,7 +107,7 @@ def _with_those_of(
         avals = (_compat.stacked_aval(aval, length) for aval in avals)
     more = [core.Var(aval) for aval in avals]
     params = _compat.with_results(eqn.params, len(more))
-    new = with_sub_jaxprs(eqn.replace(params=params), [jaxpr])
+    new = with_jaxprs(eqn.replace(params=params), [jaxpr])
     new = new.replace(outvars=[*eqn.outvars, *more])
     return [new], [None if i is None else more[i] for i in where]
 
@@ -143,7 +139,7 @@ def _with_those_of_while(
     unread = [core.Var(v.aval) for v in sums_before]
     invars = [*_compat.open_jaxpr(cond).invars, *unread]
     more = [core.Var(v.aval) for v in sums_before]
-    new = with_sub_jaxprs(eqn, [body, _compat.with_parts(cond, invars=invars)])
+    new = with_jaxprs(eqn, [body, _compat.with_parts(cond, invars=invars)])
     new = new.replace(invars=[*eqn.invars, *inits], outvars=[*eqn.outvars, *more])
     return [*before, new], [None if i is None else more[i] for i in where]
 
@@ -167,7 +163,7 @@ def _with_those_of_branches(
                 outvars += outs
         branches.append(_compat.with_parts(jaxpr, eqns=eqns, outvars=outvars))
     more = [core.Var(v.aval) for those in results for v in those]
-    new = with_sub_jaxprs(eqn, branches).replace(outvars=[*eqn.outvars, *more])
+    new = with_jaxprs(eqn, branches).replace(outvars=[*eqn.outvars, *more])
     found, start = [], 0
     for those, (_, where) in zip(results, visited, strict=True):
         found += [None if i is None else more[start + i] for i in where]

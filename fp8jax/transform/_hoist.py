@@ -12,12 +12,7 @@ from jax.extend import core
 
 from fp8jax import _compat, ops
 from fp8jax.transform._dedupe import CALLS
-from fp8jax.transform._interpreter import (
-    moved_to,
-    splice,
-    sub_jaxprs,
-    with_sub_jaxprs,
-)
+from fp8jax.transform._interpreter import moved_to, splice
 from fp8jax.transform._make_calls import Calls
 from fp8jax.transform._stacks import Stacks, without_inputs, without_slices
 from fp8jax.transform._views import (
@@ -28,6 +23,7 @@ from fp8jax.transform._views import (
     without_unread,
 )
 from fp8jax.transform._weight_flags import Flags, add_results, flagged, inner_flags
+from fp8jax.transform.ir import jaxprs_of, with_jaxprs
 
 
 def hoist(jaxpr: Any, is_weight: Sequence[bool], calls: Calls) -> Any:
@@ -68,11 +64,11 @@ def hoist(jaxpr: Any, is_weight: Sequence[bool], calls: Calls) -> Any:
     def _with_visited(eqn: Any, weights: set[Any]) -> Any:
         if ops.mark_of(eqn) is not None:
             return eqn
-        subs = sub_jaxprs(eqn)
+        subs = jaxprs_of(eqn)
         visited = list(map(visit, subs, inner_flags(eqn, weights)))
         if all(a is b for a, b in zip(subs, visited, strict=True)):
             return eqn
-        return with_sub_jaxprs(eqn, visited)
+        return with_jaxprs(eqn, visited)
 
     return visit(jaxpr, tuple(is_weight))
 
@@ -102,7 +98,7 @@ def _with_outside(
 
 
 def _without_unread_operands(call: Any) -> Any:
-    body = _compat.open_jaxpr(sub_jaxprs(call)[0])
+    body = _compat.open_jaxpr(jaxprs_of(call)[0])
     read = read_in(body)
     stays = [i for i, v in enumerate(body.invars) if v in read]
     params = _compat.with_some_call_operands(call.params, stays)
@@ -133,7 +129,7 @@ def _before(
         with_more: of parameters and a number, those for so many more operands.
         calls: those in the program.
     """
-    body = _compat.open_jaxpr(sub_jaxprs(eqn)[0])
+    body = _compat.open_jaxpr(jaxprs_of(eqn)[0])
     inside, outside = end
     first = outside - inside  # A `while` has its condition's operands before.
     sources = {body.invars[i - first]: eqn.invars[i] for i in operands}
@@ -203,7 +199,7 @@ def _given(
     """An equation whose body reads `values` in the place of making them."""
     if not moved:
         return eqn
-    subs = sub_jaxprs(eqn)
+    subs = jaxprs_of(eqn)
     body = _compat.open_jaxpr(subs[0])
     gone = set(map(id, moved))
     stays = [old for old in body.eqns if id(old) not in gone]
@@ -215,4 +211,4 @@ def _given(
     operands = [*eqn.invars[:outside], *values.values(), *eqn.invars[outside:]]
     subs[0] = _compat.with_parts(subs[0], invars=invars, eqns=stays)
     params = with_more(eqn.params, len(values))
-    return with_sub_jaxprs(eqn.replace(params=params, invars=operands), subs)
+    return with_jaxprs(eqn.replace(params=params, invars=operands), subs)

@@ -10,9 +10,10 @@ from typing import Any
 from jax.extend import core
 
 from fp8jax import _compat, ops
-from fp8jax.transform._interpreter import splice, sub_jaxprs, with_sub_jaxprs
+from fp8jax.transform._interpreter import splice
 from fp8jax.transform._ragged_form import RAGGED
 from fp8jax.transform._values import HAND_WRITTEN_CALLS
+from fp8jax.transform.ir import jaxprs_of, with_jaxprs
 
 _PRODUCTS = ("dot_general", RAGGED)
 # Constructs whose jaxprs may change; all others stay as they came.
@@ -51,7 +52,7 @@ def inline_calls(jaxpr: Any, hand_written: bool = False) -> Any:
         if id(jaxpr) not in holds:
             holds[id(jaxpr)] = any(
                 eqn.primitive.name in _PRODUCTS
-                or (not _is_ours(eqn) and any(map(has_products, sub_jaxprs(eqn))))
+                or (not _is_ours(eqn) and any(map(has_products, jaxprs_of(eqn))))
                 for eqn in _compat.open_jaxpr(jaxpr).eqns
             )
         return holds[id(jaxpr)]
@@ -74,14 +75,14 @@ def inline_calls(jaxpr: Any, hand_written: bool = False) -> Any:
         for eqn in inner.eqns:
             eqn = eqn.replace(invars=[read(x) for x in eqn.invars]) if env else eqn
             name = eqn.primitive.name
-            subs = sub_jaxprs(eqn) if name in entered and not _is_ours(eqn) else []
+            subs = jaxprs_of(eqn) if name in entered and not _is_ours(eqn) else []
             if not any(map(has_products, subs)):
                 eqns.append(eqn)
                 continue
             subs = [visit(sub) for sub in subs]
             body = _compat.open_jaxpr(subs[0])
             if name not in written_out or not _is_plain(eqn, body):
-                eqns.append(with_sub_jaxprs(eqn, subs))
+                eqns.append(with_jaxprs(eqn, subs))
                 continue
             made, results = splice(body, eqn.invars, _named_after(eqn))
             eqns += made

@@ -6,7 +6,7 @@ policies stay valid, and no primitive's parameters need parsing.
 """
 
 import collections
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,32 +18,10 @@ from fp8jax.transform._phase_flow import PhasesByFlow
 from fp8jax.transform._phases import Passes
 from fp8jax.transform._readers import Readers
 from fp8jax.transform._values import Dot, HandWritten, Position, Scope, Value
+from fp8jax.transform.ir import jaxprs_of, with_jaxprs
 
 # Gives an equation's results from its operands, and tells `Flow` of the dots in it.
 FlowRule = Callable[["Flow", Any, Sequence[Value], Scope], Sequence[Value]]
-
-
-def sub_jaxprs(eqn: Any) -> list[Any]:
-    """The jaxprs among an equation's parameters, in the order that positions count."""
-    found = []
-    for _, value in sorted(eqn.params.items()):
-        values = value if isinstance(value, (tuple, list)) else (value,)
-        found += [v for v in values if _compat.is_jaxpr(v)]
-    return found
-
-
-def with_sub_jaxprs(eqn: Any, jaxprs: Iterable[Any]) -> Any:
-    """An equation with other jaxprs in the places of its own."""
-    left = iter(jaxprs)
-    params = dict(eqn.params)
-    for name, value in sorted(eqn.params.items()):
-        if _compat.is_jaxpr(value):
-            params[name] = next(left)
-        elif type(value) in (tuple, list) and any(map(_compat.is_jaxpr, value)):
-            params[name] = type(value)(
-                next(left) if _compat.is_jaxpr(v) else v for v in value
-            )
-    return eqn.replace(params=params)
 
 
 def rewrite(
@@ -97,8 +75,8 @@ def rewrite(
         by_sub = collections.defaultdict(list)
         for position, what in entries:
             by_sub[position[0]].append((position[1:], what))
-        subs = enumerate(sub_jaxprs(eqn))
-        return [with_sub_jaxprs(eqn, [visit(s, tuple(by_sub[i])) for i, s in subs])]
+        subs = enumerate(jaxprs_of(eqn))
+        return [with_jaxprs(eqn, [visit(s, tuple(by_sub[i])) for i, s in subs])]
 
     return visit(jaxpr, tuple(sorted(plan.items(), key=lambda item: item[0])))
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from fp8jax import _compat
-from fp8jax.transform._interpreter import Flow, sub_jaxprs
+from fp8jax.transform._interpreter import Flow
 from fp8jax.transform._phases import OUTSIDE, Pass, Passes
 from fp8jax.transform._values import Scope, Value, joined
+from fp8jax.transform.ir import jaxprs_of
 
 
 def scan_rule(
@@ -46,7 +47,7 @@ def while_rule(
     cond_consts = list(operands[:n_cond])
     consts = list(operands[n_cond : n_cond + n_body])
     init = list(operands[n_cond + n_body :])
-    jaxprs = sub_jaxprs(eqn)  # The body comes first in the alphabet.
+    jaxprs = jaxprs_of(eqn)  # The body comes first in the alphabet.
     body_jaxpr, cond_jaxpr = jaxprs
 
     def body(carry: list[Value]) -> list[Value]:
@@ -78,7 +79,7 @@ def _holds_backward_pass(jaxpr: Any) -> bool:
             here = passes.at(outer, eqn)
             if here.phase == "backward":
                 return True
-            if any(holds(sub, here) for sub in sub_jaxprs(eqn)):
+            if any(holds(sub, here) for sub in jaxprs_of(eqn)):
                 return True
         return False
 

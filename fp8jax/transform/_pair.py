@@ -9,11 +9,11 @@ from jax.extend import core
 
 from fp8jax import _compat, ops
 from fp8jax.transform._calls import Quantize, QuantizeBoth
-from fp8jax.transform._interpreter import sub_jaxprs, with_sub_jaxprs
 from fp8jax.transform._make_calls import Calls
 from fp8jax.transform._phases import OUTSIDE, Pass, Passes, Phase
 from fp8jax.transform._views import Views, name_of, views_in, without_unread
 from fp8jax.transform._weight_flags import Flags, add_results, flagged, inner_flags
+from fp8jax.transform.ir import jaxprs_of, with_jaxprs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,12 +93,12 @@ def pair(jaxpr: Any, is_weight: Sequence[bool], calls: Calls) -> Any:
     def _with_visited(eqn: Any, weights: set[Any], here: Pass) -> Any:
         if ops.mark_of(eqn) is not None:
             return eqn
-        subs = sub_jaxprs(eqn)
+        subs = jaxprs_of(eqn)
         flags = inner_flags(eqn, weights)
         visited = [visit(*both, here) for both in zip(subs, flags, strict=True)]
         if all(a is b for a, b in zip(subs, visited, strict=True)):
             return eqn
-        return with_sub_jaxprs(eqn, visited)
+        return with_jaxprs(eqn, visited)
 
     return visit(jaxpr, tuple(is_weight), OUTSIDE)
 

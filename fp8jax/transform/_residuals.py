@@ -7,9 +7,9 @@ from typing import Any
 from jax.extend import core
 
 from fp8jax import _compat, ops
-from fp8jax.transform._interpreter import sub_jaxprs
 from fp8jax.transform._phases import OUTSIDE, Pass, Passes
 from fp8jax.transform._weight_flags import add_results, flagged, inner_flags
+from fp8jax.transform.ir import jaxprs_of
 
 # Another name for the same bytes.
 _VIEWS = ("name", "reshape", "squeeze", "transpose")
@@ -50,7 +50,7 @@ def _bytes(jaxpr: Any, is_weight: tuple[bool, ...], outer: Pass, passes: Passes)
             kept.update(x for x in sources if x in made and x not in weights)
         if ops.mark_of(eqn) is not None:
             continue
-        for sub, flags in zip(sub_jaxprs(eqn), inner_flags(eqn, weights), strict=True):
+        for sub, flags in zip(jaxprs_of(eqn), inner_flags(eqn, weights), strict=True):
             within = max(within, _bytes(sub, flags, here, passes))
     return sum(math.prod(v.aval.shape) * _itemsize(v) for v in kept) + within
 

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from fp8jax import _compat, numerics, ops
-from fp8jax.transform._interpreter import Flow, FlowRule, sub_jaxprs
+from fp8jax.transform._interpreter import Flow, FlowRule
 from fp8jax.transform._loop_rules import scan_rule, while_rule
 from fp8jax.transform._ragged_form import of_marked, ragged_of
 from fp8jax.transform._values import (
@@ -21,6 +21,7 @@ from fp8jax.transform._values import (
     Value,
     joined,
 )
+from fp8jax.transform.ir import jaxprs_of
 
 OURS = "inside a function of fp8jax"
 HAND_WRITTEN = (
@@ -89,7 +90,7 @@ def opaque(
     number = flow.number("unknown", scope.position)
     unknown = dataclasses.replace(joined(operands), number=number, root=number)
     reason = f"inside {eqn.primitive.name}: not handled, left as it is"
-    for i, jaxpr in enumerate(sub_jaxprs(eqn)):
+    for i, jaxpr in enumerate(jaxprs_of(eqn)):
         inputs = [unknown] * len(_compat.open_jaxpr(jaxpr).invars)
         flow.walk(jaxpr, inputs, scope.inside(i, blocked=reason))
     return elementwise(flow, eqn, operands, scope)
@@ -167,7 +168,7 @@ def _call(
 ) -> Sequence[Value]:
     if ops.mark_of(eqn) is not None:
         return _marked(flow, eqn, operands, scope)
-    jaxprs = sub_jaxprs(eqn)
+    jaxprs = jaxprs_of(eqn)
     if len(jaxprs) != 1:
         return opaque(flow, eqn, operands, scope)
     invars = _compat.open_jaxpr(jaxprs[0]).invars
@@ -195,7 +196,7 @@ def _marked(
         known = {"primitive": MARKED, "blocked": blocked, "ragged": ragged}
         _record(flow, eqn, operands, scope, pair=fp8, **known)
         return _product(flow, eqn, operands, scope)
-    jaxprs = sub_jaxprs(eqn)
+    jaxprs = jaxprs_of(eqn)
     if len(jaxprs) != 1 or len(eqn.invars) == 1:
         return elementwise(flow, eqn, operands, scope)
     return flow.walk(jaxprs[0], operands, scope.inside(blocked=OURS))
@@ -214,7 +215,7 @@ def _cond(flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope) -> list
     index, inputs = operands[0], operands[1:]
     branches = [
         flow.walk(jaxpr, inputs, scope.inside(i), scope.read)
-        for i, jaxpr in enumerate(sub_jaxprs(eqn))
+        for i, jaxpr in enumerate(jaxprs_of(eqn))
     ]
     return [_chosen(flow, index, values) for values in zip(*branches, strict=True)]
 

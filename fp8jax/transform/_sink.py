@@ -10,8 +10,9 @@ from jax.extend import core
 
 from fp8jax import _compat
 from fp8jax.transform._inline import written_out
-from fp8jax.transform._interpreter import moved_to, splice, with_sub_jaxprs
+from fp8jax.transform._interpreter import moved_to, splice
 from fp8jax.transform._stored import VIEWS, Dequantize, bodies, kind_of
+from fp8jax.transform.ir import with_jaxprs
 
 
 def sink(jaxpr: Any) -> Any:
@@ -41,7 +42,7 @@ def sink(jaxpr: Any) -> Any:
             made[new[-1].outvars[0]] = new[-1]
         subs = [(sub, sink(sub)) for sub, _ in bodies(new[-1])]
         if any(a is not b for a, b in subs):
-            new = [with_sub_jaxprs(new[-1], [sub for _, sub in subs])]
+            new = [with_jaxprs(new[-1], [sub for _, sub in subs])]
         changed |= new[-1] is not old
         eqns += new
     if not changed:
@@ -62,7 +63,7 @@ def without_unread(jaxpr: Any) -> Any:
             continue
         subs = [(sub, without_unread(sub)) for sub, _ in bodies(eqn)]
         if any(a is not b for a, b in subs):
-            eqn = with_sub_jaxprs(eqn, [sub for _, sub in subs])
+            eqn = with_jaxprs(eqn, [sub for _, sub in subs])
         read |= {x for x in eqn.invars if isinstance(x, core.Var)}
         eqns.insert(0, eqn)
     is_same = list(map(id, eqns)) == list(map(id, inner.eqns))
@@ -140,7 +141,7 @@ def _with_codes(eqn: Any, made: dict[Any, Any]) -> Any:
             first.append(call.eqns[0].replace(outvars=[v]))
         subs.append(_compat.with_parts(sub, invars=inputs, eqns=[*first, *inner.eqns]))
     eqn = eqn.replace(params=_with_more(eqn, taken), invars=invars)
-    return with_sub_jaxprs(eqn, subs)
+    return with_jaxprs(eqn, subs)
 
 
 def _traced(eqn: Any, is_sliced: bool) -> Any:

@@ -8,13 +8,9 @@ import jax
 from jax.extend import core
 
 from fp8jax import _compat
-from fp8jax.transform._interpreter import (
-    moved_to,
-    splice,
-    sub_jaxprs,
-    with_sub_jaxprs,
-)
+from fp8jax.transform._interpreter import moved_to, splice
 from fp8jax.transform._views import chain_of, read_by, read_in, views_in, without_unread
+from fp8jax.transform.ir import jaxprs_of, with_jaxprs
 
 
 class Stacks:
@@ -108,11 +104,11 @@ def without_slices(scan: Any, slices: Collection[Any]) -> Any:
 
 def without_inputs(eqn: Any, unread: Collection[Any]) -> Any:
     """An equation without some inputs of its one jaxpr, and their operands."""
-    (jaxpr,) = sub_jaxprs(eqn)
+    (jaxpr,) = jaxprs_of(eqn)
     invars = _compat.open_jaxpr(jaxpr).invars
     stays = [i for i, v in enumerate(invars) if v not in unread]
     if len(stays) == len(invars):
         return eqn
     jaxpr = _compat.with_parts(jaxpr, invars=[invars[i] for i in stays])
     eqn = eqn.replace(invars=[eqn.invars[i] for i in stays])
-    return with_sub_jaxprs(eqn, [jaxpr])
+    return with_jaxprs(eqn, [jaxpr])

@@ -16,8 +16,8 @@ from jax.extend import core
 from fp8jax import _compat, ops
 from fp8jax.quant import QTensor, QuantSpec
 from fp8jax.recipes import Recipe
-from fp8jax.transform._interpreter import sub_jaxprs
 from fp8jax.transform._values import SIDES, Position, Side, other_side
+from fp8jax.transform.ir import jaxprs_of
 
 CONTRACTION_TILE = 128  # Of the products of codes.
 # What looks at a stored weight, and may be read off its codes.
@@ -188,7 +188,7 @@ Bodies = Iterator[tuple[Any, Sequence[int]]]
 
 def bodies(eqn: Any) -> Bodies:
     """The jaxprs that a construct runs, each with the operands of its inputs."""
-    name, subs = eqn.primitive.name, sub_jaxprs(eqn)
+    name, subs = eqn.primitive.name, jaxprs_of(eqn)
     every = range(len(eqn.invars))
     if name == "scan" or (name in _REMATS and len(subs) == 1):
         yield subs[0], every

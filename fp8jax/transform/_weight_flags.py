@@ -6,7 +6,7 @@ from typing import Any
 from jax.extend import core
 
 from fp8jax import _compat
-from fp8jax.transform._interpreter import sub_jaxprs
+from fp8jax.transform.ir import jaxprs_of
 
 Flags = tuple[bool, ...]  # For each input of a jaxpr.
 
@@ -27,7 +27,7 @@ def add_results(eqn: Any, weights: set[Any]) -> None:
 def inner_flags(eqn: Any, weights: set[Any]) -> list[Flags]:
     """Of the inputs of each of an equation's jaxprs; a carry has its first value's."""
     flags = tuple(not isinstance(x, core.Var) or x in weights for x in eqn.invars)
-    subs = sub_jaxprs(eqn)
+    subs = jaxprs_of(eqn)
     if eqn.primitive.name == "cond":
         return [flags[1:]] * len(subs)
     if eqn.primitive.name == "while":

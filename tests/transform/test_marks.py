@@ -10,7 +10,7 @@ import pytest
 import fp8jax
 from fp8jax import _compat, ops
 from fp8jax.transform import fp8_transform
-from fp8jax.transform._interpreter import sub_jaxprs
+from fp8jax.transform.ir import jaxprs_of
 
 D = 128
 W = jax.random.normal(jax.random.key(0), (D, D)) * 0.1
@@ -23,7 +23,7 @@ def marks(jaxpr):
     for eqn in _compat.open_jaxpr(jaxpr).eqns:
         mark = ops.mark_of(eqn)
         found += [] if mark is None else [mark]
-        for sub in sub_jaxprs(eqn):
+        for sub in jaxprs_of(eqn):
             found += marks(sub)
     return found
 

@@ -9,7 +9,7 @@ import pytest
 
 from fp8jax import _compat, ops, recipes
 from fp8jax.transform import fp8_transform
-from fp8jax.transform._interpreter import sub_jaxprs
+from fp8jax.transform.ir import jaxprs_of
 
 D, HIDDEN = 128, 256
 
@@ -49,7 +49,7 @@ def marked_calls(fn, *args):
             if name.startswith(ops.MARK):
                 calls[name.removeprefix(ops.MARK)] += 1
             else:
-                for sub in sub_jaxprs(eqn):
+                for sub in jaxprs_of(eqn):
                     visit(sub)
 
     visit(fn.trace(*args).jaxpr)
@@ -144,7 +144,7 @@ def names_in(jaxpr, inside=False):
         if name.startswith(ops.MARK):
             yield name.removeprefix(ops.MARK), inside
         else:
-            for sub in sub_jaxprs(eqn):
+            for sub in jaxprs_of(eqn):
                 yield from names_in(sub, inside or eqn.primitive.name == "scan")
 
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from fp8jax import _compat, recipes
 from fp8jax.testing import quantize_numpy
 from fp8jax.transform import fp8_transform, plot_statistics
-from fp8jax.transform._interpreter import sub_jaxprs
+from fp8jax.transform.ir import jaxprs_of
 
 D, HIDDEN = 128, 256
 RECIPE = recipes.deepseek_v3()
@@ -88,7 +88,7 @@ def test_no_callback_computes_them():
     def visit(jaxpr):
         for eqn in _compat.open_jaxpr(jaxpr).eqns:
             names.add(eqn.primitive.name)
-            for sub in sub_jaxprs(eqn):
+            for sub in jaxprs_of(eqn):
                 visit(sub)
 
     visit(fp8_transform(STEP, stats=True).trace(PARAMS, X).jaxpr)

@@ -11,8 +11,8 @@ from jax import lax
 from fp8jax import _compat, ops
 from fp8jax.recipes import blocked_wgrad, deepseek_v3
 from fp8jax.transform import fp8_transform
-from fp8jax.transform._interpreter import sub_jaxprs
 from fp8jax.transform._transposed import read_transposed
+from fp8jax.transform.ir import jaxprs_of
 
 MATRICES = (((1,), (0,)), ((), ()))
 
@@ -112,7 +112,7 @@ def _partitioned_shapes(jaxpr):
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "custom_partitioning":
             yield eqn.outvars[0].aval.shape
-        for sub in sub_jaxprs(eqn):
+        for sub in jaxprs_of(eqn):
             yield from _partitioned_shapes(_compat.open_jaxpr(sub))
 
 

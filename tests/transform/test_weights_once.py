@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import fp8jax
 from fp8jax import _compat, ops, recipes
 from fp8jax.transform import fp8_transform
-from fp8jax.transform._interpreter import sub_jaxprs
+from fp8jax.transform.ir import jaxprs_of
 
 D, HIDDEN, LAYERS = 128, 256, 2
 WEIGHTS = 2
@@ -81,7 +81,7 @@ def quantizations(fn, *args):
                 shape = eqn.invars[0].aval.shape
                 found[name.removeprefix(ops.MARK), shape, depth] += 1
             elif not name.startswith(ops.MARK):
-                for sub in sub_jaxprs(eqn):
+                for sub in jaxprs_of(eqn):
                     visit(sub, depth + (eqn.primitive.name in ("scan", "while")))
 
     visit(fn.trace(*args).jaxpr, 0)
@@ -129,7 +129,7 @@ def scans(jaxpr):
             continue
         if eqn.primitive.name == "scan":
             yield eqn
-        for sub in sub_jaxprs(eqn):
+        for sub in jaxprs_of(eqn):
             yield from scans(sub)
 
 
