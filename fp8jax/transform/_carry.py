@@ -12,12 +12,12 @@ from jax.extend import core
 from fp8jax import _compat, ops
 from fp8jax.transform._calls import EARLY
 from fp8jax.transform._interpreter import moved_to, splice
-from fp8jax.transform._stacks import without_slices
-from fp8jax.transform._views import chain_of, views_in, without_unread
+from fp8jax.transform._program import Program
+from fp8jax.transform._views import chain_of, views_in
 from fp8jax.transform.ir import jaxprs_of, with_jaxprs
 
 
-def carry_codes(jaxpr: Any) -> Any:
+def carry_codes(program: Program) -> Program:
     """The same program, with `EARLY` calls in forward scans, where that is possible."""
     done: dict[int, Any] = {}
 
@@ -50,7 +50,7 @@ def carry_codes(jaxpr: Any) -> Any:
             return eqn
         return with_jaxprs(eqn, visited)
 
-    return visit(jaxpr)
+    return program.of(visit(program.jaxpr))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +111,8 @@ def _carried(forward: Any, backward: Any, early: _Early) -> tuple[Any, Any]:
     inner = _compat.open_jaxpr(backward.params["jaxpr"])
     stays = [eqn for eqn in inner.eqns if eqn is not call]
     invars, operands = [*inner.invars, *call.outvars], [*backward.invars, *stacked]
-    stays = without_unread(stays, inner.outvars)
     params = _compat.with_scan_slices(backward.params, len(stacked))
     params["jaxpr"] = _compat.with_parts(
         backward.params["jaxpr"], eqns=stays, invars=invars
     )
-    new_backward = backward.replace(params=params, invars=operands)
-    return new_forward, without_slices(new_backward, [early.slice])
+    return new_forward, backward.replace(params=params, invars=operands)

@@ -8,18 +8,16 @@ rewritten rule: all that the user's rule does to a gradient, it still does.
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from fp8jax import _compat
-from fp8jax.transform._harvest import harvest
-from fp8jax.transform._inline import inline_calls
-from fp8jax.transform._interpreter import Flow, rewrite
-from fp8jax.transform._pair import pair
+from fp8jax.transform._interpreter import Flow
 from fp8jax.transform._phases import JVP, TRANSPOSE, Pass, Phase
+from fp8jax.transform._pipeline import lowered, prepared
 from fp8jax.transform._plan import Plan
 from fp8jax.transform._policy import Policy
-from fp8jax.transform._replace import Replacer
+from fp8jax.transform._program import Program
 from fp8jax.transform._report import Row
 from fp8jax.transform._roles import Role
 from fp8jax.transform._rule_call import RuleCall
@@ -86,7 +84,7 @@ def with_custom_rules(plan: Plan, flow: Flow, policy: Policy, decide: Decide) ->
             continue
         inside = [p for p in rows if p[: len(position)] == position]
         if id(site.eqn) not in traced:
-            traced[id(site.eqn)] = _traced(site.eqn)
+            traced[id(site.eqn)] = _traced(site.eqn, policy.without)
         call = traced[id(site.eqn)]
         if isinstance(call, str):
             for p in inside:
@@ -107,7 +105,9 @@ def with_custom_rules(plan: Plan, flow: Flow, policy: Policy, decide: Decide) ->
             ordered = tuple(sorted(part.replacements.items(), key=_position))
             key = id(site.eqn), ordered, tuple(sorted(names.items()))
             if key not in rewritten:
-                rewritten[key] = _rewritten(call, part.replacements, names)
+                rewritten[key] = _rewritten(
+                    call, part.replacements, names, policy.without
+                )
             replacements[position] = rewritten[key]
             measured[position] = rewritten[key].measured
     report = dataclasses.replace(
@@ -132,7 +132,7 @@ def _measured(
     return {p: ((row.path, row.role),) for p, row in pairs if row.tiles}
 
 
-def _traced(eqn: Any) -> RuleCall | str:
+def _traced(eqn: Any, without: Collection[str]) -> RuleCall | str:
     """The function with its rule, or why it stays as it is."""
     if eqn.params["symbolic_zeros"]:
         return f"{LEFT}its rule asks what is differentiated (symbolic_zeros)"
@@ -148,10 +148,8 @@ def _traced(eqn: Any) -> RuleCall | str:
     except Exception as error:
         text = str(error).partition("\n")[0]
         return f"{LEFT}its rule cannot be traced: {type(error).__name__}: {text}"
-    # Nothing in a rule is differentiated once more.
-    parts = {
-        name: inline_calls(getattr(call, name), hand_written=True) for name in _PARTS
-    }
+    programs = {name: Program(getattr(call, name), is_rule=True) for name in _PARTS}
+    parts = {name: prepared(part, without).jaxpr for name, part in programs.items()}
     return dataclasses.replace(call, **parts)
 
 
@@ -195,20 +193,26 @@ def _rewritten(
     call: RuleCall,
     replacements: Mapping[Position, Any],
     names: Mapping[Position, tuple[tuple[str, Role], ...]],
+    without: Collection[str],
 ) -> RuleCall:
     """The call with replacements, measured where `names` tells of any products."""
     parts, moments = {}, {}
     for i, part in enumerate(_PARTS):
         measured = [x for p in sorted(names) if p[0] == i for x in names[p]]
-        # As of any forward function, what is measured is fprop alone.
-        replacer = Replacer(bool(measured) and part != "backward")
         own = {p[1:]: what for p, what in replacements.items() if p[0] == i}
-        jaxpr = rewrite(getattr(call, part), own, replacer)
-        nothing = [False] * len(_compat.open_jaxpr(jaxpr).invars)
-        parts[part] = pair(jaxpr, nothing, replacer.calls)
+        jaxpr = getattr(call, part)
+        program = Program(
+            jaxpr,
+            is_weight=(False,) * len(_compat.open_jaxpr(jaxpr).invars),
+            replacements=own,
+            # As of any forward function, what is measured is fprop alone.
+            measures=bool(measured) and part != "backward",
+            is_rule=True,
+        )
+        made = lowered(program, without)
+        parts[part] = made.jaxpr
         if part != "backward":
-            parts[part], where = harvest(parts[part])
-            moments[part] = tuple(zip(measured, where, strict=True))
+            moments[part] = tuple(zip(measured, made.collected, strict=True))
     return dataclasses.replace(call, **parts, moments=moments)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from jax.extend import core
 
 from fp8jax import _compat, ops
+from fp8jax.transform._program import Program
 from fp8jax.transform._stacks import without_inputs
 from fp8jax.transform.ir import jaxprs_of, with_jaxprs
 
@@ -16,7 +17,7 @@ from fp8jax.transform.ir import jaxprs_of, with_jaxprs
 CALLS = ("checkpoint", "closed_call", "eval_jaxpr", "remat", "remat2")
 
 
-def dedupe(jaxpr: Any) -> Any:
+def dedupe(program: Program) -> Program:
     """The same program, no scan or call in it with the same codes twice."""
     done: dict[tuple[int, tuple[bool, ...]], Any] = {}
 
@@ -54,7 +55,9 @@ def dedupe(jaxpr: Any) -> Any:
             return eqn
         return with_jaxprs(eqn, visited)
 
-    return visit(jaxpr, (False,) * len(_compat.open_jaxpr(jaxpr).invars))
+    jaxpr = program.jaxpr
+    nothing = (False,) * len(_compat.open_jaxpr(jaxpr).invars)
+    return program.of(visit(jaxpr, nothing))
 
 
 def _without_second(eqn: Any, codes: set[Any]) -> Any:

@@ -17,6 +17,7 @@ from fp8jax.transform._arguments import CallKey, Static
 from fp8jax.transform._custom_rules import check_custom_rules
 from fp8jax.transform._leaves import Weights, check_weights, weights_after
 from fp8jax.transform._outer_jit import OuterJit, outer_jit
+from fp8jax.transform._pipeline import check_without
 from fp8jax.transform._policy import Policy
 from fp8jax.transform._report import Report
 from fp8jax.transform._step import Call, Step
@@ -40,6 +41,7 @@ def fp8_transform(
     stats: bool = False,
     weight_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     custom_rules: Sequence[str] = (),
+    without: Collection[str] = (),
 ) -> "Fp8Function": ...
 
 
@@ -64,6 +66,7 @@ def fp8_transform(  # pyright: ignore[reportInconsistentOverload]
     stats: bool = False,
     weight_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     custom_rules: Sequence[str] = (),
+    without: Collection[str] = (),
 ) -> Any:
     """`fn`, jitted, with its layers' matrix products in FP8.
 
@@ -114,6 +117,9 @@ def fp8_transform(  # pyright: ignore[reportInconsistentOverload]
         custom_rules: patterns of names of functions with a `jax.custom_vjp` or
             `jax.custom_jvp`, for a forward function: those that match as a whole are
             rewritten with their gradient rules. In a whole step all are, without it.
+        without: names of passes over the program that do not run, to find out which one
+            is to blame for what one sees: `"hoist"` say. `docs/transform.md` lists them
+            and tells which ones change no number.
 
     Returns:
         A callable with `fn`'s signature. It is a jitted function: traced once for each
@@ -149,6 +155,7 @@ def fp8_transform(  # pyright: ignore[reportInconsistentOverload]
         stats,
         _checked_dtype(weight_dtype),
         custom_rules,
+        check_without(without),
     )
     outer = outer_jit(fn).with_options(
         static_argnums, static_argnames, donate_argnums, donate_argnames

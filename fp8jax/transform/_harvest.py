@@ -5,6 +5,7 @@ that is not taken gives zeros, and the body of a `shard_map` adds them up over i
 devices. What decides whether such a loop goes on keeps its own.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from fp8jax import _compat, ops
 from fp8jax.quant import MOMENTS, sum_moments
 from fp8jax.transform._calls import STATISTICS
 from fp8jax.transform._interpreter import moved_to, splice
+from fp8jax.transform._program import Program
 from fp8jax.transform._values import HAND_WRITTEN_CALLS
 from fp8jax.transform.ir import jaxprs_of, with_jaxprs
 
@@ -34,13 +36,10 @@ _CALLS = (
 )
 
 
-def harvest(jaxpr: Any) -> tuple[Any, list[int | None]]:
-    """The program with the results of all `STATISTICS` calls after its own.
-
-    Returns:
-        The jaxpr, and for each call, in program order, which of its additional results
-        it is; None for those in constructs that keep theirs.
-    """
+def harvest(program: Program) -> Program:
+    """The program with the results of all `STATISTICS` calls after its own."""
+    if not program.measures:
+        return program
     done: dict[int, tuple[Any, list[int | None]]] = {}
 
     def visit(jaxpr: Any) -> tuple[Any, list[int | None]]:
@@ -93,7 +92,8 @@ def harvest(jaxpr: Any) -> tuple[Any, list[int | None]]:
                 return new, [*found, *[None] * len(in_cond)]
         return [eqn], [None] * count
 
-    return visit(jaxpr)
+    jaxpr, where = visit(program.jaxpr)
+    return dataclasses.replace(program, jaxpr=jaxpr, collected=tuple(where))
 
 
 def _with_those_of(

@@ -14,29 +14,20 @@ from fp8jax import _compat, ops
 from fp8jax.transform._dedupe import CALLS
 from fp8jax.transform._interpreter import moved_to, splice
 from fp8jax.transform._make_calls import Calls
-from fp8jax.transform._stacks import Stacks, without_inputs, without_slices
-from fp8jax.transform._views import (
-    chain_of,
-    read_by,
-    read_in,
-    views_in,
-    without_unread,
-)
+from fp8jax.transform._program import Program
+from fp8jax.transform._stacks import Stacks
+from fp8jax.transform._views import chain_of, views_in
 from fp8jax.transform._weight_flags import Flags, add_results, flagged, inner_flags
 from fp8jax.transform.ir import jaxprs_of, with_jaxprs
 
 
-def hoist(jaxpr: Any, is_weight: Sequence[bool], calls: Calls) -> Any:
+def hoist(program: Program) -> Program:
     """The same program, with quantizations where they run once.
 
     What a loop does not change leaves it. Slices of stacked arrays do only if those are
     weights: the codes of all of an activation's would be one more thing to keep.
-
-    Args:
-        jaxpr: the program.
-        is_weight: for each input, whether it is a parameter.
-        calls: those in the program.
     """
+    calls = program.calls
     done: dict[tuple[int, Flags], Any] = {}
 
     def visit(jaxpr: Any, flags: Flags) -> Any:
@@ -58,8 +49,7 @@ def hoist(jaxpr: Any, is_weight: Sequence[bool], calls: Calls) -> Any:
             eqns += made
         if list(map(id, old)) == list(map(id, eqns)):
             return jaxpr
-        results = _compat.open_jaxpr(jaxpr).outvars
-        return _compat.with_parts(jaxpr, eqns=stacks.without_unread(eqns, results))
+        return _compat.with_parts(jaxpr, eqns=eqns)
 
     def _with_visited(eqn: Any, weights: set[Any]) -> Any:
         if ops.mark_of(eqn) is not None:
@@ -70,7 +60,7 @@ def hoist(jaxpr: Any, is_weight: Sequence[bool], calls: Calls) -> Any:
             return eqn
         return with_jaxprs(eqn, visited)
 
-    return visit(jaxpr, tuple(is_weight))
+    return program.of(visit(program.jaxpr, program.is_weight))
 
 
 def _with_outside(
@@ -93,16 +83,8 @@ def _with_outside(
         known = [i for i, x in enumerate(eqn.invars) if _is_in(x, weights)]
         end = len(eqn.invars), len(eqn.invars)
         made, eqn = _before(eqn, known, end, _compat.with_call_operands, calls)
-        return [*made, _without_unread_operands(eqn) if made else eqn]
+        return [*made, eqn]
     return [eqn]
-
-
-def _without_unread_operands(call: Any) -> Any:
-    body = _compat.open_jaxpr(jaxprs_of(call)[0])
-    read = read_in(body)
-    stays = [i for i, v in enumerate(body.invars) if v in read]
-    params = _compat.with_some_call_operands(call.params, stays)
-    return without_inputs(call.replace(params=params), set(body.invars) - read)
 
 
 def _is_in(x: Any, variables: set[Any]) -> bool:
@@ -185,8 +167,7 @@ def _slices_before(
         made += [*new, *(code.replace(**moved_to(scan)(code)) for code in codes)]
         moved.append(old)
     end = len(body.invars), len(scan.invars)
-    given = _given(scan, values, moved, end, _compat.with_scan_slices)
-    return made, without_slices(given, sources) if moved else scan
+    return made, _given(scan, values, moved, end, _compat.with_scan_slices)
 
 
 def _given(
@@ -203,9 +184,6 @@ def _given(
     body = _compat.open_jaxpr(subs[0])
     gone = set(map(id, moved))
     stays = [old for old in body.eqns if id(old) not in gone]
-    stays = without_unread(stays, body.outvars)
-    read = read_by(stays, body.outvars)
-    values = {v: x for v, x in values.items() if v in read}
     inside, outside = end
     invars = [*body.invars[:inside], *values, *body.invars[inside:]]
     operands = [*eqn.invars[:outside], *values.values(), *eqn.invars[outside:]]

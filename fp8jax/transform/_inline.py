@@ -11,6 +11,7 @@ from jax.extend import core
 
 from fp8jax import _compat, ops
 from fp8jax.transform._interpreter import splice
+from fp8jax.transform._program import Program
 from fp8jax.transform._ragged_form import RAGGED
 from fp8jax.transform._values import HAND_WRITTEN_CALLS
 from fp8jax.transform.ir import jaxprs_of, with_jaxprs
@@ -32,18 +33,16 @@ _ENTERED = (
 )
 
 
-def inline_calls(jaxpr: Any, hand_written: bool = False) -> Any:
+def inline_calls(program: Program) -> Program:
     """The same program, without calls of plain jitted functions with products.
 
     Names of the equations within get those of the call before them. A function with
     shardings, donation or compiler options of its own stays a call, and so do ours.
 
-    Args:
-        jaxpr: the program.
-        hand_written: whether calls with a gradient rule of their own are written out,
-            too: for a program that is never differentiated.
+    In a program that is never differentiated calls with a gradient rule of their own
+    are written out, too.
     """
-    written_out = ("jit", "pjit", *(HAND_WRITTEN_CALLS if hand_written else ()))
+    written_out = ("jit", "pjit", *(HAND_WRITTEN_CALLS if program.is_rule else ()))
     entered = {*_ENTERED, *written_out}
     done: dict[int, Any] = {}
     holds: dict[int, bool] = {}
@@ -90,7 +89,7 @@ def inline_calls(jaxpr: Any, hand_written: bool = False) -> Any:
         outvars = [read(x) for x in inner.outvars]
         return _compat.with_parts(jaxpr, eqns=eqns, outvars=outvars)
 
-    return visit(jaxpr)
+    return program.of(visit(program.jaxpr))
 
 
 def written_out(eqn: Any) -> tuple[list[Any], list[Any]] | None:

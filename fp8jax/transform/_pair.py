@@ -11,7 +11,8 @@ from fp8jax import _compat, ops
 from fp8jax.transform._calls import Quantize, QuantizeBoth
 from fp8jax.transform._make_calls import Calls
 from fp8jax.transform._phases import OUTSIDE, Pass, Passes, Phase
-from fp8jax.transform._views import Views, name_of, views_in, without_unread
+from fp8jax.transform._program import Program
+from fp8jax.transform._views import Views, name_of, views_in
 from fp8jax.transform._weight_flags import Flags, add_results, flagged, inner_flags
 from fp8jax.transform.ir import jaxprs_of, with_jaxprs
 
@@ -40,14 +41,9 @@ class _Made:
         return same_pass or self.is_weight or later.is_early or same_codes
 
 
-def pair(jaxpr: Any, is_weight: Sequence[bool], calls: Calls) -> Any:
-    """The same program, with equal quantizations merged and others paired.
-
-    Args:
-        jaxpr: the program.
-        is_weight: for each input, whether it is a parameter.
-        calls: those in the program.
-    """
+def pair(program: Program) -> Program:
+    """The same program, with equal quantizations merged and others paired."""
+    calls = program.calls
     done: dict[tuple[int, Flags, Phase], Any] = {}
     passes = Passes()
 
@@ -87,7 +83,6 @@ def pair(jaxpr: Any, is_weight: Sequence[bool], calls: Calls) -> Any:
         if env:
             eqns = [eqn.replace(invars=[read(x) for x in eqn.invars]) for eqn in eqns]
         outvars = [read(x) for x in inner.outvars]
-        eqns = without_unread(eqns, outvars) if new else eqns
         return _compat.with_parts(jaxpr, eqns=eqns, outvars=outvars)
 
     def _with_visited(eqn: Any, weights: set[Any], here: Pass) -> Any:
@@ -100,7 +95,7 @@ def pair(jaxpr: Any, is_weight: Sequence[bool], calls: Calls) -> Any:
             return eqn
         return with_jaxprs(eqn, visited)
 
-    return visit(jaxpr, tuple(is_weight), OUTSIDE)
+    return program.of(visit(program.jaxpr, program.is_weight, OUTSIDE))
 
 
 def _made(eqn: Any, way: Quantize, weights: set[Any], phase: Phase) -> _Made:

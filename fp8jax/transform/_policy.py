@@ -32,6 +32,7 @@ class Policy:
         found: default rules about this program, by what its products are for.
         custom_rules: patterns of names of functions with a gradient rule of their own
             that are rewritten, rule and all.
+        without: names of passes that do not run.
     """
 
     recipe: Recipe
@@ -41,6 +42,7 @@ class Policy:
     stats: bool = False
     weight_dtype: jax.typing.DTypeLike = jnp.bfloat16
     custom_rules: tuple[str, ...] = ()
+    without: frozenset[str] = frozenset()
     found: tuple[Rule, ...] = ()
 
     def rule_for(self, path: str, role: GemmName, k: int, n: int) -> Rule | None:

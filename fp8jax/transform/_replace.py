@@ -7,7 +7,7 @@ function it becomes one call of `ops.dot_general`, which brings its gradients al
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from fp8jax.transform._calls import (
     Quantize,
     Statistics,
 )
+from fp8jax.transform._interpreter import rewrite
 from fp8jax.transform._make_calls import Calls
 from fp8jax.transform._plan import (
     LayerDot,
@@ -31,6 +32,7 @@ from fp8jax.transform._plan import (
     Replacement,
     specs_of,
 )
+from fp8jax.transform._program import Program
 from fp8jax.transform._ragged import is_ragged, ragged_call
 from fp8jax.transform._rule_call import RuleCall
 from fp8jax.transform._stored import StaticDot
@@ -39,31 +41,21 @@ from fp8jax.transform._transposed import read_transposed
 from fp8jax.transform._values import SIDES, Side
 from fp8jax.transform._views import name_of, views_in
 
+_Planned: TypeAlias = Mapping[int, Replacement | StaticDot | RuleCall]
 
-class Replacer:
-    """Replaces the products of one program.
 
-    Called with a jaxpr it gives the function that replaces the `dot_general`s there: of
-    an equation and what it is to become, it makes the equations standing in for it.
-    They are calls of `_calls`, or of a rule; one has the old one's results, and all
-    keep its name stack, source line and context.
+def replace(program: Program) -> Program:
+    """The program with calls of `_calls`, or of a rule, instead of planned equations.
 
-    Attributes:
-        calls: which those are.
+    Of those that stand in for one, one has its results, and all keep its name stack,
+    source line and context. Where `program.measures`, each product in FP8 comes with a
+    call of `STATISTICS`.
     """
 
-    def __init__(self, statistics: bool = False):
-        """
-        Args:
-            statistics: whether each product comes with a call of `STATISTICS`.
-        """
-        self._statistics = statistics
-        self.calls = Calls()
+    def replacer(jaxpr: Any, planned: _Planned) -> Callable[[Any, Any], list[Any]]:
+        return _InJaxpr(jaxpr, planned, program.calls, program.measures).replace
 
-    def __call__(
-        self, jaxpr: Any, planned: Mapping[int, Replacement | StaticDot | RuleCall]
-    ) -> Callable[[Any, Replacement | StaticDot | RuleCall], list[Any]]:
-        return _InJaxpr(jaxpr, planned, self.calls, self._statistics).replace
+    return program.of(rewrite(program.jaxpr, program.replacements, replacer))
 
 
 class _InJaxpr:
@@ -72,7 +64,7 @@ class _InJaxpr:
     def __init__(
         self,
         jaxpr: Any,
-        planned: Mapping[int, Replacement | StaticDot | RuleCall],
+        planned: _Planned,
         calls: Calls,
         statistics: bool,
     ):

@@ -11,15 +11,20 @@ from jax.extend import core
 from fp8jax import _compat
 from fp8jax.transform._inline import written_out
 from fp8jax.transform._interpreter import moved_to, splice
-from fp8jax.transform._stored import VIEWS, Dequantize, bodies, kind_of
+from fp8jax.transform._program import Program
+from fp8jax.transform._stored import Dequantize, bodies, kind_of
 from fp8jax.transform.ir import with_jaxprs
 
 
-def sink(jaxpr: Any) -> Any:
+def sink(program: Program) -> Program:
     """The same program; what a body reads as an array, it makes of codes itself.
 
     Of an entry of a stack of matrices, too, the codes are taken, and not the array.
     """
+    return program.of(_sunk(program.jaxpr))
+
+
+def _sunk(jaxpr: Any) -> Any:
     made: dict[Any, Any] = {}  # The array's variable: the equation that makes it.
     inner = _compat.open_jaxpr(jaxpr)
     results: dict[Any, Any] = {}  # Of calls that are written out.
@@ -40,7 +45,7 @@ def sink(jaxpr: Any) -> Any:
         new = _of_entries(eqn, made) or [_with_codes(eqn, made)]
         if Dequantize.of(new[-1]) is not None:
             made[new[-1].outvars[0]] = new[-1]
-        subs = [(sub, sink(sub)) for sub, _ in bodies(new[-1])]
+        subs = [(sub, _sunk(sub)) for sub, _ in bodies(new[-1])]
         if any(a is not b for a, b in subs):
             new = [with_jaxprs(new[-1], [sub for _, sub in subs])]
         changed |= new[-1] is not old
@@ -48,26 +53,6 @@ def sink(jaxpr: Any) -> Any:
     if not changed:
         return jaxpr
     return _compat.with_parts(jaxpr, eqns=eqns, outvars=[*map(read, inner.outvars)])
-
-
-def without_unread(jaxpr: Any) -> Any:
-    """The same program without the arrays of codes that nothing reads any more."""
-    inner = _compat.open_jaxpr(jaxpr)
-    read = {x for x in inner.outvars if isinstance(x, core.Var)}
-    eqns = []
-    for old in reversed(inner.eqns):
-        eqn = old
-        if not read & set(eqn.outvars) and (
-            Dequantize.of(eqn) is not None or eqn.primitive.name in VIEWS
-        ):
-            continue
-        subs = [(sub, without_unread(sub)) for sub, _ in bodies(eqn)]
-        if any(a is not b for a, b in subs):
-            eqn = with_jaxprs(eqn, [sub for _, sub in subs])
-        read |= {x for x in eqn.invars if isinstance(x, core.Var)}
-        eqns.insert(0, eqn)
-    is_same = list(map(id, eqns)) == list(map(id, inner.eqns))
-    return jaxpr if is_same else _compat.with_parts(jaxpr, eqns=eqns)
 
 
 def _reads(eqn: Any, made: dict[Any, Any]) -> bool:

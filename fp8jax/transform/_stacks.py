@@ -1,7 +1,7 @@
 """Stacked weights in scans: which results are slices of them, stacked again."""
 
 import functools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ from jax.extend import core
 
 from fp8jax import _compat
 from fp8jax.transform._interpreter import moved_to, splice
-from fp8jax.transform._views import chain_of, read_by, read_in, views_in, without_unread
+from fp8jax.transform._views import chain_of, views_in
 from fp8jax.transform.ir import jaxprs_of, with_jaxprs
 
 
@@ -63,43 +63,6 @@ class Stacks:
             made, (stack,) = splice(traced, [stack], moved_to(scan))
             eqns += made
         return eqns, stack
-
-    def without_unread(self, eqns: list[Any], results: Iterable[Any]) -> list[Any]:
-        """The equations, their scans without those results where nothing reads them."""
-        eqns = without_unread(eqns, results)
-        unread = set(self._found) - read_by(eqns, results)
-        return [_without_results(eqn, unread) for eqn in eqns]
-
-
-def _without_results(scan: Any, unread: set[Any]) -> Any:
-    gone = [i for i, v in enumerate(scan.outvars) if v in unread]
-    if not gone:
-        return scan
-    body = _compat.open_jaxpr(scan.params["jaxpr"])
-    stays = [i for i, _ in enumerate(scan.outvars) if i not in gone]
-    outvars = [body.outvars[i] for i in stays]
-    params = _compat.with_results(scan.params, -len(gone))
-    params["jaxpr"] = _compat.with_parts(
-        scan.params["jaxpr"],
-        eqns=without_unread(list(body.eqns), outvars),
-        outvars=outvars,
-    )
-    new = scan.replace(params=params, outvars=[scan.outvars[i] for i in stays])
-    return without_slices(new, body.invars)
-
-
-def without_slices(scan: Any, slices: Collection[Any]) -> Any:
-    """A scan that does not read those of the arrays whose slices nothing reads.
-
-    Args:
-        scan: the equation.
-        slices: inputs of its body; those that are no slices do not matter.
-    """
-    body = _compat.open_jaxpr(scan.params["jaxpr"])
-    start = sum(_compat.scan_counts(scan.params))
-    unread = {v for v in body.invars[start:] if v in slices} - read_in(body)
-    params = _compat.with_scan_slices(scan.params, -len(unread))
-    return without_inputs(scan.replace(params=params), unread)
 
 
 def without_inputs(eqn: Any, unread: Collection[Any]) -> Any:

@@ -17,15 +17,10 @@ from fp8jax.transform._arguments import (
     has_static_outputs,
     without_marks,
 )
-from fp8jax.transform._carry import carry_codes
 from fp8jax.transform._custom_rules import with_custom_rules
-from fp8jax.transform._dedupe import dedupe
 from fp8jax.transform._devices import spread_of_program
 from fp8jax.transform._found_rules import found_rules
-from fp8jax.transform._harvest import harvest
-from fp8jax.transform._hoist import hoist
-from fp8jax.transform._inline import inline_calls
-from fp8jax.transform._interpreter import Flow, rewrite
+from fp8jax.transform._interpreter import Flow
 from fp8jax.transform._jit_step import jit_step
 from fp8jax.transform._leaves import (
     Leaf,
@@ -36,16 +31,15 @@ from fp8jax.transform._leaves import (
 )
 from fp8jax.transform._nested_jit import lost_donation, refusing_compiler_options
 from fp8jax.transform._outer_jit import OuterJit
-from fp8jax.transform._pair import pair
 from fp8jax.transform._parameters import name_of
+from fp8jax.transform._pipeline import lowered, prepared
 from fp8jax.transform._plan import Plan, doubting, make_plan, with_doubts
 from fp8jax.transform._policy import Policy
-from fp8jax.transform._replace import Replacer
+from fp8jax.transform._program import Program
 from fp8jax.transform._report import Report
 from fp8jax.transform._residuals import residual_bytes
 from fp8jax.transform._roles import assign, is_whole_step
 from fp8jax.transform._rules import RULES, opaque
-from fp8jax.transform._sink import sink, without_unread
 from fp8jax.transform._statistics import named_statistics
 from fp8jax.transform._stored import StoredOperands
 from fp8jax.transform._stored_calls import as_arrays
@@ -159,7 +153,7 @@ class Step:
         jaxpr, _, plan = self._plan(*call)
         if not plan.whole_step:
             return plan.report
-        fp8 = self._rewritten(jaxpr, plan, stats=False)
+        fp8 = self._lowered(jaxpr, plan, measures=False).jaxpr
         found = [residual_bytes(program, plan.is_weight) for program in (fp8, jaxpr)]
         return plan.report.with_residuals(*found)
 
@@ -168,24 +162,19 @@ class Step:
         jaxpr, out_tree, plan = self._plan(key, args, kwargs)
         warn(plan, self._policy, self._name)
         stats = self._policy.stats
-        jaxpr = without_unread(self._rewritten(jaxpr, plan, stats))
+        program = self._lowered(jaxpr, plan, stats)
         self.has_static_outputs |= has_static_outputs(out_tree)
-        inputs = jax.tree.leaves((args, kwargs))
+        results = core.jaxpr_as_fun(program.jaxpr)(*jax.tree.leaves((args, kwargs)))
         if not stats:
-            outputs = core.jaxpr_as_fun(jaxpr)(*inputs)
-            return jax.tree.unflatten(out_tree, outputs)
-        jaxpr, where = harvest(jaxpr)
-        results = core.jaxpr_as_fun(jaxpr)(*inputs)
+            return jax.tree.unflatten(out_tree, results)
         n = out_tree.num_leaves
-        statistics = named_statistics(plan.measured, where, results[n:])
+        statistics = named_statistics(plan.measured, program.collected, results[n:])
         return jax.tree.unflatten(out_tree, results[:n]), statistics
 
-    def _rewritten(self, jaxpr: Any, plan: Plan, stats: bool) -> Any:
-        """The program with its products replaced, each code made where it is best."""
-        replacer = Replacer(stats)
-        jaxpr = carry_codes(rewrite(jaxpr, plan.replacements, replacer))
-        jaxpr = hoist(jaxpr, plan.is_weight, replacer.calls)
-        return dedupe(pair(jaxpr, plan.is_weight, replacer.calls))
+    def _lowered(self, jaxpr: Any, plan: Plan, measures: bool) -> Program:
+        """The program in FP8, each code made where it is best."""
+        program = Program(jaxpr, plan.is_weight, plan.replacements, measures)
+        return lowered(program, self._policy.without)
 
     def _plan(self, key: CallKey, args: Any, kwargs: Any) -> tuple[Any, Any, Plan]:
         """The function's jaxpr, its output's structure, and the plan for it."""
@@ -208,7 +197,7 @@ class Step:
             )
             raise
         lost = lost_donation(jaxpr, self.outer)
-        jaxpr = sink(inline_calls(jaxpr))
+        jaxpr = prepared(Program(jaxpr), self._policy.without).jaxpr
         stored = StoredOperands.of(jaxpr)
         leaves = self._describe(args, kwargs)
         flow = Flow(RULES, opaque, closure=1 << len(leaves))

@@ -20,8 +20,6 @@ from fp8jax.transform._values import SIDES, Position, Side, other_side
 from fp8jax.transform.ir import jaxprs_of
 
 CONTRACTION_TILE = 128  # Of the products of codes.
-# What looks at a stored weight, and may be read off its codes.
-VIEWS = ("convert_element_type", "transpose")
 _REMATS = ("checkpoint", "remat", "remat2")
 
 

@@ -45,26 +45,3 @@ def chain_of(x: Any, views: Mapping[Any, Any]) -> tuple[Any, list[Any]]:
         chain.insert(0, views[x])
         x = views[x].invars[0]
     return x, chain
-
-
-def read_by(eqns: Iterable[Any], results: Iterable[Any]) -> set[Any]:
-    """The variables that equations read, or that are results."""
-    atoms = (*(x for eqn in eqns for x in eqn.invars), *results)
-    return {x for x in atoms if isinstance(x, core.Var)}
-
-
-def read_in(jaxpr: Any) -> set[Any]:
-    """The variables that a jaxpr without constants reads or returns."""
-    return read_by(jaxpr.eqns, jaxpr.outvars)
-
-
-def without_unread(eqns: list[Any], results: Iterable[Any]) -> list[Any]:
-    """The equations without views that nothing reads."""
-    read = read_by((), results)
-    stays = []
-    for eqn in reversed(eqns):
-        if is_view(eqn) and eqn.outvars[0] not in read:
-            continue
-        stays.append(eqn)
-        read |= read_by((eqn,), ())
-    return stays[::-1]
