@@ -19,10 +19,6 @@ from fp8jax.transform._plan import LayerDot, QuantizedDot
 from fp8jax.transform._roles import Role
 from fp8jax.transform._values import Side
 
-# `ops.mark_of` them:
-EARLY = "quantize_early"  # Calls that belong into the forward pass.
-STATISTICS = "statistics"  # Calls whose results are collected.
-
 
 @dataclasses.dataclass(frozen=True)
 class Quantize:
@@ -32,7 +28,7 @@ class Quantize:
         operand: which sides of the array are contracted.
         spec: for `[free, contraction]`, as which the codes come.
         implementation: as in `fp8jax.dot_general`.
-        is_early: whether it is to be an `EARLY` call.
+        is_early: whether it belongs into the forward pass.
     """
 
     operand: ops.Operand
@@ -41,8 +37,7 @@ class Quantize:
     is_early: bool = False
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        name = EARLY if self.is_early else "quantize"
-        return marked(name, self._run)(x)
+        return marked("quantize", self._run)(x)
 
     def _run(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         q = ops.quantize_operand(x, self.operand, self.spec, self.implementation)
@@ -245,3 +240,7 @@ class Measure:
             x = jax.lax.stop_gradient(x)
             found.append(Moments(quantize)(x, *quantize(x)))
         return Statistics(self.first)(*found)
+
+
+COLLECTED = Statistics, Collect, Measure  # Calls whose results are collected.
+MAKING_CODES = Quantize, QuantizeBoth  # Calls whose results are codes and scales.

@@ -4,97 +4,89 @@ Quantizations that leave two bodies, one within the other, are found to be equal
 they meet. The outer body then has the same codes twice, and a loop would slice both.
 """
 
+import dataclasses
 from typing import Any
 
 from jax.extend import core
 
-from fp8jax import _compat, ops
+from fp8jax import _compat
+from fp8jax.transform._calls import MAKING_CODES
 from fp8jax.transform._program import Program
-from fp8jax.transform._stacks import without_inputs
-from fp8jax.transform.ir import jaxprs_of, with_jaxprs
-
-# Their operands are those of their one jaxpr.
-CALLS = ("checkpoint", "closed_call", "eval_jaxpr", "remat", "remat2")
+from fp8jax.transform.ir import (
+    Construct,
+    construct_of,
+    memoized,
+    read,
+    reading,
+    with_equations,
+)
 
 
 def dedupe(program: Program) -> Program:
     """The same program, no scan or call in it with the same codes twice."""
-    done: dict[tuple[int, tuple[bool, ...]], Any] = {}
 
+    @memoized
     def visit(jaxpr: Any, is_codes: tuple[bool, ...]) -> Any:
-        key = id(jaxpr), is_codes
-        if key not in done:
-            done[key] = _visit(jaxpr, is_codes)
-        return done[key]
-
-    def _visit(jaxpr: Any, is_codes: tuple[bool, ...]) -> Any:
         inner = _compat.open_jaxpr(jaxpr)
         codes = {v for v, known in zip(inner.invars, is_codes, strict=True) if known}
         eqns = []
-        for old in inner.eqns:
-            mark = ops.mark_of(old)
-            if mark is not None and mark.startswith("quantize"):
-                codes.update(old.outvars)
-            eqns.append(_with_visited(old, codes) if mark is None else old)
-        if all(a is b for a, b in zip(inner.eqns, eqns, strict=True)):
-            return jaxpr
-        return _compat.with_parts(jaxpr, eqns=eqns)
+        for eqn in inner.eqns:
+            if isinstance(program.calls.of(eqn), MAKING_CODES):
+                codes.update(eqn.outvars)
+            construct = construct_of(eqn)
+            if construct is not None:
+                construct = _without_second(construct, codes)
+                construct = construct.visited(visit, _codes_in(construct, codes))
+                eqn = construct.equation()
+            eqns.append(eqn)
+        return with_equations(jaxpr, eqns)
 
-    def _with_visited(eqn: Any, codes: set[Any]) -> Any:
-        flags = []
-        if eqn.primitive.name in ("scan", *CALLS):
-            eqn = _without_second(eqn, codes)
-            flags = [isinstance(x, core.Var) and x in codes for x in eqn.invars]
-        subs = jaxprs_of(eqn)
-        visited = []
-        for sub in subs:
-            count = len(_compat.open_jaxpr(sub).invars)
-            known = tuple(flags) if len(flags) == count else (False,) * count
-            visited.append(visit(sub, known))
-        if all(a is b for a, b in zip(subs, visited, strict=True)):
-            return eqn
-        return with_jaxprs(eqn, visited)
-
-    jaxpr = program.jaxpr
-    nothing = (False,) * len(_compat.open_jaxpr(jaxpr).invars)
-    return program.of(visit(jaxpr, nothing))
+    nothing = (False,) * len(_compat.open_jaxpr(program.jaxpr).invars)
+    return program.of(visit(program.jaxpr, nothing))
 
 
-def _without_second(eqn: Any, codes: set[Any]) -> Any:
-    """The equation without operands that are others' codes again."""
-    (jaxpr,) = jaxprs_of(eqn)
-    body = _compat.open_jaxpr(jaxpr)
-    n_consts, start = len(eqn.invars), len(eqn.invars)
-    if eqn.primitive.name == "scan":
-        n_consts, n_carry = _compat.scan_counts(eqn.params)
-        start = n_consts + n_carry
+def _is_known(x: Any, codes: set[Any]) -> bool:
+    return isinstance(x, core.Var) and x in codes
+
+
+def _has_them(construct: Construct) -> bool:
+    """Whether it is a scan or a call: codes cross into its one body and no other."""
+    return construct.takes_inputs and len(construct.bodies) == 1
+
+
+def _codes_in(construct: Construct, codes: set[Any]) -> list[tuple[bool, ...]]:
+    """For each body, which of its inputs are codes."""
+    known = _has_them(construct)
+    return [
+        tuple(
+            known and _is_known(x.operand, codes)
+            for x in construct.inputs
+            if x.inner[i] is not None
+        )
+        for i, _ in enumerate(construct.bodies)
+    ]
+
+
+def _without_second(construct: Construct, codes: set[Any]) -> Construct:
+    """Without operands that are others' codes again."""
+    if not _has_them(construct):
+        return construct
     first: dict[Any, Any] = {}
-    env: dict[Any, Any] = {}
-    gone = []
-    for i, (v, x) in enumerate(zip(body.invars, eqn.invars, strict=True)):
-        if not isinstance(x, core.Var) or x not in codes or n_consts <= i < start:
-            continue
-        same = first.setdefault((x, i < n_consts), v)
-        if same is not v:
-            env[v] = same
-            gone.append(i)
-    if not gone:
-        return eqn
-
-    def read(x: Any) -> Any:
-        return x if isinstance(x, core.Literal) else env.get(x, x)
-
-    jaxpr = _compat.with_parts(
-        jaxpr,
-        eqns=[old.replace(invars=[read(x) for x in old.invars]) for old in body.eqns],
-        outvars=[read(x) for x in body.outvars],
+    env: dict[Any, Any] = {}  # Of a variable of the body, the one with the same codes.
+    for x in construct.inputs:
+        if x.kind != "carry" and _is_known(x.operand, codes):
+            same = first.setdefault((x.operand, x.kind), x.inner[0])
+            if same is not x.inner[0]:
+                env[x.inner[0]] = same
+    if not env:
+        return construct
+    body = _compat.open_jaxpr(construct.bodies[0])
+    edited = dataclasses.replace(
+        construct.with_body(0, eqns=[reading(eqn, env) for eqn in body.eqns]),
+        inputs=tuple(x for x in construct.inputs if x.inner[0] not in env),
+        results=tuple(
+            dataclasses.replace(x, inner=(read(x.inner[0], env),))
+            for x in construct.results
+        ),
     )
-    if eqn.primitive.name == "scan":
-        consts = sum(i < n_consts for i in gone)
-        params = _compat.with_scan_consts(eqn.params, -consts)
-        params = _compat.with_scan_slices(params, consts - len(gone))
-    else:
-        stays = [i for i, _ in enumerate(eqn.invars) if i not in gone]
-        params = _compat.with_some_call_operands(eqn.params, stays)
-    new = with_jaxprs(eqn.replace(params=params), [jaxpr])
-    return without_inputs(new, set(env))
+    return edited.settled()

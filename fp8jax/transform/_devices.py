@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fp8jax import _compat, ops
-from fp8jax.transform.ir import jaxprs_of
+from fp8jax.transform.ir import Construct, jaxprs_of, shardings_of
 
 
 def spread_of_program(jaxpr: Any) -> ops.Spread:
@@ -19,11 +19,11 @@ def spread_of_program(jaxpr: Any) -> ops.Spread:
             return
         seen.add(id(jaxpr))
         for eqn in _compat.open_jaxpr(jaxpr).eqns:
-            if eqn.primitive.name == "shard_map":
-                yield ops.spread_of_mesh(eqn.params["mesh"])
+            construct = Construct.of(eqn)
+            if construct is not None and construct.mesh is not None:
+                yield ops.spread_of_mesh(construct.mesh)
                 continue
-            yield ops.spread_of_sharding(eqn.params.get("sharding"))
-            yield from map(ops.spread_of_sharding, eqn.params.get("in_shardings", ()))
+            yield from map(ops.spread_of_sharding, shardings_of(eqn))
             for sub in jaxprs_of(eqn):
                 yield from visit(sub)
 

@@ -14,51 +14,39 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from fp8jax import _compat, ops
+from fp8jax import _compat
 from fp8jax.quant import MOMENTS, sum_moments
-from fp8jax.transform._calls import STATISTICS
-from fp8jax.transform._interpreter import moved_to, splice
+from fp8jax.transform._calls import COLLECTED
 from fp8jax.transform._program import Program
-from fp8jax.transform._values import HAND_WRITTEN_CALLS
-from fp8jax.transform.ir import jaxprs_of, with_jaxprs
-
-Found = list[Any]  # Variables; None for what cannot be brought out.
-
-_CALLS = (
-    "checkpoint",
-    "closed_call",
-    "core_call",
-    "eval_jaxpr",
-    "jit",
-    "pjit",
-    "remat",
-    "remat2",
+from fp8jax.transform.ir import (
+    Construct,
+    Input,
+    Result,
+    casts_of_types,
+    construct_of,
+    equations,
+    memoized,
+    moved_to,
+    splice,
 )
+
+Where = Sequence[int | None]  # Of each call, which of the results after a body's own.
+Found = list[Any]  # Variables; None for what cannot be brought out.
 
 
 def harvest(program: Program) -> Program:
-    """The program with the results of all `STATISTICS` calls after its own."""
+    """The program with the results of all calls that are collected after its own."""
     if not program.measures:
         return program
-    done: dict[int, tuple[Any, list[int | None]]] = {}
 
-    def visit(jaxpr: Any) -> tuple[Any, list[int | None]]:
-        if id(jaxpr) not in done:
-            done[id(jaxpr)] = _visit(jaxpr)
-        return done[id(jaxpr)]
-
-    def _visit(jaxpr: Any) -> tuple[Any, list[int | None]]:
+    @memoized
+    def visit(jaxpr: Any) -> tuple[Any, Where]:
         inner = _compat.open_jaxpr(jaxpr)
         # Where types are explicit, a call's own result is of no explicit type yet.
-        cast = {
-            eqn.invars[0]: eqn.outvars[0]
-            for eqn in inner.eqns
-            if eqn.primitive.name in ("mesh_cast", "reshard")
-            and isinstance(eqn.invars[0], core.Var)
-        }
+        cast = casts_of_types(inner.eqns)
         eqns, found = [], []
         for eqn in inner.eqns:
-            new, in_eqn = _visit_eqn(eqn)
+            new, in_eqn = visit_eqn(eqn)
             eqns += new
             found += [cast.get(v, v) for v in in_eqn]
         if not found:
@@ -68,107 +56,91 @@ def harvest(program: Program) -> Program:
         where = [None if v is None else results.index(v) for v in found]
         return _compat.with_parts(jaxpr, eqns=eqns, outvars=outvars), where
 
-    def _visit_eqn(eqn: Any) -> tuple[list[Any], Found]:
-        mark = ops.mark_of(eqn)
-        if mark == STATISTICS:
+    def visit_eqn(eqn: Any) -> tuple[list[Any], Found]:
+        if isinstance(program.calls.of(eqn), COLLECTED):
             return [eqn], [eqn.outvars[0]]
-        if mark is not None or eqn.primitive.name in HAND_WRITTEN_CALLS:
+        construct = construct_of(eqn)
+        if construct is None:
             return [eqn], []
-        visited = [visit(jaxpr) for jaxpr in jaxprs_of(eqn)]
-        count = sum(len(where) for _, where in visited)
-        primitive = eqn.primitive.name
-        if not count:
+        visited = [visit(body) for body in construct.bodies]
+        if not any(where for _, where in visited):
             return [eqn], []
-        if primitive in _CALLS or primitive == "scan":
-            return _with_those_of(eqn, *visited[0])
-        if primitive == "cond":
-            return _with_those_of_branches(eqn, visited)
-        if primitive == "shard_map":
-            return _with_those_of(eqn, _summed(*visited[0], eqn), visited[0][1])
-        if primitive == "while":
-            (body, where), (_, in_cond) = visited
-            if any(i is not None for i in where):
-                new, found = _with_those_of_while(eqn, body, where)
-                return new, [*found, *[None] * len(in_cond)]
-        return [eqn], [None] * count
+        wheres = [where for _, where in visited]
+        # A body that does not return the results keeps what it measures.
+        bodies = [body for i, (body, _) in enumerate(visited) if construct.returns(i)]
+        kept = construct.bodies[len(bodies) :]
+        construct = dataclasses.replace(construct, bodies=(*bodies, *kept))
+        if construct.chooses:
+            return _of_branches(construct, wheres)
+        if construct.manual_axes is not None:
+            construct = _summed(construct)
+        if construct.iterates and construct.length is None:
+            return _of_loop(construct, wheres)
+        more = [construct.result(v) for v in _new_results(construct, 0)]
+        return [_with_results(construct, more)], _outside(more, wheres[0])
 
     jaxpr, where = visit(program.jaxpr)
     return dataclasses.replace(program, jaxpr=jaxpr, collected=tuple(where))
 
 
-def _with_those_of(
-    eqn: Any, jaxpr: Any, where: Sequence[int | None]
-) -> tuple[list[Any], Found]:
-    """The equation with its new jaxpr, and variables for what that brings out."""
-    outvars = _compat.open_jaxpr(jaxpr).outvars[len(eqn.outvars) :]
-    length = eqn.params.get("length")
-    avals = (v.aval for v in outvars)
-    if length is not None:
-        avals = (_compat.stacked_aval(aval, length) for aval in avals)
-    more = [core.Var(aval) for aval in avals]
-    params = _compat.with_results(eqn.params, len(more))
-    new = with_jaxprs(eqn.replace(params=params), [jaxpr])
-    new = new.replace(outvars=[*eqn.outvars, *more])
-    return [new], [None if i is None else more[i] for i in where]
+def _new_results(construct: Construct, body: int) -> list[Any]:
+    """What a visited body returns after its own results."""
+    return _compat.open_jaxpr(construct.bodies[body]).outvars[len(construct.results) :]
 
 
-def _with_those_of_while(
-    eqn: Any, jaxpr: Any, where: Sequence[int | None]
-) -> tuple[list[Any], Found]:
-    """The loop carries the moments of all iterations so far."""
-    own = len(eqn.outvars)
-    inner = _compat.open_jaxpr(jaxpr)
-    eqns, totals, before, inits = list(inner.eqns), [], [], []
-    sums_before = [core.Var(v.aval) for v in inner.outvars[own:]]
-    for old, v in zip(sums_before, inner.outvars[own:], strict=True):
+def _with_results(construct: Construct, more: Sequence[Result]) -> Any:
+    results = (*construct.results, *more)
+    return dataclasses.replace(construct, results=results).equation()
+
+
+def _outside(more: Sequence[Result], where: Where) -> Found:
+    return [None if i is None else more[i].outvar for i in where]
+
+
+def _of_loop(loop: Construct, wheres: Sequence[Where]) -> tuple[list[Any], Found]:
+    """The loop of unknown length carries the moments of all iterations so far."""
+    eqn, before, eqns = loop.eqn, [], equations(loop.bodies[0])
+    inputs, more = [], []
+    for v in _new_results(loop, 0):
+        so_far, unread = core.Var(v.aval), core.Var(v.aval)
         with _compat.TracingContext.of(eqn).entered():
-            traced = jax.make_jaxpr(lambda *x: sum_moments(x))(old.aval, v.aval)
-        made, total = splice(_compat.open_jaxpr(traced), [old, v], moved_to(eqn))
+            traced = jax.make_jaxpr(lambda *x: sum_moments(x))(v.aval, v.aval)
+        made, (total,) = splice(_compat.open_jaxpr(traced), [so_far, v], moved_to(eqn))
         eqns += made
-        totals += total
-        made, init = _zeros_like(v, eqn)
+        made, (init,) = _zeros_like(v, eqn)
         before += made
-        inits += init
-    body = _compat.with_parts(
-        jaxpr,
-        invars=[*inner.invars, *sums_before],
-        eqns=eqns,
-        outvars=[*inner.outvars[:own], *totals],
-    )
-    cond = eqn.params["cond_jaxpr"]
-    unread = [core.Var(v.aval) for v in sums_before]
-    invars = [*_compat.open_jaxpr(cond).invars, *unread]
-    more = [core.Var(v.aval) for v in sums_before]
-    new = with_jaxprs(eqn, [body, _compat.with_parts(cond, invars=invars)])
-    new = new.replace(invars=[*eqn.invars, *inits], outvars=[*eqn.outvars, *more])
-    return [*before, new], [None if i is None else more[i] for i in where]
+        inputs.append(Input(init, (so_far, unread), "carry"))
+        more.append(Result(core.Var(v.aval), (total, None), "carry"))
+    loop = loop.with_body(0, eqns=eqns)
+    loop = dataclasses.replace(loop, inputs=(*loop.inputs, *inputs))
+    of_condition = [None for _ in wheres[1]]
+    return [*before, _with_results(loop, more)], [
+        *_outside(more, wheres[0]),
+        *of_condition,
+    ]
 
 
-def _with_those_of_branches(
-    eqn: Any, visited: Sequence[tuple[Any, list[int | None]]]
-) -> tuple[list[Any], Found]:
-    own = len(eqn.outvars)
-    results = [_compat.open_jaxpr(jaxpr).outvars[own:] for jaxpr, _ in visited]
-    branches = []
-    for branch, (jaxpr, _) in enumerate(visited):
-        inner = _compat.open_jaxpr(jaxpr)
-        eqns, outvars = list(inner.eqns), list(inner.outvars[:own])
-        for other, those in enumerate(results):
-            if other == branch:
-                outvars += those
-                continue
-            for v in those:  # Nothing was counted: all are zero.
-                made, outs = _zeros_like(v, eqn)
+def _of_branches(cond: Construct, wheres: Sequence[Where]) -> tuple[list[Any], Found]:
+    """Each branch has zeros for what the others measure: nothing was counted there."""
+    results = [_new_results(cond, i) for i, _ in enumerate(cond.bodies)]
+    bodies = [equations(body) for body in cond.bodies]
+    more, found = [], []
+    for branch, (those, where) in enumerate(zip(results, wheres, strict=True)):
+        here = []
+        for v in those:
+            inner = []
+            for other, eqns in enumerate(bodies):
+                made, (out,) = (
+                    ([], [v]) if other == branch else _zeros_like(v, cond.eqn)
+                )
                 eqns += made
-                outvars += outs
-        branches.append(_compat.with_parts(jaxpr, eqns=eqns, outvars=outvars))
-    more = [core.Var(v.aval) for those in results for v in those]
-    new = with_jaxprs(eqn, branches).replace(outvars=[*eqn.outvars, *more])
-    found, start = [], 0
-    for those, (_, where) in zip(results, visited, strict=True):
-        found += [None if i is None else more[start + i] for i in where]
-        start += len(those)
-    return [new], found
+                inner.append(out)
+            here.append(cond.result(*inner))
+        more += here
+        found += _outside(here, where)
+    for i, eqns in enumerate(bodies):
+        cond = cond.with_body(i, eqns=eqns)
+    return [_with_results(cond, more)], found
 
 
 def _zeros_like(v: Any, place: Any) -> tuple[list[Any], list[Any]]:
@@ -184,16 +156,14 @@ def _zeros_like(v: Any, place: Any) -> tuple[list[Any], list[Any]]:
     return splice(traced, (), moved_to(place))
 
 
-def _summed(jaxpr: Any, where: Sequence[int | None], eqn: Any) -> Any:
-    """A `shard_map`'s body, whose moments are those of all devices together."""
-    inner = _compat.open_jaxpr(jaxpr)
-    own = len(eqn.outvars)
-    if not any(i is not None for i in where):
-        return jaxpr
-    place = inner.eqns[-1]
-    axes = tuple(_compat.manual_axes(eqn.params))
-    eqns, outvars = list(inner.eqns), list(inner.outvars[:own])
-    for v in inner.outvars[own:]:
+def _summed(construct: Construct) -> Construct:
+    """A `shard_map` whose body's moments are those of all devices together."""
+    axes = tuple(construct.manual_axes or ())
+    body = _compat.open_jaxpr(construct.bodies[0])
+    eqns = list(body.eqns)
+    outvars = list(body.outvars[: len(construct.results)])
+    place = moved_to(eqns[-1])
+    for v in _new_results(construct, 0):
         varying = _compat.varying_axes(v.aval)
 
         def sum_over_devices(x: jax.Array, varying: Any = varying) -> jax.Array:
@@ -204,9 +174,9 @@ def _summed(jaxpr: Any, where: Sequence[int | None], eqn: Any) -> Any:
             sums, amax = lax.psum(x[..., :-1], axes), lax.pmax(x[..., -1:], axes)
             return jnp.concatenate([sums, amax], -1)
 
-        with _compat.TracingContext.inside(eqn, bool(varying)).entered():
+        with _compat.TracingContext.inside(construct.eqn, bool(varying)).entered():
             traced = _compat.open_jaxpr(jax.make_jaxpr(sum_over_devices)(v.aval))
-        made, outs = splice(traced, [v], moved_to(place))
+        made, outs = splice(traced, [v], place)
         eqns += made
         outvars += outs
-    return _compat.with_parts(jaxpr, eqns=eqns, outvars=outvars)
+    return construct.with_body(0, eqns=eqns, outvars=outvars)

@@ -7,30 +7,22 @@ once for all of them.
 
 from typing import Any
 
-from jax.extend import core
-
 from fp8jax import _compat, ops
-from fp8jax.transform._interpreter import splice
 from fp8jax.transform._program import Program
 from fp8jax.transform._ragged_form import RAGGED
-from fp8jax.transform._values import HAND_WRITTEN_CALLS
-from fp8jax.transform.ir import jaxprs_of, with_jaxprs
+from fp8jax.transform.ir import (
+    Construct,
+    construct_of,
+    equations,
+    jaxprs_of,
+    memoized,
+    named_after,
+    read,
+    reading,
+    splice,
+)
 
 _PRODUCTS = ("dot_general", RAGGED)
-# Constructs whose jaxprs may change; all others stay as they came.
-_ENTERED = (
-    "checkpoint",
-    "closed_call",
-    "cond",
-    "eval_jaxpr",
-    "jit",
-    "pjit",
-    "remat",
-    "remat2",
-    "scan",
-    "shard_map",
-    "while",
-)
 
 
 def inline_calls(program: Program) -> Program:
@@ -38,55 +30,42 @@ def inline_calls(program: Program) -> Program:
 
     Names of the equations within get those of the call before them. A function with
     shardings, donation or compiler options of its own stays a call, and so do ours.
-
     In a program that is never differentiated calls with a gradient rule of their own
     are written out, too.
     """
-    written_out = ("jit", "pjit", *(HAND_WRITTEN_CALLS if program.is_rule else ()))
-    entered = {*_ENTERED, *written_out}
-    done: dict[int, Any] = {}
-    holds: dict[int, bool] = {}
 
+    @memoized
     def has_products(jaxpr: Any) -> bool:
-        if id(jaxpr) not in holds:
-            holds[id(jaxpr)] = any(
-                eqn.primitive.name in _PRODUCTS
-                or (not _is_ours(eqn) and any(map(has_products, jaxprs_of(eqn))))
-                for eqn in _compat.open_jaxpr(jaxpr).eqns
-            )
-        return holds[id(jaxpr)]
+        return any(
+            eqn.primitive.name in _PRODUCTS
+            or (ops.mark_of(eqn) is None and any(map(has_products, jaxprs_of(eqn))))
+            for eqn in equations(jaxpr)
+        )
 
+    @memoized
     def visit(jaxpr: Any) -> Any:
         if not has_products(jaxpr):
             return jaxpr
-        if id(jaxpr) not in done:
-            done[id(jaxpr)] = _visit(jaxpr)
-        return done[id(jaxpr)]
-
-    def _visit(jaxpr: Any) -> Any:
-        inner = _compat.open_jaxpr(jaxpr)
         env: dict[Any, Any] = {}
-
-        def read(atom: Any) -> Any:
-            return atom if isinstance(atom, core.Literal) else env.get(atom, atom)
-
         eqns = []
-        for eqn in inner.eqns:
-            eqn = eqn.replace(invars=[read(x) for x in eqn.invars]) if env else eqn
-            name = eqn.primitive.name
-            subs = jaxprs_of(eqn) if name in entered and not _is_ours(eqn) else []
-            if not any(map(has_products, subs)):
+        for old in equations(jaxpr):
+            eqn = reading(old, env)
+            construct = construct_of(eqn, with_rules=program.is_rule)
+            if (
+                construct is None
+                or (construct.is_fixed and not construct.is_plain)
+                or not any(map(has_products, construct.bodies))
+            ):
                 eqns.append(eqn)
                 continue
-            subs = [visit(sub) for sub in subs]
-            body = _compat.open_jaxpr(subs[0])
-            if name not in written_out or not _is_plain(eqn, body):
-                eqns.append(with_jaxprs(eqn, subs))
+            construct = construct.visited(visit)
+            if not construct.is_plain:
+                eqns.append(construct.equation())
                 continue
-            made, results = splice(body, eqn.invars, _named_after(eqn))
+            made, results = _written(construct)
             eqns += made
             env.update(zip(eqn.outvars, results, strict=True))
-        outvars = [read(x) for x in inner.outvars]
+        outvars = [read(x, env) for x in _compat.open_jaxpr(jaxpr).outvars]
         return _compat.with_parts(jaxpr, eqns=eqns, outvars=outvars)
 
     return program.of(visit(program.jaxpr))
@@ -94,31 +73,10 @@ def inline_calls(program: Program) -> Program:
 
 def written_out(eqn: Any) -> tuple[list[Any], list[Any]] | None:
     """A plain call's equations and results; None for all else, and for ours."""
-    if eqn.primitive.name not in ("jit", "pjit") or _is_ours(eqn):
-        return None
-    body = _compat.open_jaxpr(eqn.params["jaxpr"])
-    if not _is_plain(eqn, body):
-        return None
-    return splice(body, eqn.invars, _named_after(eqn))
+    construct = construct_of(eqn)
+    return _written(construct) if construct is not None and construct.is_plain else None
 
 
-def _is_ours(eqn: Any) -> bool:
-    return ops.mark_of(eqn) is not None
-
-
-def _is_plain(eqn: Any, body: Any) -> bool:
-    """Whether the call means no more than its equations."""
-    if eqn.primitive.name in HAND_WRITTEN_CALLS:
-        return not body.constvars
-    return not body.constvars and _compat.is_plain_call(eqn.params)
-
-
-def _named_after(call: Any) -> Any:
-    """For `splice`: equations stay where they are, under the call's names."""
-    outer = call.source_info.name_stack
-
-    def place(eqn: Any) -> dict[str, Any]:
-        names = outer + eqn.source_info.name_stack
-        return {"source_info": eqn.source_info.replace(name_stack=names)}
-
-    return place
+def _written(call: Construct) -> tuple[list[Any], list[Any]]:
+    eqn, body = call.eqn, _compat.open_jaxpr(call.bodies[0])
+    return splice(body, eqn.invars, named_after(eqn))

@@ -81,41 +81,6 @@ def rewrite(
     return visit(jaxpr, tuple(sorted(plan.items(), key=lambda item: item[0])))
 
 
-def moved_to(place: Any) -> Callable[[Any], dict[str, Any]]:
-    """For `splice`: equations get another one's name stack, source line and context."""
-    placed = {"source_info": place.source_info, "ctx": place.ctx}
-    return lambda _: placed
-
-
-def splice(
-    traced: Any, inputs: Sequence[Any], place: Callable[[Any], dict[str, Any]]
-) -> tuple[list[Any], list[Any]]:
-    """Equations that compute a jaxpr elsewhere, and the variables of its results.
-
-    Args:
-        traced: a jaxpr without constants.
-        inputs: variables or literals for its `invars`.
-        place: what of an equation is another there.
-    """
-    env = dict(zip(traced.invars, inputs, strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom if isinstance(atom, core.Literal) else env[atom]
-
-    eqns = []
-    for eqn in traced.eqns:
-        outvars = [core.Var(v.aval) for v in eqn.outvars]
-        env.update(zip(eqn.outvars, outvars, strict=True))
-        eqns.append(
-            eqn.replace(
-                invars=[read(x) for x in eqn.invars],
-                outvars=outvars,
-                **place(eqn),
-            )
-        )
-    return eqns, [read(x) for x in traced.outvars]
-
-
 class Flow:
     """One walk over a jaxpr: what each product's operands depend on.
 

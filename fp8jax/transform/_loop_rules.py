@@ -5,69 +5,52 @@ import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from fp8jax import _compat
 from fp8jax.transform._interpreter import Flow
 from fp8jax.transform._phases import OUTSIDE, Pass, Passes
 from fp8jax.transform._values import Scope, Value, joined
-from fp8jax.transform.ir import jaxprs_of
+from fp8jax.transform.ir import Construct, Input, equations, jaxprs_of
 
 
-def scan_rule(
-    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
+def loop_rule(
+    flow: Flow, loop: Construct, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
-    n_consts, n_carry = _compat.scan_counts(eqn.params)
-    length, jaxpr = eqn.params["length"], eqn.params["jaxpr"]
-    consts = list(operands[:n_consts])
-    init = list(operands[n_consts : n_consts + n_carry])
-    stacked = operands[n_consts + n_carry :]
+    """The results of a loop, whether or not it says how often it runs."""
+    values = dict(zip(loop.inputs, operands, strict=True))
+    carried = [x for x in loop.inputs if x.kind == "carry"]
+    returned = [x for x in loop.results if x.kind == "carry"]
+    stacked = [x for x in loop.inputs if x.kind == "slice"]
     # Iterations are not told apart: a loop's own operands number its carries, so that
     # a recomputed loop has the numbers of the original.
-    loop = (length, frozenset(x.number for x in stacked))
-    steps = [_unstacked(flow, x) for x in stacked]
-
-    read = (True,) * n_carry + scope.read[n_carry:]
+    own = stacked if loop.length is not None else _constants(loop)
+    key = ("carry", loop.length, frozenset(values[x].number for x in own))
+    values |= {x: _unstacked(flow, values[x]) for x in stacked}
+    read = (True,) * len(carried) + scope.read[len(carried) :]
 
     def body(carry: list[Value]) -> list[Value]:
-        inside = scope.inside(times=length)
-        return flow.walk(jaxpr, [*consts, *carry, *steps], inside, read)
+        given = values | dict(zip(carried, carry, strict=True))
+        results: list[Value] = []
+        for i, jaxpr in reversed([*enumerate(loop.bodies)]):  # The condition first.
+            inputs = [given[x] for x in loop.inputs if x.inner[i] is not None]
+            if not loop.returns(i):
+                flow.walk(jaxpr, inputs, scope.inside(i, in_condition=True))
+                continue
+            times = 1 if loop.length is None else loop.length
+            inside = scope.inside(i, times=times)
+            results = flow.walk(jaxpr, inputs, inside, read)
+        return results
 
-    fixed = _fixed_carries(jaxpr, n_consts, n_carry)
-    trains = scope.phase == "outside" and _holds_backward_pass(jaxpr)
-    carry, results = _fixpoint(flow, body, init, fixed, ("carry", *loop), trains)
+    fixed = [x.inner[0] is y.inner[0] for x, y in zip(carried, returned, strict=True)]
+    trains = scope.phase == "outside" and _holds_backward_pass(loop.bodies[0])
+    init = [values[x] for x in carried]
+    carry, results = _fixpoint(flow, body, init, fixed, key, trains)
     return [
         *_after_loop(flow, carry, fixed),
-        *(_stacked(flow, y) for y in results[n_carry:]),
+        *(_stacked(flow, y) for y in results[len(carried) :]),
     ]
 
 
-def while_rule(
-    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
-) -> list[Value]:
-    n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    cond_consts = list(operands[:n_cond])
-    consts = list(operands[n_cond : n_cond + n_body])
-    init = list(operands[n_cond + n_body :])
-    jaxprs = jaxprs_of(eqn)  # The body comes first in the alphabet.
-    body_jaxpr, cond_jaxpr = jaxprs
-
-    def body(carry: list[Value]) -> list[Value]:
-        inside = scope.inside(1, in_condition=True)
-        flow.walk(cond_jaxpr, [*cond_consts, *carry], inside)
-        return flow.walk(body_jaxpr, [*consts, *carry], scope.inside(0))
-
-    fixed = _fixed_carries(body_jaxpr, n_body, len(init))
-    loop = ("while", frozenset(x.number for x in consts))
-    trains = scope.phase == "outside" and _holds_backward_pass(body_jaxpr)
-    carry, _ = _fixpoint(flow, body, init, fixed, loop, trains)
-    return _after_loop(flow, carry, fixed)
-
-
-def _fixed_carries(jaxpr: Any, n_consts: int, n_carry: int) -> list[bool]:
-    """Which carries a loop's body returns as they came."""
-    inner = _compat.open_jaxpr(jaxpr)
-    carried = inner.invars[n_consts : n_consts + n_carry]
-    returned = inner.outvars[:n_carry]
-    return [a is b for a, b in zip(carried, returned, strict=True)]
+def _constants(loop: Construct) -> list[Input]:
+    return [x for x in loop.inputs if x.kind == "constant" and x.inner[0] is not None]
 
 
 def _holds_backward_pass(jaxpr: Any) -> bool:
@@ -75,7 +58,7 @@ def _holds_backward_pass(jaxpr: Any) -> bool:
     passes = Passes()
 
     def holds(jaxpr: Any, outer: Pass) -> bool:
-        for eqn in _compat.open_jaxpr(jaxpr).eqns:
+        for eqn in equations(jaxpr):
             here = passes.at(outer, eqn)
             if here.phase == "backward":
                 return True

@@ -1,4 +1,4 @@
-"""Equations that call the functions of `_calls`, and which function one calls."""
+"""The registry of our own calls in a program: makes them, and knows them again."""
 
 import functools
 from collections.abc import Callable
@@ -6,9 +6,8 @@ from typing import Any
 
 import jax
 
-from fp8jax import _compat
-from fp8jax.transform._calls import Quantize
-from fp8jax.transform._interpreter import moved_to, splice
+from fp8jax import _compat, ops
+from fp8jax.transform.ir import called, moved_to, splice
 
 
 class Calls:
@@ -20,7 +19,8 @@ class Calls:
 
     def __init__(self):
         self._trace = functools.cache(_traced)
-        self._quantizations: dict[int, Quantize] = {}  # By `id` of the jaxpr called.
+        # By `id` of the jaxpr called, which is kept so that no other has its number.
+        self._called: dict[int, tuple[Any, Callable[..., Any]]] = {}
 
     def __call__(
         self,
@@ -41,13 +41,24 @@ class Calls:
         context = _compat.TracingContext.of(place)
         avals = [x.aval for x in inputs]
         traced = self._trace(function, context, out_sharding, *avals)
-        if isinstance(function, Quantize):
-            self._quantizations[id(traced.eqns[-1].params["jaxpr"])] = function
+        for eqn in traced.eqns:
+            self.add(eqn, function)
         return splice(traced, inputs, moved_to(place))
 
-    def quantization(self, eqn: Any) -> Quantize | None:
-        """What the equation calls, if it is a `Quantize` of this program."""
-        return self._quantizations.get(id(eqn.params.get("jaxpr")))
+    def add(self, eqn: Any, function: Callable[..., Any]) -> None:
+        """Has `of` know what the equation calls, if it is a call of our own."""
+        if ops.mark_of(eqn) is not None:
+            jaxpr = called(eqn)
+            self._called[id(jaxpr)] = jaxpr, function
+
+    def of(self, eqn: Any) -> Callable[..., Any] | None:
+        """What the equation calls, if it is a call that this program was given.
+
+        Told by the jaxpr that is called, not by its name: that one is ours is in the
+        name, which it is on survives no change of it.
+        """
+        known = self._called.get(id(called(eqn)))
+        return None if known is None else known[1]
 
 
 def _traced(

@@ -5,16 +5,21 @@ import dataclasses
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-from jax.extend import core
-
-from fp8jax import _compat, ops
+from fp8jax import _compat
 from fp8jax.transform._calls import Quantize, QuantizeBoth
 from fp8jax.transform._make_calls import Calls
 from fp8jax.transform._phases import OUTSIDE, Pass, Passes, Phase
 from fp8jax.transform._program import Program
 from fp8jax.transform._views import Views, name_of, views_in
 from fp8jax.transform._weight_flags import Flags, add_results, flagged, inner_flags
-from fp8jax.transform.ir import jaxprs_of, with_jaxprs
+from fp8jax.transform.ir import (
+    construct_of,
+    equations,
+    memoized,
+    read,
+    reading,
+    with_equations,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,29 +48,24 @@ class _Made:
 
 def pair(program: Program) -> Program:
     """The same program, with equal quantizations merged and others paired."""
-    calls = program.calls
-    done: dict[tuple[int, Flags, Phase], Any] = {}
-    passes = Passes()
+    calls, passes = program.calls, Passes()
 
     def visit(jaxpr: Any, flags: Flags, outer: Pass) -> Any:
-        # Whatever the names around it, so that what is shared stays so.
-        key = id(jaxpr), flags, outer.phase
-        if key not in done:
-            done[key] = _visit(jaxpr, flags, outer)
-        return done[key]
-
-    def _visit(jaxpr: Any, flags: Flags, outer: Pass) -> Any:
-        inner = _compat.open_jaxpr(jaxpr)
         weights = flagged(jaxpr, flags)
-        views = views_in(inner.eqns)
+        old = equations(jaxpr)
+        views = views_in(old)
         found: dict[Hashable, list[_Made]] = collections.defaultdict(list)
         eqns = []
-        for old in inner.eqns:
-            here = passes.at(outer, old)
-            eqn = _with_visited(old, weights, here)
+        for eqn in old:
+            here = passes.at(outer, eqn)
+            construct = construct_of(eqn)
+            if construct is not None:
+                flags_in = inner_flags(construct, weights)
+                here_in = [here] * len(construct.bodies)
+                eqn = construct.visited(visited, flags_in, here_in).equation()
             add_results(eqn, weights)
-            way = calls.quantization(eqn)
-            if way is not None:
+            way = calls.of(eqn)
+            if isinstance(way, Quantize):
                 made = _made(eqn, way, weights, here.phase)
                 found[_value(made, views)].append(made)
             eqns.append(eqn)
@@ -73,29 +73,14 @@ def pair(program: Program) -> Program:
         env: dict[Any, Any] = {}
         for several in found.values():
             _together(several, calls, new, env)
-        if not new and all(a is b for a, b in zip(inner.eqns, eqns, strict=True)):
-            return jaxpr
-
-        def read(x: Any) -> Any:
-            return x if isinstance(x, core.Literal) else env.get(x, x)
-
         eqns = [made for eqn in eqns for made in new.get(id(eqn), [eqn])]
-        if env:
-            eqns = [eqn.replace(invars=[read(x) for x in eqn.invars]) for eqn in eqns]
-        outvars = [read(x) for x in inner.outvars]
-        return _compat.with_parts(jaxpr, eqns=eqns, outvars=outvars)
+        eqns = [reading(eqn, env) for eqn in eqns]
+        outvars = [read(x, env) for x in _compat.open_jaxpr(jaxpr).outvars]
+        return with_equations(jaxpr, eqns, outvars)
 
-    def _with_visited(eqn: Any, weights: set[Any], here: Pass) -> Any:
-        if ops.mark_of(eqn) is not None:
-            return eqn
-        subs = jaxprs_of(eqn)
-        flags = inner_flags(eqn, weights)
-        visited = [visit(*both, here) for both in zip(subs, flags, strict=True)]
-        if all(a is b for a, b in zip(subs, visited, strict=True)):
-            return eqn
-        return with_jaxprs(eqn, visited)
-
-    return program.of(visit(program.jaxpr, program.is_weight, OUTSIDE))
+    # Whatever the names around it, so that what is shared stays so.
+    visited = memoized(visit, key=lambda flags, outer: (flags, outer.phase))
+    return program.of(visited(program.jaxpr, program.is_weight, OUTSIDE))
 
 
 def _made(eqn: Any, way: Quantize, weights: set[Any], phase: Phase) -> _Made:

@@ -49,7 +49,7 @@ def replace(program: Program) -> Program:
 
     Of those that stand in for one, one has its results, and all keep its name stack,
     source line and context. Where `program.measures`, each product in FP8 comes with a
-    call of `STATISTICS`.
+    call whose result is collected.
     """
 
     def replacer(jaxpr: Any, planned: _Planned) -> Callable[[Any, Any], list[Any]]:

@@ -6,10 +6,10 @@ from typing import Any
 
 from jax.extend import core
 
-from fp8jax import _compat, ops
+from fp8jax import _compat
 from fp8jax.transform._phases import OUTSIDE, Pass, Passes
 from fp8jax.transform._weight_flags import add_results, flagged, inner_flags
-from fp8jax.transform.ir import jaxprs_of
+from fp8jax.transform.ir import construct_of
 
 # Another name for the same bytes.
 _VIEWS = ("name", "reshape", "squeeze", "transpose")
@@ -48,10 +48,11 @@ def _bytes(jaxpr: Any, is_weight: tuple[bool, ...], outer: Pass, passes: Passes)
                 made.update(eqn.outvars)
         elif here.phase != "outside":
             kept.update(x for x in sources if x in made and x not in weights)
-        if ops.mark_of(eqn) is not None:
-            continue
-        for sub, flags in zip(jaxprs_of(eqn), inner_flags(eqn, weights), strict=True):
-            within = max(within, _bytes(sub, flags, here, passes))
+        construct = construct_of(eqn, with_rules=True)
+        if construct is not None:
+            inside = zip(construct.bodies, inner_flags(construct, weights), strict=True)
+            for body, flags in inside:
+                within = max(within, _bytes(body, flags, here, passes))
     return sum(math.prod(v.aval.shape) * _itemsize(v) for v in kept) + within
 
 

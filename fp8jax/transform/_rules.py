@@ -1,17 +1,15 @@
 """How values flow through each construct: one rule each."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 from fp8jax import _compat, numerics, ops
 from fp8jax.transform._interpreter import Flow, FlowRule
-from fp8jax.transform._loop_rules import scan_rule, while_rule
+from fp8jax.transform._loop_rules import loop_rule
 from fp8jax.transform._ragged_form import of_marked, ragged_of
 from fp8jax.transform._values import (
-    HAND_WRITTEN_CALLS,
     MARKED,
     SIDES,
     Dot,
@@ -21,7 +19,7 @@ from fp8jax.transform._values import (
     Value,
     joined,
 )
-from fp8jax.transform.ir import jaxprs_of
+from fp8jax.transform.ir import CONSTRUCTS, Construct, jaxprs_of
 
 OURS = "inside a function of fp8jax"
 HAND_WRITTEN = (
@@ -52,18 +50,13 @@ _VIEWS = (
     "transpose",
 )
 _SLICES = ("dynamic_slice", "gather", "slice", "split")
-# Call their one jaxpr with the equation's operands.
-_CALLS = (
-    "checkpoint",
-    "closed_call",
-    "core_call",
-    "core_closed_call",
-    "eval_jaxpr",
-    "jit",
-    "pjit",
-    "remat",
-    "remat2",
-)
+# Why what a rule stands beside stays as it is: the rule would not agree with it.
+_LEFT: dict[str, str] = {
+    "derivative": HAND_WRITTEN,
+    "linear": HAND_WRITTEN,
+    "partitioning": OWN_PARTITIONING,
+    "batching": OWN_VMAP,
+}
 
 
 def elementwise(
@@ -94,16 +87,6 @@ def opaque(
         inputs = [unknown] * len(_compat.open_jaxpr(jaxpr).invars)
         flow.walk(jaxpr, inputs, scope.inside(i, blocked=reason))
     return elementwise(flow, eqn, operands, scope)
-
-
-def _shard_map(
-    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
-) -> list[Value]:
-    sizes = dict(eqn.params["mesh"].shape)
-    manual = _compat.manual_axes(eqn.params)
-    shards = math.prod(sizes[axis] for axis in manual)
-    inside = scope.inside(times=shards, in_shard_map=len(manual) == len(sizes))
-    return flow.walk(eqn.params["jaxpr"], operands, inside, scope.read)
 
 
 def _view(flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope) -> list[Value]:
@@ -159,30 +142,27 @@ def _convolution(
     return _product(flow, eqn, operands, scope)
 
 
-def _call(
-    flow: Flow,
-    eqn: Any,
-    operands: Sequence[Value],
-    scope: Scope,
-    blocked: str | None = None,
-) -> Sequence[Value]:
-    if ops.mark_of(eqn) is not None:
-        return _marked(flow, eqn, operands, scope)
-    jaxprs = jaxprs_of(eqn)
-    if len(jaxprs) != 1:
-        return opaque(flow, eqn, operands, scope)
-    invars = _compat.open_jaxpr(jaxprs[0]).invars
-    if len(invars) != len(operands):
-        return opaque(flow, eqn, operands, scope)
-    return flow.walk(jaxprs[0], operands, scope.inside(blocked=blocked), scope.read)
-
-
-def _hand_written(
+def _construct(
     flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
 ) -> Sequence[Value]:
-    """The function without its rule, which nothing here knows."""
-    flow.hand_written[scope.position] = HandWritten(eqn, tuple(operands), scope)
-    return _call(flow, eqn, operands, scope, blocked=HAND_WRITTEN)
+    """An equation that runs jaxprs, as the table of constructs has it."""
+    if ops.mark_of(eqn) is not None:
+        return _marked(flow, eqn, operands, scope)
+    construct = Construct.of(eqn)
+    if construct is None:
+        return opaque(flow, eqn, operands, scope)
+    if construct.chooses:
+        return _branches(flow, construct, operands, scope)
+    if construct.iterates:
+        return loop_rule(flow, construct, operands, scope)
+    if construct.rule == "derivative":  # Of which nothing here knows.
+        flow.hand_written[scope.position] = HandWritten(eqn, tuple(operands), scope)
+    inside = scope.inside(blocked=_LEFT.get(construct.rule or ""))
+    if construct.mesh is not None:
+        sizes, manual = dict(construct.mesh.shape), construct.manual_axes or ()
+        shards = math.prod(sizes[axis] for axis in manual)
+        inside = scope.inside(times=shards, in_shard_map=len(manual) == len(sizes))
+    return flow.walk(construct.bodies[0], operands, inside, scope.read)
 
 
 def _marked(
@@ -211,11 +191,13 @@ def _blocked_side(pairs: Sequence[tuple[Any, Any]]) -> Side | None:
     return None
 
 
-def _cond(flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope) -> list[Value]:
+def _branches(
+    flow: Flow, construct: Construct, operands: Sequence[Value], scope: Scope
+) -> list[Value]:
     index, inputs = operands[0], operands[1:]
     branches = [
         flow.walk(jaxpr, inputs, scope.inside(i), scope.read)
-        for i, jaxpr in enumerate(jaxprs_of(eqn))
+        for i, jaxpr in enumerate(construct.bodies)
     ]
     return [_chosen(flow, index, values) for values in zip(*branches, strict=True)]
 
@@ -288,18 +270,10 @@ def _record(
 RULES: dict[str, FlowRule] = {
     **dict.fromkeys(_VIEWS, _view),
     **dict.fromkeys(_SLICES, _slice),
-    **dict.fromkeys(_CALLS, _call),
-    **dict.fromkeys(HAND_WRITTEN_CALLS, _hand_written),
+    **dict.fromkeys(CONSTRUCTS, _construct),
     "broadcast_in_dim": _broadcast,
-    "cond": _cond,
     "conv_general_dilated": _convolution,
-    "custom_lin": functools.partial(_call, blocked=HAND_WRITTEN),
-    "custom_partitioning": functools.partial(_call, blocked=OWN_PARTITIONING),
-    "custom_vmap_call": functools.partial(_call, blocked=OWN_VMAP),
     "dot_general": _dot_general,
     "ragged_dot": _ragged_dot,
     "ragged_dot_general": _ragged_dot,
-    "scan": scan_rule,
-    "shard_map": _shard_map,
-    "while": while_rule,
 }

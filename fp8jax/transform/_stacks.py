@@ -8,9 +8,8 @@ import jax
 from jax.extend import core
 
 from fp8jax import _compat
-from fp8jax.transform._interpreter import moved_to, splice
 from fp8jax.transform._views import chain_of, views_in
-from fp8jax.transform.ir import jaxprs_of, with_jaxprs
+from fp8jax.transform.ir import Construct, equations, moved_to, splice
 
 
 class Stacks:
@@ -24,26 +23,20 @@ class Stacks:
         # Of a result, the array, and the views of each of its slices, in order.
         self._found: dict[Any, tuple[Any, list[Any]]] = {}
 
-    def found_in(self, scan: Any, weights: Collection[Any]) -> list[Any]:
+    def found_in(self, scan: Construct, weights: Collection[Any]) -> list[Any]:
         """Those among an equation's results, of weights; none if it is no scan."""
-        if scan.primitive.name != "scan":
-            return []
-        body = _compat.open_jaxpr(scan.params["jaxpr"])
-        n_consts, n_carry = _compat.scan_counts(scan.params)
-        start = n_consts + n_carry
-        slices = dict(zip(body.invars[start:], scan.invars[start:], strict=True))
-        views = views_in(body.eqns)
+        slices = {x.inner[0]: x.operand for x in scan.inputs if x.kind == "slice"}
+        views = views_in(equations(scan.bodies[0])) if slices else {}
         found = []
-        pairs = zip(body.outvars[n_carry:], scan.outvars[n_carry:], strict=True)
-        for inner, result in pairs:
-            if not isinstance(inner, core.Var):
+        for x in scan.results:
+            if x.kind != "stack" or not isinstance(x.inner[0], core.Var):
                 continue
-            root, chain = chain_of(inner, views)
+            root, chain = chain_of(x.inner[0], views)
             stack = slices.get(root)
             if isinstance(stack, core.Var) and stack in weights:
                 before = self._found.get(stack, (stack, []))
-                self._found[result] = before[0], [*before[1], *chain]
-                found.append(result)
+                self._found[x.outvar] = before[0], [*before[1], *chain]
+                found.append(x.outvar)
         return found
 
     def views_of(
@@ -63,15 +56,3 @@ class Stacks:
             made, (stack,) = splice(traced, [stack], moved_to(scan))
             eqns += made
         return eqns, stack
-
-
-def without_inputs(eqn: Any, unread: Collection[Any]) -> Any:
-    """An equation without some inputs of its one jaxpr, and their operands."""
-    (jaxpr,) = jaxprs_of(eqn)
-    invars = _compat.open_jaxpr(jaxpr).invars
-    stays = [i for i, v in enumerate(invars) if v not in unread]
-    if len(stays) == len(invars):
-        return eqn
-    jaxpr = _compat.with_parts(jaxpr, invars=[invars[i] for i in stays])
-    eqn = eqn.replace(invars=[eqn.invars[i] for i in stays])
-    return with_jaxprs(eqn, [jaxpr])

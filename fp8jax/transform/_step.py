@@ -41,10 +41,11 @@ from fp8jax.transform._residuals import residual_bytes
 from fp8jax.transform._roles import assign, is_whole_step
 from fp8jax.transform._rules import RULES, opaque
 from fp8jax.transform._statistics import named_statistics
-from fp8jax.transform._stored import StoredOperands
+from fp8jax.transform._stored import Dequantize, StoredOperands
 from fp8jax.transform._stored_calls import as_arrays
 from fp8jax.transform._values import Dot, Scope
 from fp8jax.transform._warn import warn
+from fp8jax.transform.ir import equations
 
 NO_DERIVATIVE = (
     "fp8_transform: products in FP8 have no forward-mode and no second derivative. "
@@ -179,9 +180,13 @@ class Step:
     def _plan(self, key: CallKey, args: Any, kwargs: Any) -> tuple[Any, Any, Plan]:
         """The function's jaxpr, its output's structure, and the plan for it."""
 
+        stored_calls: list[Dequantize] = []
+
         def flat(arrays: list[Any]) -> Any:
             arguments = key.arguments(arrays)
-            (args, kwargs), put_back = as_arrays(arguments, self._policy.weight_dtype)
+            dtype = self._policy.weight_dtype
+            (args, kwargs), made, put_back = as_arrays(arguments, dtype)
+            stored_calls[:] = made
             outputs = put_back(self.outer.fn(*args, **kwargs))
             return self.options.mark(outputs, key)
 
@@ -197,8 +202,14 @@ class Step:
             )
             raise
         lost = lost_donation(jaxpr, self.outer)
-        jaxpr = prepared(Program(jaxpr), self._policy.without).jaxpr
-        stored = StoredOperands.of(jaxpr)
+        program = Program(jaxpr)
+        first = [eqn for eqn in equations(jaxpr) if ops.mark_of(eqn) is not None]
+        for eqn, call in zip(
+            first, stored_calls, strict=False
+        ):  # Made before all else.
+            program.calls.add(eqn, call)
+        program = prepared(program, self._policy.without)
+        jaxpr, stored = program.jaxpr, StoredOperands.of(program)
         leaves = self._describe(args, kwargs)
         flow = Flow(RULES, opaque, closure=1 << len(leaves))
         inputs = [flow.input(i) for i in range(len(leaves))]

@@ -5,9 +5,8 @@ marked call makes of codes and scales. A product of that array is one of the cod
 """
 
 import dataclasses
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,11 +15,11 @@ from jax.extend import core
 from fp8jax import _compat, ops
 from fp8jax.quant import QTensor, QuantSpec
 from fp8jax.recipes import Recipe
+from fp8jax.transform._program import Program
 from fp8jax.transform._values import SIDES, Position, Side, other_side
-from fp8jax.transform.ir import jaxprs_of
+from fp8jax.transform.ir import construct_of, equations
 
 CONTRACTION_TILE = 128  # Of the products of codes.
-_REMATS = ("checkpoint", "remat", "remat2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +33,7 @@ class Dequantize:
         def run(data: jax.Array, scale: jax.Array) -> jax.Array:
             return QTensor(data, scale, self.tile).dequantize(self.dtype)
 
-        # The tile is in the name: an equation has no other place for it.
-        return ops.marked("dequantize_{}x{}".format(*self.tile), run)(data, scale)
-
-    @classmethod
-    def of(cls, eqn: Any) -> "Dequantize | None":
-        """The call that an equation is, if it is one."""
-        found = re.fullmatch(r"dequantize_(\d+)x(\d+)", ops.mark_of(eqn) or "")
-        if found is None:
-            return None
-        rows, columns = found.groups()
-        return cls((int(rows), int(columns)), np.dtype(eqn.outvars[0].aval.dtype))
+        return ops.marked("dequantize", run)(data, scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,46 +114,45 @@ class StoredOperands:
     inflated: frozenset[int]
 
     @classmethod
-    def of(cls, jaxpr: Any) -> "StoredOperands":
+    def of(cls, program: Program) -> "StoredOperands":
         """Those of a whole program, whose inputs are the leaves."""
-        leaves = {v: i for i, v in enumerate(_compat.open_jaxpr(jaxpr).invars)}
-        walk = _Walk()
-        walk.visit(jaxpr, (), leaves)
-        return cls(walk.of_dots, frozenset(walk.inflated))
+        of_dots: dict[Position, Mapping[Side, Stored]] = {}
+        inflated: set[int] = set()
 
+        def visit(jaxpr: Any, position: Position, leaves: Mapping[Any, int]) -> None:
+            stored: dict[Any, Stored] = {}
+            for i, eqn in enumerate(equations(jaxpr)):
+                call = program.calls.of(eqn)
+                if isinstance(call, Dequantize):
+                    data, scale = eqn.invars
+                    found = Stored(data, scale, call.tile, False, leaves.get(data))
+                    stored[eqn.outvars[0]] = found
+                    continue
+                read = [
+                    (j, stored[x]) for j, x in enumerate(eqn.invars) if _in(x, stored)
+                ]
+                view = _view(eqn, read[0][1]) if read else None
+                if view is not None:
+                    stored[eqn.outvars[0]] = view
+                elif eqn.primitive.name == "dot_general":
+                    if read:
+                        of_dots[(*position, i)] = {SIDES[j]: x for j, x in read}
+                else:
+                    inflated.update(x.leaf for _, x in read if x.leaf is not None)
+                    construct = construct_of(eqn)
+                    if construct is None:
+                        continue
+                    for number, body in enumerate(construct.bodies):
+                        inner = {
+                            x.inner[number]: leaves[x.operand]
+                            for x in construct.inputs
+                            if _in(x.operand, leaves)
+                        }
+                        visit(body, (*position, i, number), inner)
 
-class _Walk:
-    def __init__(self) -> None:
-        self.of_dots: dict[Position, Mapping[Side, Stored]] = {}
-        self.inflated: set[int] = set()
-
-    def visit(self, jaxpr: Any, position: Position, leaves: Mapping[Any, int]) -> None:
-        stored: dict[Any, Stored] = {}
-        for i, eqn in enumerate(_compat.open_jaxpr(jaxpr).eqns):
-            call = Dequantize.of(eqn)
-            if call is not None:
-                data, scale = eqn.invars
-                found = Stored(data, scale, call.tile, False, leaves.get(data))
-                stored[eqn.outvars[0]] = found
-                continue
-            read = [(j, stored[x]) for j, x in enumerate(eqn.invars) if _in(x, stored)]
-            view = _view(eqn, read[0][1]) if read else None
-            if view is not None:
-                stored[eqn.outvars[0]] = view
-            elif eqn.primitive.name == "dot_general":
-                if read:
-                    self.of_dots[(*position, i)] = {SIDES[j]: x for j, x in read}
-            else:
-                self.inflated |= {x.leaf for _, x in read if x.leaf is not None}
-                for number, (sub, slots) in enumerate(bodies(eqn)):
-                    invars = _compat.open_jaxpr(sub).invars
-                    outer = [eqn.invars[slot] for slot in slots]
-                    inner = {
-                        v: leaves[x]
-                        for v, x in zip(invars, outer, strict=True)
-                        if _in(x, leaves)
-                    }
-                    self.visit(sub, (*position, i, number), inner)
+        inputs = _compat.open_jaxpr(program.jaxpr).invars
+        visit(program.jaxpr, (), {v: i for i, v in enumerate(inputs)})
+        return cls(of_dots, frozenset(inflated))
 
 
 def _in(x: Any, variables: Mapping[Any, Any]) -> bool:
@@ -179,38 +167,3 @@ def _view(eqn: Any, x: Stored) -> Stored | None:
     if name == "transpose" and tuple(eqn.params["permutation"]) == (1, 0):
         return dataclasses.replace(x, transposed=not x.transposed)
     return None
-
-
-Bodies = Iterator[tuple[Any, Sequence[int]]]
-
-
-def bodies(eqn: Any) -> Bodies:
-    """The jaxprs that a construct runs, each with the operands of its inputs."""
-    name, subs = eqn.primitive.name, jaxprs_of(eqn)
-    every = range(len(eqn.invars))
-    if name == "scan" or (name in _REMATS and len(subs) == 1):
-        yield subs[0], every
-    elif name == "cond":
-        yield from ((sub, every[1:]) for sub in subs)
-    elif name == "while":
-        n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        body, cond = subs  # In the order of the alphabet, as positions count them.
-        yield body, every[n_cond:]
-        yield cond, [*every[:n_cond], *every[n_cond + n_body :]]
-
-
-Kind = Literal["constant", "carry", "slices"]
-
-
-def kind_of(eqn: Any, operand: int) -> Kind:
-    """How one of `bodies`' constructs hands an operand on."""
-    name = eqn.primitive.name
-    if name == "scan":
-        consts, carry = _compat.scan_counts(eqn.params)
-        if operand < consts:
-            return "constant"
-        return "carry" if operand < consts + carry else "slices"
-    if name == "while":
-        consts = eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
-        return "constant" if operand < consts else "carry"
-    return "constant"

@@ -24,19 +24,25 @@ def has_qtensors(tree: Any) -> bool:
     return any(map(_is_qtensor, jax.tree.leaves(tree, is_leaf=_is_qtensor)))
 
 
-def as_arrays(tree: Any, dtype: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """A tree with arrays of `dtype` for its QTensors, and a function of another tree.
+def as_arrays(
+    tree: Any, dtype: Any
+) -> tuple[Any, list[Dequantize], Callable[[Any], Any]]:
+    """A tree with arrays of `dtype` for its QTensors.
 
-    That function puts QTensors back where those very arrays are: what a function
-    returns as it came stays what it was.
+    Returns:
+        The tree; the calls that made its arrays, in their order; and a function that
+        puts QTensors back where those very arrays are in another tree: what a function
+        returns as it came stays what it was.
     """
+    calls: list[Dequantize] = []
     came: dict[int, tuple[jax.Array, QTensor]] = {}
 
     def array(x: Any) -> Any:
         if not _is_qtensor(x):
             return x
         x.check("fp8_transform")
-        made = Dequantize(x.tile, np.dtype(dtype))(x.data, x.scale)
+        calls.append(Dequantize(x.tile, np.dtype(dtype)))
+        made = calls[-1](x.data, x.scale)
         came[id(made)] = made, x  # Kept, so that the number stays its own.
         return made
 
@@ -44,7 +50,7 @@ def as_arrays(tree: Any, dtype: Any) -> tuple[Any, Callable[[Any], Any]]:
         return came[id(x)][1] if id(x) in came else x
 
     arrays = jax.tree.map(array, tree, is_leaf=_is_qtensor)
-    return arrays, lambda outputs: jax.tree.map(put_back, outputs)
+    return arrays, calls, lambda outputs: jax.tree.map(put_back, outputs)
 
 
 @dataclasses.dataclass(frozen=True)

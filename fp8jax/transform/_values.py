@@ -14,7 +14,6 @@ from fp8jax.transform._ragged_form import RAGGED, Ragged
 Position = tuple[int, ...]  # equation, sub-jaxpr, equation, ..., equation
 Side = Literal["lhs", "rhs"]
 SIDES: tuple[Side, Side] = ("lhs", "rhs")
-HAND_WRITTEN_CALLS = ("custom_jvp_call", "custom_vjp_call")
 MARKED = "fp8jax::product"  # The `Dot.primitive` of one of our own products.
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from jax.extend import core
 
 from fp8jax import _compat
-from fp8jax.transform.ir import jaxprs_of
+from fp8jax.transform.ir import Construct, Input
 
 Flags = tuple[bool, ...]  # For each input of a jaxpr.
 
@@ -24,14 +24,13 @@ def add_results(eqn: Any, weights: set[Any]) -> None:
         weights.update(eqn.outvars)
 
 
-def inner_flags(eqn: Any, weights: set[Any]) -> list[Flags]:
-    """Of the inputs of each of an equation's jaxprs; a carry has its first value's."""
-    flags = tuple(not isinstance(x, core.Var) or x in weights for x in eqn.invars)
-    subs = jaxprs_of(eqn)
-    if eqn.primitive.name == "cond":
-        return [flags[1:]] * len(subs)
-    if eqn.primitive.name == "while":
-        n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        return [flags[n_cond:], flags[:n_cond] + flags[n_cond + n_body :]]
-    counts = [len(_compat.open_jaxpr(sub).invars) for sub in subs]
-    return [flags if n == len(flags) else (False,) * n for n in counts]
+def inner_flags(construct: Construct, weights: set[Any]) -> list[Flags]:
+    """Of the inputs of each body; a carry has its first value's."""
+
+    def is_one(x: Input) -> bool:
+        return not isinstance(x.operand, core.Var) or x.operand in weights
+
+    return [
+        tuple(is_one(x) for x in construct.inputs if x.inner[i] is not None)
+        for i, _ in enumerate(construct.bodies)
+    ]

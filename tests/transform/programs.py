@@ -122,6 +122,18 @@ def jit_with_options_of_its_own_stays_a_call() -> Program:
 
 
 @program
+def jits_that_remat_scan_and_cond_return_as_they_are() -> Program:
+    inner = jax.jit(lambda w, x: x @ w)
+
+    def forward(p: Any, x: jax.Array) -> jax.Array:
+        x = jax.checkpoint(inner)(p["o"], x)
+        x = lax.scan(lambda x, _: (inner(p["o"], x), None), x, None, 2)[0]
+        return lax.cond(x[0, 0] > 0, inner, lambda _, x: x, p["o"], x)
+
+    return fp8_transform(sgd(forward)), ({"o": normal(5, D, D)}, X)
+
+
+@program
 def scan_over_layers() -> Program:
     return fp8_transform(sgd(scanned)), (STACK, X)
 

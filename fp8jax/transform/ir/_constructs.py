@@ -22,6 +22,8 @@ from fp8jax.transform.ir._jaxprs import jaxprs_of, with_jaxprs
 InputKind = Literal["choice", "constant", "carry", "slice"]
 # Of a result: as a body returns it, carried out of the last iteration, or stacked.
 ResultKind = Literal["value", "carry", "stack"]
+# Of a rule that stands beside a body, what it is for.
+RuleKind = Literal["derivative", "linear", "partitioning", "batching"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,7 +83,7 @@ class Construct:
     def of(cls, eqn: Any) -> "Construct | None":
         """The equation taken apart; None if it is in no table, and so opaque."""
         form = CONSTRUCTS.get(eqn.primitive.name)
-        bodies = tuple(jaxprs_of(eqn))
+        bodies = tuple(jaxprs_of(eqn)) if form is not None else ()
         if form is None or not bodies:
             return None
         inputs, results = form.open(eqn, [_compat.open_jaxpr(b) for b in bodies])
@@ -90,9 +92,19 @@ class Construct:
         return cls(eqn, bodies, tuple(inputs), tuple(results))
 
     @property
+    def rule(self) -> RuleKind | None:
+        """The rule beside the body that counts on it, if there is one."""
+        return CONSTRUCTS[self.eqn.primitive.name].rule
+
+    @property
     def is_fixed(self) -> bool:
-        """Whether a rule beside the body counts on it: its bodies must stay."""
-        return CONSTRUCTS[self.eqn.primitive.name].is_fixed
+        """Whether its bodies must stay, because a rule counts on them."""
+        return self.rule is not None
+
+    @property
+    def mesh(self) -> Any:
+        """The mesh of a `shard_map`; None of all others."""
+        return self.eqn.params["mesh"] if "in_specs" in self.eqn.params else None
 
     @property
     def length(self) -> int | None:
@@ -104,6 +116,28 @@ class Construct:
         """Whether an operand may be added: no parameter places it on devices."""
         return CONSTRUCTS[self.eqn.primitive.name].takes_inputs
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it means no more than its one body's equations."""
+        form = CONSTRUCTS[self.eqn.primitive.name]
+        constants = _compat.open_jaxpr(self.bodies[0]).constvars
+        return form.is_plain(self.eqn.params) and not constants
+
+    @property
+    def iterates(self) -> bool:
+        """Whether its first body runs several times."""
+        return CONSTRUCTS[self.eqn.primitive.name].iterates
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it runs one of its bodies."""
+        return any(x.kind == "choice" for x in self.inputs)
+
+    @property
+    def manual_axes(self) -> frozenset[str] | None:
+        """Mesh axes over which its body is one device's program; None of most."""
+        return None if self.mesh is None else _compat.manual_axes(self.eqn.params)
+
     def returns(self, body: int) -> bool:
         """Whether a body returns the results; the condition of a loop does not."""
         return CONSTRUCTS[self.eqn.primitive.name].returns(body)
@@ -111,9 +145,21 @@ class Construct:
     def visited(
         self, visit: Callable[..., Any], *contexts: Sequence[Any]
     ) -> "Construct":
-        """With `visit` of each body, and of its own entry in each of `contexts`."""
-        bodies = tuple(map(visit, self.bodies, *contexts))
-        return dataclasses.replace(self, bodies=bodies)
+        """With `visit` of each body, and of its own entry in each of `contexts`.
+
+        A body may come back with other variables, but as many. Not of a construct that
+        was edited: its bodies are those of `eqn`, see `settled`.
+        """
+        bodies = list(map(visit, self.bodies, *contexts))
+        if _is_same(bodies, self.bodies):
+            return self
+        return dataclasses.replace(self, eqn=with_jaxprs(self.eqn, bodies)).reopened()
+
+    def reopened(self) -> "Construct":
+        """The equation `eqn`, taken apart anew."""
+        construct = Construct.of(self.eqn)
+        assert construct is not None, "it is of the same primitive"
+        return construct
 
     def constant(self, operand: Any, inner: Any, body: int = 0) -> Input:
         """A new input that one body reads as it is."""
@@ -141,6 +187,10 @@ class Construct:
         bodies = list(self.bodies)
         bodies[body] = _compat.with_parts(bodies[body], **parts)
         return dataclasses.replace(self, bodies=tuple(bodies))
+
+    def settled(self) -> "Construct":
+        """The same, its bodies with the variables that inputs and results name."""
+        return dataclasses.replace(self, eqn=self.equation()).reopened()
 
     def equation(self) -> Any:
         """The equation of these bodies, inputs and results; `eqn` if they are its own.
@@ -230,7 +280,8 @@ class _Form:
             have it; and for each result its kind.
         counts: the parameters that say how many of each kind there are.
         returns: whether a body returns the results.
-        takes_inputs, is_fixed: as of `Construct`.
+        iterates, takes_inputs, rule: as of `Construct`.
+        is_plain: whether an equation says no more than which jaxpr it runs.
     """
 
     kinds: Callable[[Any, int], tuple[list[tuple[InputKind, set[int]]], int]]
@@ -238,8 +289,10 @@ class _Form:
         lambda params, inputs, results: {}
     )
     returns: Callable[[int], bool] = lambda body: True
+    iterates: bool = False
     takes_inputs: bool = True
-    is_fixed: bool = False
+    rule: RuleKind | None = None
+    is_plain: Callable[[dict[str, Any]], bool] = lambda params: False
 
     def open(self, eqn: Any, bodies: Sequence[Any]) -> _Opened:
         kinds, n_carry = self.kinds(eqn, len(bodies))
@@ -322,8 +375,15 @@ def _while_counts(params: Any, inputs: Any, results: Any) -> dict[str, Any]:
 
 
 _CALL = _Form(_of_call)
-_PLACED = _Form(_of_call, takes_inputs=False)
-_RULED = _Form(_of_call, takes_inputs=False, is_fixed=True)
+_JIT = _Form(_of_call, takes_inputs=False, is_plain=_compat.is_plain_call)
+
+
+def _ruled(rule: RuleKind) -> _Form:
+    def is_plain(params: dict[str, Any]) -> bool:
+        return rule == "derivative"
+
+    return _Form(_of_call, takes_inputs=False, rule=rule, is_plain=is_plain)
+
 
 CONSTRUCTS: dict[str, _Form] = {
     "checkpoint": _CALL,
@@ -331,17 +391,24 @@ CONSTRUCTS: dict[str, _Form] = {
     "cond": _Form(_of_cond),
     "core_call": _CALL,
     "core_closed_call": _CALL,
-    "custom_jvp_call": _RULED,
-    "custom_lin": _RULED,
-    "custom_partitioning": _RULED,
-    "custom_vjp_call": _RULED,
-    "custom_vmap_call": _RULED,
+    "custom_jvp_call": _ruled("derivative"),
+    "custom_lin": _ruled("linear"),
+    "custom_partitioning": _ruled("partitioning"),
+    "custom_vjp_call": _ruled("derivative"),
+    "custom_vmap_call": _ruled("batching"),
     "eval_jaxpr": _CALL,
-    "jit": _PLACED,
-    "pjit": _PLACED,
+    "jit": _JIT,
+    "pjit": _JIT,
     "remat": _CALL,
     "remat2": _CALL,
-    "scan": _Form(_of_scan, _scan_counts),
-    "shard_map": _PLACED,
-    "while": _Form(_of_while, _while_counts, returns=lambda body: body == _BODY),
+    "scan": _Form(_of_scan, _scan_counts, iterates=True),
+    "shard_map": _Form(_of_call, takes_inputs=False),
+    "while": _Form(
+        _of_while, _while_counts, returns=lambda body: body == _BODY, iterates=True
+    ),
 }
+
+
+def is_construct(eqn: Any) -> bool:
+    """Whether the equation's primitive is in the table."""
+    return eqn.primitive.name in CONSTRUCTS

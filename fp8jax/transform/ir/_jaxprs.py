@@ -1,4 +1,4 @@
-"""The jaxprs among an equation's parameters, whatever the primitive."""
+"""What equations of any primitive may have among their parameters."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,6 +15,11 @@ def jaxprs_of(eqn: Any) -> list[Any]:
     return found
 
 
+def called(eqn: Any) -> Any:
+    """The jaxpr that a jit, or a construct like it, runs; None of all others."""
+    return eqn.params.get("jaxpr")
+
+
 def with_jaxprs(eqn: Any, jaxprs: Iterable[Any]) -> Any:
     """An equation with other jaxprs in the places of its own."""
     left = iter(jaxprs)
@@ -27,3 +32,9 @@ def with_jaxprs(eqn: Any, jaxprs: Iterable[Any]) -> Any:
                 next(left) if _compat.is_jaxpr(v) else v for v in value
             )
     return eqn.replace(params=params)
+
+
+def shardings_of(eqn: Any) -> list[Any]:
+    """Where an equation says that arrays lie: a constraint, or a jit of arguments."""
+    one, several = eqn.params.get("sharding"), eqn.params.get("in_shardings", ())
+    return [s for s in (one, *several) if s is not None]

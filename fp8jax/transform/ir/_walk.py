@@ -5,11 +5,11 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from fp8jax import _compat, ops
-from fp8jax.transform.ir._constructs import Construct
+from fp8jax.transform.ir._constructs import Construct, is_construct
 
 
-def memoized(visit: Callable[..., Any]) -> Callable[..., Any]:
-    """`visit(jaxpr, *context)`, run once for each jaxpr object and context.
+def memoized(visit: Callable[..., Any], key: Any = lambda *context: context) -> Any:
+    """`visit(jaxpr, *context)`, run once for each jaxpr object and `key(*context)`.
 
     One jaxpr may be called from many places: where the context agrees, so must what is
     made of it, or XLA compiles every layer by itself.
@@ -17,24 +17,29 @@ def memoized(visit: Callable[..., Any]) -> Callable[..., Any]:
     done: dict[Hashable, tuple[Any, Any]] = {}
 
     @functools.wraps(visit)
-    def run(jaxpr: Any, *context: Hashable) -> Any:
-        key = id(jaxpr), context
-        if key not in done:
-            done[key] = jaxpr, visit(jaxpr, *context)  # Kept: its number stays its own.
-        return done[key][1]
+    def run(jaxpr: Any, *context: Any) -> Any:
+        found = id(jaxpr), key(*context)
+        if found not in done:
+            done[found] = jaxpr, visit(jaxpr, *context)  # Kept: its number is its own.
+        return done[found][1]
 
     return run
 
 
-def construct_of(eqn: Any) -> Construct | None:
+def construct_of(eqn: Any, with_rules: bool = False) -> Construct | None:
     """The construct whose bodies a pass may change; None of our own calls, and others.
 
-    Bodies that a gradient rule stands beside are not entered: the rule would not agree.
+    Args:
+        eqn: an equation.
+        with_rules: whether to give those, too, whose bodies must stay because a rule
+            stands beside them, which would not agree with others.
     """
-    if ops.mark_of(eqn) is not None:
+    if not is_construct(eqn) or ops.mark_of(eqn) is not None:
         return None
     construct = Construct.of(eqn)
-    return None if construct is None or construct.is_fixed else construct
+    if construct is None or (construct.is_fixed and not with_rules):
+        return None
+    return construct
 
 
 def with_bodies(eqn: Any, visit: Callable[..., Any], *contexts: Sequence[Any]) -> Any:
