@@ -12,14 +12,15 @@ from jax.extend import core
 from fp8jax.transform._calls import Quantize
 from fp8jax.transform._make_calls import Calls
 from fp8jax.transform._program import Program
-from fp8jax.transform._views import chain_of, views_in
 from fp8jax.transform.ir import (
     Construct,
+    chain_of,
     construct_of,
     copied,
     equations,
     memoized,
     moved_to,
+    views_in,
     with_bodies,
     with_equations,
 )

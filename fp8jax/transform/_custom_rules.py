@@ -23,6 +23,7 @@ from fp8jax.transform._roles import Role
 from fp8jax.transform._rule_call import RuleCall
 from fp8jax.transform._rules import RULES, opaque
 from fp8jax.transform._values import Dot, HandWritten, Position, Value
+from fp8jax.transform.ir import asks_what_is_differentiated, closes_over_arrays
 
 LEFT = "hand-written VJP, named in custom_rules but left as it is: "
 
@@ -134,9 +135,9 @@ def _measured(
 
 def _traced(eqn: Any, without: Collection[str]) -> RuleCall | str:
     """The function with its rule, or why it stays as it is."""
-    if eqn.params["symbolic_zeros"]:
+    if asks_what_is_differentiated(eqn):
         return f"{LEFT}its rule asks what is differentiated (symbolic_zeros)"
-    if eqn.params["num_consts"]:  # JAX refuses their derivatives; so must we.
+    if closes_over_arrays(eqn):  # JAX refuses their derivatives; so must we.
         return f"{LEFT}it closes over arrays: make them arguments"
     if eqn.effects:
         return f"{LEFT}it has side effects"

@@ -15,16 +15,17 @@ from fp8jax.transform._calls import Moments, Quantize
 from fp8jax.transform._make_calls import Calls
 from fp8jax.transform._program import Program
 from fp8jax.transform._stacks import Stacks
-from fp8jax.transform._views import chain_of, views_in
 from fp8jax.transform._weight_flags import Flags, add_results, flagged, inner_flags
 from fp8jax.transform.ir import (
     Construct,
     Input,
+    chain_of,
     construct_of,
     copied,
     equations,
     memoized,
     moved_to,
+    views_in,
     with_equations,
 )
 

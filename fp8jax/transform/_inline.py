@@ -9,20 +9,20 @@ from typing import Any
 
 from fp8jax import _compat, ops
 from fp8jax.transform._program import Program
-from fp8jax.transform._ragged_form import RAGGED
 from fp8jax.transform.ir import (
+    PRODUCT,
+    RAGGED,
     Construct,
     construct_of,
     equations,
     jaxprs_of,
     memoized,
     named_after,
+    primitive_of,
     read,
     reading,
     splice,
 )
-
-_PRODUCTS = ("dot_general", RAGGED)
 
 
 def inline_calls(program: Program) -> Program:
@@ -37,7 +37,7 @@ def inline_calls(program: Program) -> Program:
     @memoized
     def has_products(jaxpr: Any) -> bool:
         return any(
-            eqn.primitive.name in _PRODUCTS
+            primitive_of(eqn) in (PRODUCT, RAGGED)
             or (ops.mark_of(eqn) is None and any(map(has_products, jaxprs_of(eqn))))
             for eqn in equations(jaxpr)
         )

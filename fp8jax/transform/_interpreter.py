@@ -18,7 +18,7 @@ from fp8jax.transform._phase_flow import PhasesByFlow
 from fp8jax.transform._phases import Passes
 from fp8jax.transform._readers import Readers
 from fp8jax.transform._values import Dot, HandWritten, Position, Scope, Value
-from fp8jax.transform.ir import jaxprs_of, with_jaxprs
+from fp8jax.transform.ir import jaxprs_of, primitive_of, with_jaxprs
 
 # Gives an equation's results from its operands, and tells `Flow` of the dots in it.
 FlowRule = Callable[["Flow", Any, Sequence[Value], Scope], Sequence[Value]]
@@ -165,7 +165,7 @@ class Flow:
         for i, (eqn, is_read) in enumerate(
             zip(inner.eqns, reads(inner, read), strict=True)
         ):
-            rule = self._rules.get(eqn.primitive.name, self._default)
+            rule = self._rules.get(primitive_of(eqn), self._default)
             operands = [value_of(v) for v in eqn.invars]
             here = scope.at(i, eqn, self._passes, is_read)
             here = here.in_phase(self._phases.of(here.phase, operands))

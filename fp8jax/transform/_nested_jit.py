@@ -7,6 +7,7 @@ from typing import Any
 from fp8jax import _compat
 from fp8jax.transform._outer_jit import OuterJit
 from fp8jax.transform._parameters import name_of
+from fp8jax.transform.ir import called_name
 
 
 @contextlib.contextmanager
@@ -39,7 +40,7 @@ def lost_donation(jaxpr: Any, outer: OuterJit) -> tuple[str, ...]:
         return ()
     inner = _compat.open_jaxpr(jaxpr)
     calls = [
-        eqn.params["name"]
+        called_name(eqn)
         for eqn in inner.eqns
         if any(x is v for x in _compat.donated_operands(eqn) for v in inner.invars)
     ]

@@ -10,14 +10,16 @@ from fp8jax.transform._calls import Quantize, QuantizeBoth
 from fp8jax.transform._make_calls import Calls
 from fp8jax.transform._phases import OUTSIDE, Pass, Passes, Phase
 from fp8jax.transform._program import Program
-from fp8jax.transform._views import Views, name_of, views_in
 from fp8jax.transform._weight_flags import Flags, add_results, flagged, inner_flags
 from fp8jax.transform.ir import (
+    Views,
     construct_of,
     equations,
     memoized,
+    name_of,
     read,
     reading,
+    views_in,
     with_equations,
 )
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
 
 from fp8jax import _compat
+from fp8jax.transform.ir import is_differentiated
 
 Phase = Literal["outside", "forward", "recompute", "backward"]
 Names: TypeAlias = tuple[_compat.Name, ...]
@@ -61,7 +62,7 @@ class Passes:
         own = _compat.names_of(eqn)
         if not own:
             return outer
-        if eqn.params.get("differentiated", False):
+        if is_differentiated(eqn):
             own = _without_repetition(own, outer.phase)
         names = outer.names + own
         if not any(name.is_derivative or name == _REMATTED for name in own):

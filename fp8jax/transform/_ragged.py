@@ -9,22 +9,17 @@ import numpy as np
 from fp8jax import ops
 from fp8jax.ops import marked
 from fp8jax.transform._plan import LayerDot, QuantizedDot, Replacement
-from fp8jax.transform._ragged_form import RAGGED, ragged_of
+from fp8jax.transform._ragged_form import ragged_of
+from fp8jax.transform.ir import product_options
 
 
 def ragged_call(eqn: Any, what: Replacement) -> "RaggedProduct | RaggedLayer":
     """The marked call that stands in for the product, of its operands."""
-    options = eqn.params["precision"], eqn.params["preferred_element_type"]
     if isinstance(what, LayerDot):
-        return RaggedLayer(what, *options)
+        return RaggedLayer(what, *product_options(eqn))
     ragged = ragged_of(eqn)
     assert ragged is not None, "others are left as they are"
     return RaggedProduct(what, ragged.form, np.dtype(eqn.outvars[0].aval.dtype))
-
-
-def is_ragged(eqn: Any) -> bool:
-    """Whether the equation is a product of rows in groups."""
-    return eqn.primitive.name == RAGGED
 
 
 @dataclasses.dataclass(frozen=True)

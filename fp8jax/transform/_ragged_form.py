@@ -3,8 +3,7 @@
 from typing import Any, NamedTuple
 
 from fp8jax import ops
-
-RAGGED = "ragged_dot_general"
+from fp8jax.transform.ir import ragged_numbers
 
 # Contracted dimensions of lhs and rhs, and the dimension of rhs that counts groups.
 _FORMS: dict[Any, ops.RaggedForm] = {
@@ -29,17 +28,12 @@ class Ragged(NamedTuple):
 
 def ragged_of(eqn: Any) -> Ragged | None:
     """What the equation is, if `jax.lax.ragged_dot` or its gradients made it."""
-    if eqn.primitive.name != RAGGED or eqn.params["group_offset"] is not None:
+    numbers = ragged_numbers(eqn)
+    if numbers is None:
         return None
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    (contracted, batch), rows = (
-        numbers.dot_dimension_numbers,
-        numbers.lhs_ragged_dimensions,
-    )
     lhs, rhs, sizes = (x.aval for x in eqn.invars)
-    dims = (*map(tuple, contracted), tuple(numbers.rhs_group_dimensions))
-    form = _FORMS.get(dims)
-    plain = tuple(map(tuple, batch)) == ((), ()) and tuple(rows) == (0,)
+    form = _FORMS.get((*numbers.contracted, numbers.groups))
+    plain = numbers.batch == ((), ()) and numbers.rows == (0,)
     ranks = (lhs.ndim, rhs.ndim) == ((2, 2) if form == "wgrad" else (2, 3))
     if form is None or not plain or not ranks or sizes.ndim != 1:
         return None

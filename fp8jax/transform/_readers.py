@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from fp8jax.transform._values import Position, Value
+from fp8jax.transform.ir import gathers_rows, primitive_of
 
 Reader = Literal["ranking", "log-sum-exp"]
 
@@ -42,7 +43,7 @@ class Readers:
 
     def computed(self, eqn: Any, operands: Sequence[Value], value: Value) -> Value:
         """The value of an equation that is no product, and what it reads."""
-        name, near = eqn.primitive.name, value.near
+        name, near = primitive_of(eqn), value.near
         part = max((x.part for x in operands), default=0)
         if name in _RANKINGS:
             self._reads("ranking", near)
@@ -62,12 +63,11 @@ class Readers:
 
     def gathered(self, eqn: Any, operands: Sequence[Value]) -> None:
         """Notes a table, if a gather reads rows of one."""
-        if eqn.primitive.name != "gather" or operands[0].only_leaf is None:
+        if not gathers_rows(eqn) or operands[0].only_leaf is None:
             return
         table, indices = (v.aval for v in eqn.invars[:2])
-        rows = tuple(eqn.params["slice_sizes"]) == (1, *table.shape[1:])
         # Of one row, it may be a weight of a stack.
-        if table.ndim == 2 and rows and indices.size > 1:
+        if table.ndim == 2 and indices.size > 1:
             self.tables |= operands[0].leaves
 
     def _reads(self, reader: Reader, near: int) -> None:

@@ -33,13 +33,19 @@ from fp8jax.transform._plan import (
     specs_of,
 )
 from fp8jax.transform._program import Program
-from fp8jax.transform._ragged import is_ragged, ragged_call
+from fp8jax.transform._ragged import ragged_call
 from fp8jax.transform._rule_call import RuleCall
 from fp8jax.transform._stored import StaticDot
 from fp8jax.transform._stored_calls import static_equations
 from fp8jax.transform._transposed import read_transposed
 from fp8jax.transform._values import SIDES, Side
-from fp8jax.transform._views import name_of, views_in
+from fp8jax.transform.ir import (
+    dimension_numbers,
+    is_product,
+    name_of,
+    product_options,
+    views_in,
+)
 
 _Planned: TypeAlias = Mapping[int, Replacement | StaticDot | RuleCall]
 
@@ -90,7 +96,7 @@ class _InJaxpr:
             return self._ruled(eqn, what)
         if isinstance(what, StaticDot):
             return static_equations(eqn, what, self._calls, self._codes)
-        if is_ragged(eqn):
+        if not is_product(eqn):
             eqns, _ = self._calls(ragged_call(eqn, what), eqn, *eqn.invars)
         elif isinstance(what, QuantizedDot) and not what.split:
             eqns = self._shared(eqn, what)
@@ -116,8 +122,7 @@ class _InJaxpr:
     def _alone(self, eqn: Any, what: Replacement) -> list[Any]:
         """Equations of a product that is one call."""
         if isinstance(what, LayerDot):
-            names = "dimension_numbers", "precision", "preferred_element_type"
-            call = Layer(what, *(eqn.params[name] for name in names))
+            call = Layer(what, dimension_numbers(eqn), *product_options(eqn))
         else:
             dtype = np.dtype(eqn.outvars[0].aval.dtype)
             exchanged = eqn.outvars[0] in self._exchanged
@@ -203,4 +208,4 @@ def _quantizations(
 
 def _layout(eqn: Any) -> ops.Layout:
     lhs, rhs = (x.aval.shape for x in eqn.invars)
-    return ops.plan(lhs, rhs, eqn.params["dimension_numbers"], "fp8_transform")
+    return ops.plan(lhs, rhs, dimension_numbers(eqn), "fp8_transform")

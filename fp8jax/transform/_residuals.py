@@ -9,7 +9,7 @@ from jax.extend import core
 from fp8jax import _compat
 from fp8jax.transform._phases import OUTSIDE, Pass, Passes
 from fp8jax.transform._weight_flags import add_results, flagged, inner_flags
-from fp8jax.transform.ir import construct_of
+from fp8jax.transform.ir import construct_of, primitive_of
 
 # Another name for the same bytes.
 _VIEWS = ("name", "reshape", "squeeze", "transpose")
@@ -42,7 +42,7 @@ def _bytes(jaxpr: Any, is_weight: tuple[bool, ...], outer: Pass, passes: Passes)
         sources = [base.get(x, x) for x in operands]
         add_results(eqn, weights)
         if here.phase == "forward":
-            if eqn.primitive.name in _VIEWS:
+            if primitive_of(eqn) in _VIEWS:
                 base[eqn.outvars[0]] = sources[0] if sources else eqn.outvars[0]
             else:
                 made.update(eqn.outvars)

@@ -15,6 +15,7 @@ from fp8jax import _compat
 from fp8jax.quant import MOMENTS, sum_moments
 from fp8jax.transform._roles import Role
 from fp8jax.transform._statistics import over_iterations
+from fp8jax.transform.ir import jaxprs_of
 
 Measured: TypeAlias = tuple[tuple[str, Role], int | None]
 
@@ -78,7 +79,7 @@ class RuleCall:
         residuals = forward_jaxpr.out_avals[len(gives) :]
         cotangents, _ = _parted([x.aval for x in eqn.outvars], gives)
         backward_jaxpr = jax.make_jaxpr(backward)(residuals, cotangents)
-        name, primal = _compat.function_name(eqn), eqn.params["call_jaxpr"]
+        name, primal = _compat.function_name(eqn), jaxprs_of(eqn)[0]
         return cls(name, primal, forward_jaxpr, backward_jaxpr, takes, gives)
 
     def __call__(self, *operands: jax.Array) -> list[jax.Array]:

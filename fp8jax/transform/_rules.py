@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fp8jax import _compat, numerics, ops
@@ -19,7 +19,15 @@ from fp8jax.transform._values import (
     Value,
     joined,
 )
-from fp8jax.transform.ir import CONSTRUCTS, Construct, jaxprs_of
+from fp8jax.transform.ir import (
+    CONSTRUCTS,
+    Construct,
+    dimension_numbers,
+    jaxprs_of,
+    output_channels,
+    primitive_of,
+    signature,
+)
 
 OURS = "inside a function of fp8jax"
 HAND_WRITTEN = (
@@ -82,7 +90,7 @@ def opaque(
     """A primitive we do not enter: products in its jaxprs are only reported."""
     number = flow.number("unknown", scope.position)
     unknown = dataclasses.replace(joined(operands), number=number, root=number)
-    reason = f"inside {eqn.primitive.name}: not handled, left as it is"
+    reason = f"inside {primitive_of(eqn)}: not handled, left as it is"
     for i, jaxpr in enumerate(jaxprs_of(eqn)):
         inputs = [unknown] * len(_compat.open_jaxpr(jaxpr).invars)
         flow.walk(jaxpr, inputs, scope.inside(i, blocked=reason))
@@ -92,7 +100,7 @@ def opaque(
 def _view(flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope) -> list[Value]:
     values = []
     for i, x in enumerate(operands[: len(eqn.outvars)]):
-        number = flow.number(*_signature(eqn), i, x.number)
+        number = flow.number(*signature(eqn), i, x.number)
         values.append(dataclasses.replace(x, number=number))
     return values
 
@@ -115,8 +123,7 @@ def _slice(
 def _dot_general(
     flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
-    dimension_numbers = eqn.params["dimension_numbers"]
-    _record(flow, eqn, operands, scope, dimension_numbers=dimension_numbers)
+    _record(flow, eqn, operands, scope, dimension_numbers=dimension_numbers(eqn))
     return _product(flow, eqn, operands, scope)
 
 
@@ -134,9 +141,7 @@ def _ragged_dot(
 def _convolution(
     flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
-    kernel = eqn.invars[1].aval
-    channels = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-    per_output = kernel.size // max(channels, 1)
+    per_output = eqn.invars[1].aval.size // max(output_channels(eqn), 1)
     flops = 2 * eqn.outvars[0].aval.size * per_output
     _record(flow, eqn, operands, scope, flops=flops)
     return _product(flow, eqn, operands, scope)
@@ -208,7 +213,7 @@ def _chosen(flow: Flow, index: Value, values: Sequence[Value]) -> Value:
     if len(informed) == 1:
         return informed.pop()
     ordered = sorted(informed, key=lambda v: v.number)
-    number = flow.number("cond", *(v.number for v in ordered))
+    number = flow.number("chosen", *(v.number for v in ordered))
     return dataclasses.replace(joined([index, *ordered]), number=number, root=number)
 
 
@@ -225,21 +230,9 @@ def _product(
 def _numbered(
     flow: Flow, eqn: Any, operands: Sequence[Value], value: Value
 ) -> list[Value]:
-    key = (*_signature(eqn), *(v.number for v in operands))
+    key = (*signature(eqn), *(v.number for v in operands))
     numbers = [flow.number(i, *key) for i in range(len(eqn.outvars))]
     return [dataclasses.replace(value, number=n, root=n) for n in numbers]
-
-
-def _signature(eqn: Any) -> tuple[Hashable, ...]:
-    return (eqn.primitive.name, *map(_hashable, sorted(eqn.params.items())))
-
-
-def _hashable(item: tuple[str, Any]) -> Hashable:
-    try:
-        hash(item)
-    except TypeError:
-        return item[0], id(item[1])
-    return item
 
 
 def _record(
@@ -257,7 +250,7 @@ def _record(
     left, right = pair
     flow.dots[scope.position] = Dot(
         scope=scope,
-        primitive=primitive or eqn.primitive.name,
+        primitive=primitive or primitive_of(eqn),
         lhs=operands[left],
         rhs=operands[right],
         lhs_aval=eqn.invars[left].aval,

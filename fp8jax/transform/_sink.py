@@ -17,6 +17,7 @@ from fp8jax.transform._stored import Dequantize
 from fp8jax.transform.ir import (
     Construct,
     construct_of,
+    entries_of,
     equations,
     memoized,
     moved_to,
@@ -73,30 +74,12 @@ def _of_entries(eqn: Any, made: dict[Any, Any], calls: Calls) -> list[Any]:
     call, inputs = calls.of(made[source]), made[source].invars
     assert call is not None
     stack: Any = source.aval
-    before = stack.ndim - 2  # Sides of the stack.
-    name, params = eqn.primitive.name, eqn.params
-    matrix = stack.shape[before:]
-    out: Any = eqn.outvars[0].aval
-
-    def take(x: jax.Array, indices: Any) -> jax.Array:
-        sides = x.shape[before:]
-        if name == "squeeze":
-            return jax.lax.squeeze(x, params["dimensions"])
-        if name == "slice":
-            limits = (*params["limit_indices"][:before], *sides)
-            return jax.lax.slice(x, params["start_indices"], limits, params["strides"])
-        sizes = (*params["slice_sizes"][:before], *sides)
-        return jax.lax.dynamic_slice(x, indices, sizes)
-
-    if not (
-        (name == "squeeze" and max(params["dimensions"], default=0) < before)
-        or (name == "slice" and out.shape[before:] == matrix)
-        or (name == "dynamic_slice" and params["slice_sizes"][before:] == matrix)
-    ):
+    take = entries_of(eqn, before=stack.ndim - 2)
+    if take is None:
         return []
 
     def entries(data: jax.Array, scale: jax.Array, *indices: jax.Array) -> jax.Array:
-        return call(take(data, indices), take(scale, indices))
+        return call(take(data, *indices), take(scale, *indices))
 
     avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inputs]
     at = [x.aval for x in eqn.invars[1:]]

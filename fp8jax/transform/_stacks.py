@@ -8,8 +8,14 @@ import jax
 from jax.extend import core
 
 from fp8jax import _compat
-from fp8jax.transform._views import chain_of, views_in
-from fp8jax.transform.ir import Construct, equations, moved_to, splice
+from fp8jax.transform.ir import (
+    Construct,
+    chain_of,
+    equations,
+    moved_to,
+    splice,
+    views_in,
+)
 
 
 class Stacks:

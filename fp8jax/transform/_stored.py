@@ -17,7 +17,13 @@ from fp8jax.quant import QTensor, QuantSpec
 from fp8jax.recipes import Recipe
 from fp8jax.transform._program import Program
 from fp8jax.transform._values import SIDES, Position, Side, other_side
-from fp8jax.transform.ir import construct_of, equations
+from fp8jax.transform.ir import (
+    construct_of,
+    equations,
+    is_cast,
+    is_product,
+    permutation,
+)
 
 CONTRACTION_TILE = 128  # Of the products of codes.
 
@@ -134,7 +140,7 @@ class StoredOperands:
                 view = _view(eqn, read[0][1]) if read else None
                 if view is not None:
                     stored[eqn.outvars[0]] = view
-                elif eqn.primitive.name == "dot_general":
+                elif is_product(eqn):
                     if read:
                         of_dots[(*position, i)] = {SIDES[j]: x for j, x in read}
                 else:
@@ -161,9 +167,8 @@ def _in(x: Any, variables: Mapping[Any, Any]) -> bool:
 
 def _view(eqn: Any, x: Stored) -> Stored | None:
     """The result as a stored weight, if the equation but looks at one."""
-    name, out = eqn.primitive.name, eqn.outvars[0].aval
-    if name == "convert_element_type" and out.dtype in ops.INPUT_DTYPES:
+    if is_cast(eqn) and eqn.outvars[0].aval.dtype in ops.INPUT_DTYPES:
         return x
-    if name == "transpose" and tuple(eqn.params["permutation"]) == (1, 0):
+    if permutation(eqn) == (1, 0):
         return dataclasses.replace(x, transposed=not x.transposed)
     return None

@@ -13,6 +13,7 @@ from fp8jax.ops import marked
 from fp8jax.quant import QTensor, QuantSpec, quantize
 from fp8jax.recipes import Recipe
 from fp8jax.transform._stored import Dequantize, StaticDot
+from fp8jax.transform.ir import dimension_numbers
 
 
 def _is_qtensor(x: Any) -> bool:
@@ -144,7 +145,7 @@ def static_equations(
         codes: made in this jaxpr so far; one activation is quantized once.
     """
     lhs, rhs = eqn.invars
-    numbers = eqn.params["dimension_numbers"]
+    numbers = dimension_numbers(eqn)
     layout = ops.plan(lhs.aval.shape, rhs.aval.shape, numbers, "fp8_transform")
     first = what.first == "lhs"
     x, operand = (lhs, layout.lhs) if first else (rhs, layout.rhs)

@@ -11,6 +11,8 @@ from typing import Any
 
 from jax.extend import core
 
+from fp8jax.transform.ir import dimension_numbers, is_product, permutation
+
 
 def read_transposed(jaxpr: Any, products: Iterable[int]) -> set[int]:
     """The numbers of those `dot_general`s that every reader wants with sides exchanged.
@@ -28,26 +30,20 @@ def read_transposed(jaxpr: Any, products: Iterable[int]) -> set[int]:
     found = set()
     for index in products:
         eqn = jaxpr.eqns[index]
-        if eqn.primitive.name != "dot_general" or eqn.outvars[0] in results:
+        if not is_product(eqn) or eqn.outvars[0] in results:
             continue
         order = _exchanged_sides(eqn)
         reads = readers[eqn.outvars[0]]
-        if order and reads and all(_transposes(read, order) for read in reads):
+        if order and reads and all(permutation(read) == order for read in reads):
             found.add(index)
     return found
 
 
 def _exchanged_sides(dot: Any) -> tuple[int, ...]:
     """The order that puts the dimensions of rhs first; () if that changes nothing."""
-    (lhs_dims, _), (lhs_batch, _) = dot.params["dimension_numbers"]
+    (lhs_dims, _), (lhs_batch, _) = dimension_numbers(dot)
     rank = dot.outvars[0].aval.ndim
     free = dot.invars[0].aval.ndim - len(lhs_dims) - len(lhs_batch)
     if lhs_batch or free in (0, rank):
         return ()
     return (*range(free, rank), *range(free))
-
-
-def _transposes(eqn: Any, order: tuple[int, ...]) -> bool:
-    return (
-        eqn.primitive.name == "transpose" and tuple(eqn.params["permutation"]) == order
-    )

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from fp8jax.transform._liveness import Read, is_dead
 from fp8jax.transform._phases import OUTSIDE, Pass, Passes, Phase
-from fp8jax.transform._ragged_form import RAGGED, Ragged
+from fp8jax.transform._ragged_form import Ragged
+from fp8jax.transform.ir import PRODUCT, RAGGED
 
 Position = tuple[int, ...]  # equation, sub-jaxpr, equation, ..., equation
 Side = Literal["lhs", "rhs"]
@@ -205,7 +206,7 @@ class Dot:
     @property
     def is_product(self) -> bool:
         """Whether it is one that may be in FP8."""
-        return self.primitive == "dot_general" or (
+        return self.primitive == PRODUCT or (
             self.ragged is not None and self.primitive == RAGGED
         )
 

@@ -2,6 +2,25 @@
 
 from fp8jax.transform.ir._constructs import CONSTRUCTS, Construct, Input, Result
 from fp8jax.transform.ir._dead_code import without_dead_code
+from fp8jax.transform.ir._equations import (
+    PRODUCT,
+    RAGGED,
+    asks_what_is_differentiated,
+    called_name,
+    closes_over_arrays,
+    dimension_numbers,
+    entries_of,
+    gathers_rows,
+    is_cast,
+    is_differentiated,
+    is_product,
+    output_channels,
+    permutation,
+    primitive_of,
+    product_options,
+    ragged_numbers,
+    signature,
+)
 from fp8jax.transform.ir._jaxprs import called, jaxprs_of, shardings_of, with_jaxprs
 from fp8jax.transform.ir._splice import (
     casts_of_types,
@@ -12,6 +31,7 @@ from fp8jax.transform.ir._splice import (
     reading,
     splice,
 )
+from fp8jax.transform.ir._views import Views, chain_of, name_of, views_in
 from fp8jax.transform.ir._walk import (
     construct_of,
     equations,
@@ -22,22 +42,43 @@ from fp8jax.transform.ir._walk import (
 
 __all__ = [
     "CONSTRUCTS",
+    "PRODUCT",
+    "RAGGED",
     "Construct",
     "Input",
     "Result",
+    "Views",
+    "asks_what_is_differentiated",
     "called",
+    "called_name",
     "casts_of_types",
+    "chain_of",
+    "closes_over_arrays",
     "construct_of",
     "copied",
+    "dimension_numbers",
+    "entries_of",
     "equations",
+    "gathers_rows",
+    "is_cast",
+    "is_differentiated",
+    "is_product",
     "jaxprs_of",
     "memoized",
     "moved_to",
+    "name_of",
     "named_after",
+    "output_channels",
+    "permutation",
+    "primitive_of",
+    "product_options",
+    "ragged_numbers",
     "read",
     "reading",
     "shardings_of",
+    "signature",
     "splice",
+    "views_in",
     "with_bodies",
     "with_equations",
     "with_jaxprs",

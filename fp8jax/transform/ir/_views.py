@@ -5,6 +5,8 @@ from typing import Any, TypeAlias
 
 from jax.extend import core
 
+from fp8jax.transform.ir._equations import signature
+
 VIEWS = ("convert_element_type", "reshape", "slice", "squeeze", "transpose")
 
 Views: TypeAlias = dict[Any, Any]  # Of a variable, the equation that makes it.
@@ -34,8 +36,7 @@ def name_of(x: Any, views: Mapping[Any, Any]) -> Hashable:
     view = views.get(x)
     if view is None:
         return x
-    params = tuple(sorted(view.params.items()))
-    return view.primitive.name, params, name_of(view.invars[0], views)
+    return *signature(view), name_of(view.invars[0], views)
 
 
 def chain_of(x: Any, views: Mapping[Any, Any]) -> tuple[Any, list[Any]]:

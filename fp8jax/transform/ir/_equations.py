@@ -1,0 +1,155 @@
+"""What single equations say: their primitives' parameters, read in one place.
+
+Constructs aside (`_constructs.py`), these are all parameters of JAX's primitives that
+`fp8_transform` reads.
+"""
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+
+PRODUCT, RAGGED = "dot_general", "ragged_dot_general"
+
+
+def primitive_of(eqn: Any) -> str:
+    """The name of the equation's primitive, for tables by such names."""
+    return eqn.primitive.name
+
+
+def is_product(eqn: Any) -> bool:
+    """Whether the equation is a `dot_general`."""
+    return eqn.primitive.name == PRODUCT
+
+
+def dimension_numbers(product: Any) -> Any:
+    """Of a `dot_general`, as in `jax.lax.dot_general`."""
+    return product.params["dimension_numbers"]
+
+
+def product_options(product: Any) -> tuple[Any, Any]:
+    """`precision` and `preferred_element_type` of a product, ragged or not."""
+    return product.params["precision"], product.params["preferred_element_type"]
+
+
+class RaggedNumbers(NamedTuple):
+    """Dimensions of a `ragged_dot_general`.
+
+    Attributes:
+        contracted: of lhs and of rhs.
+        batch: of lhs and of rhs.
+        rows: of lhs that come in groups.
+        groups: of rhs that count them.
+    """
+
+    contracted: tuple[tuple[int, ...], tuple[int, ...]]
+    batch: tuple[tuple[int, ...], tuple[int, ...]]
+    rows: tuple[int, ...]
+    groups: tuple[int, ...]
+
+
+def ragged_numbers(eqn: Any) -> RaggedNumbers | None:
+    """Of a `ragged_dot_general` of all groups; None of all else."""
+    if eqn.primitive.name != RAGGED or eqn.params["group_offset"] is not None:
+        return None
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    contracted, batch = numbers.dot_dimension_numbers
+    return RaggedNumbers(
+        (tuple(contracted[0]), tuple(contracted[1])),
+        (tuple(batch[0]), tuple(batch[1])),
+        tuple(numbers.lhs_ragged_dimensions),
+        tuple(numbers.rhs_group_dimensions),
+    )
+
+
+def output_channels(convolution: Any) -> int:
+    """Of a `conv_general_dilated`."""
+    kernel = convolution.invars[1].aval
+    return kernel.shape[convolution.params["dimension_numbers"].rhs_spec[0]]
+
+
+def permutation(eqn: Any) -> tuple[int, ...]:
+    """The order of dimensions that a transposition gives; () of all else."""
+    if eqn.primitive.name != "transpose":
+        return ()
+    return tuple(eqn.params["permutation"])
+
+
+def gathers_rows(eqn: Any) -> bool:
+    """Whether the equation gathers whole entries along the first dimension."""
+    if eqn.primitive.name != "gather":
+        return False
+    table = eqn.invars[0].aval
+    return tuple(eqn.params["slice_sizes"]) == (1, *table.shape[1:])
+
+
+def entries_of(eqn: Any, before: int) -> Callable[..., jax.Array] | None:
+    """How an equation takes entries of a stack, if it takes whole ones.
+
+    Args:
+        eqn: the equation, of a stack and perhaps of indices.
+        before: the dimensions of the stack before those of its entries.
+
+    Returns:
+        The function that takes, with the same indices, entries of another stack of the
+        same dimensions before its entries', which may be of other sizes.
+    """
+    name, params, matrix = eqn.primitive.name, eqn.params, eqn.invars[0].aval.shape
+    matrix, out = matrix[before:], eqn.outvars[0].aval.shape
+    if name == "squeeze" and max(params["dimensions"], default=0) < before:
+        return functools.partial(jax.lax.squeeze, dimensions=params["dimensions"])
+    if name == "slice" and out[before:] == matrix:
+        starts, strides = params["start_indices"], params["strides"]
+        limits = params["limit_indices"][:before]
+
+        def sliced(x: jax.Array) -> jax.Array:
+            return jax.lax.slice(x, starts, (*limits, *x.shape[before:]), strides)
+
+        return sliced
+    if name == "dynamic_slice" and params["slice_sizes"][before:] == matrix:
+        sizes = params["slice_sizes"][:before]
+
+        def taken(x: jax.Array, *indices: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice(x, indices, (*sizes, *x.shape[before:]))
+
+        return taken
+    return None
+
+
+def is_cast(eqn: Any) -> bool:
+    """Whether the equation gives its operand in another dtype."""
+    return eqn.primitive.name == "convert_element_type"
+
+
+def signature(eqn: Any) -> tuple[Hashable, ...]:
+    """Equal for equations that compute the same of the same operands."""
+    return (eqn.primitive.name, *map(_hashable, sorted(eqn.params.items())))
+
+
+def _hashable(item: tuple[str, Any]) -> Hashable:
+    try:
+        hash(item)
+    except TypeError:
+        return item[0], id(item[1])
+    return item
+
+
+def is_differentiated(eqn: Any) -> bool:
+    """Whether the equation is the backward pass of a remat."""
+    return eqn.params.get("differentiated", False)
+
+
+def called_name(eqn: Any) -> str:
+    """The name of the function that a jit calls."""
+    return str(eqn.params["name"])
+
+
+def asks_what_is_differentiated(call: Any) -> bool:
+    """Whether the rule of a custom_jvp or custom_vjp equation has `symbolic_zeros`."""
+    return call.params["symbolic_zeros"]
+
+
+def closes_over_arrays(call: Any) -> bool:
+    """Whether the function of a custom_jvp or custom_vjp equation does."""
+    return call.params["num_consts"] > 0
