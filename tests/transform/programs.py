@@ -13,6 +13,7 @@ program runs, and its file begins with a digest of its results.
 
 import argparse
 import functools
+import gc
 import hashlib
 import os
 import pathlib
@@ -516,7 +517,8 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     for name in options.names or PROGRAMS:
-        jax.clear_caches()  # What is shared shall not depend on what came before.
+        gc.collect()  # What is shared shall not depend on what came before.
+        jax.clear_caches()
         fn, args = PROGRAMS[name]()
         parts = [text_of(fn.trace(*args).jaxpr)]
         if hasattr(fn, "report"):

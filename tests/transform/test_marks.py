@@ -6,11 +6,12 @@ import keyword
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.interpreters import partial_eval
 
 import fp8jax
 from fp8jax import _compat, ops
 from fp8jax.transform import fp8_transform
-from fp8jax.transform.ir import jaxprs_of
+from fp8jax.transform.ir import jaxprs_of, without_dead_code
 
 D = 128
 W = jax.random.normal(jax.random.key(0), (D, D)) * 0.1
@@ -34,6 +35,11 @@ def named(name, function):
 
     run.__name__ = run.__qualname__ = name
     return jax.jit(run)
+
+
+def dead_code_by_jax(jaxpr):
+    inner = _compat.open_jaxpr(jaxpr)
+    return partial_eval.dce_jaxpr(inner, [True] * len(inner.outvars))[0]
 
 
 def loss(params, x):
@@ -77,27 +83,57 @@ def layer(x, w):
     return fp8jax.dot_general(x, w, (((1,), (0,)), ((), ())))
 
 
-def test_derivatives_batching_remat_and_dead_code_elimination_keep_the_mark():
-    def of(function, *args):
+def of(function, *args):
+    with _compat.remat_as_jaxpr():
         return marks(jax.make_jaxpr(function)(*args))
 
-    forward = of(layer, X, W)
-    assert "gemm_xla" in forward
-    assert of(jax.jit(layer), X, W) == forward
+
+FORWARD = of(layer, X, W)
+
+
+def test_jit_keeps_the_mark():
+    assert "gemm_xla" in FORWARD
+    assert of(jax.jit(layer), X, W) == FORWARD
+
+
+def test_derivatives_keep_the_mark():
     gradient = of(jax.grad(lambda x, w: jnp.sum(layer(x, w)), (0, 1)), X, W)
     assert gradient.count("gemm_xla") == 3
-    assert of(jax.vmap(layer, (0, None)), jnp.stack([X, X]), W) == forward
+
+
+def test_vmap_keeps_the_mark():
+    assert of(jax.vmap(layer, (0, None)), jnp.stack([X, X]), W) == FORWARD
+
+
+def test_remat_keeps_the_mark():
     remat = jax.checkpoint(lambda x, w: jnp.sum(jnp.sin(layer(x, w))))
     assert of(jax.grad(remat, (0, 1)), X, W).count("gemm_xla") == 4
-    again = jax.make_jaxpr(jax.extend.core.jaxpr_as_fun(jax.make_jaxpr(layer)(X, W)))
-    assert marks(again(X, W)) == forward
 
+
+def test_retracing_keeps_the_mark():
+    again = jax.extend.core.jaxpr_as_fun(jax.make_jaxpr(layer)(X, W))
+    assert of(again, X, W) == FORWARD
+
+
+def test_scan_keeps_the_mark():
     def scanned(x, ws):
         return jax.lax.scan(lambda x, w: (layer(x, w), None), x, ws)[0]
 
-    assert of(scanned, X, jnp.stack([W, W])) == forward
-    unused = of(jax.jit(lambda x, w: (layer(x, w), layer(w, w))[0]), X, W)
-    assert unused[: len(forward)] == forward
+    assert of(scanned, X, jnp.stack([W, W])) == FORWARD
+
+
+@pytest.mark.parametrize("eliminated", [dead_code_by_jax, without_dead_code])
+def test_dead_code_elimination_keeps_the_mark_of_what_is_read(eliminated):
+    both = ops.marked("both", lambda x: (jnp.sin(x), jnp.cos(x)))
+    unread = ops.marked("unread", jnp.tan)
+
+    def run(x):
+        unread(x)
+        return both(x)[0]
+
+    jaxpr = jax.make_jaxpr(run)(X)
+    assert marks(jaxpr) == ["unread", "both"]
+    assert marks(eliminated(jaxpr)) == ["both"]
 
 
 def test_twice_transformed_is_once_transformed():
