@@ -130,69 +130,6 @@ def stacked_aval(aval: Any, length: int) -> Any:
     return core.unmapped_aval(length, 0, aval)
 
 
-def with_scan_consts(params: dict[str, Any], count: int) -> dict[str, Any]:
-    """A scan's parameters with `count` more constants, after those there are."""
-    if "num_consts" in params:
-        return {**params, "num_consts": params["num_consts"] + count}
-    return _with_scan_operands(params, count, 0)
-
-
-def with_scan_slices(params: dict[str, Any], count: int) -> dict[str, Any]:
-    """A scan's parameters with `count` more arrays to read slices of."""
-    if "num_consts" in params:
-        return dict(params)  # It does not count them.
-    return _with_scan_operands(params, 0, count)
-
-
-def with_call_operands(params: dict[str, Any], count: int) -> dict[str, Any]:
-    """The parameters of a remat or a call with `count` more operands, the last ones."""
-    kinds = params.get("prevent_cse")
-    if not isinstance(kinds, tuple):
-        return dict(params)
-    return {**params, "prevent_cse": (*kinds, *[True] * count)}
-
-
-def with_some_call_operands(params: dict[str, Any], stays: list[int]) -> dict[str, Any]:
-    """The parameters of a remat or a call with some of its operands."""
-    kinds = params.get("prevent_cse")
-    if not isinstance(kinds, tuple):
-        return dict(params)
-    return {**params, "prevent_cse": tuple(kinds[i] for i in stays)}
-
-
-def _with_scan_operands(params: dict[str, Any], consts: int, xs: int) -> dict[str, Any]:
-    from jax._src import flattree  # pyright: ignore (since 0.12)
-
-    sizes = list(map(len, params["ft_in"].unpack()))
-    sizes = sizes[0] + consts, sizes[1], sizes[2] + xs
-    return {**params, "ft_in": flattree.pack(tuple(map(flattree.nones, sizes)))}
-
-
-def with_results(params: dict[str, Any], count: int) -> dict[str, Any]:
-    """An equation's parameters with room for more results, if it counts them.
-
-    Args:
-        params: of a jit, a scan or a shard_map.
-        count: how many results come after those there are.
-    """
-    more = dict(params)
-    rooms = {
-        "out_shardings": UNSPECIFIED,
-        "out_layouts": None,
-        "out_specs": jax.sharding.PartitionSpec(),
-    }
-    for name, value in rooms.items():
-        if name in params:
-            more[name] = (*params[name], *[value] * count)
-    if "ft_out" in params:  # Of a scan, since 0.12.
-        from jax._src import flattree  # pyright: ignore (since 0.12)
-
-        carry, ys = params["ft_out"].unpack()
-        ys = flattree.nones(len(ys) + count)
-        more["ft_out"] = flattree.pack((flattree.nones(len(carry)), ys))
-    return more
-
-
 def varying_axes(aval: Any) -> frozenset[str]:
     """Mesh axes along which a value may differ between devices, in a shard_map."""
     known = getattr(aval, "mat", None)

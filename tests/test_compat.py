@@ -178,31 +178,43 @@ def test_pallas_load_of_mosaic_gpu_is_as_the_version_branch_assumes():
     assert takes_index == (_compat.JAX_VERSION < (0, 11)), list(parameters)
 
 
-def test_equations_have_room_for_more_results():
-    def body(x, _):
-        return x + 1, x
-
-    jitted = jax.make_jaxpr(jax.jit(lambda x: jax.lax.scan(body, x, length=2)))(1.0)
-    (call,) = jitted.eqns
-    more = _compat.with_results(call.params, 1)
+def test_jits_tell_of_each_operand_and_result():
+    call = eqn_of("jit", jax.jit(lambda x: (x, x)), 1.0)
+    for name in ("in_shardings", "in_layouts", "donated_invars"):
+        assert len(call.params[name]) == 1, f"jit counts its operands otherwise: {name}"
     for name in ("out_shardings", "out_layouts"):
-        assert len(more[name]) == 3, f"jit counts its results otherwise: {name}"
-    (scan,) = _compat.open_jaxpr(call.params["jaxpr"]).eqns
-    more = _compat.with_results(scan.params, 1)
-    if "ft_out" in more:
-        carry, ys = more["ft_out"].unpack()
-        assert (len(carry), len(ys)) == (1, 2)
-    aval = scan.outvars[0].aval
-    assert _compat.stacked_aval(aval, 3).shape == (3,)
+        assert len(call.params[name]) == 2, f"jit counts its results otherwise: {name}"
 
 
-def test_scans_have_room_for_more_constants():
+def test_scans_are_told_how_many_operands_and_results_they_have():
     def accumulate(w, xs):
         return jax.lax.scan(lambda s, x: (s + w * x, None), xs[0], xs)
 
     scan = eqn_of("scan", accumulate, 2.0, jnp.ones(3))
-    assert _compat.scan_counts(_compat.with_scan_consts(scan.params, 2)) == (3, 1)
-    assert _compat.scan_counts(_compat.with_scan_slices(scan.params, 2)) == (1, 1)
+    assert _compat.scan_counts(scan.params) == (1, 1)
+    counts = _compat.with_scan_counts(scan.params, 3, 1, 2, 4)
+    assert _compat.scan_counts(counts) == (3, 1)
+    assert counts.keys() <= scan.params.keys(), "scan counts its operands otherwise"
+    if "ft_out" in counts:
+        assert [len(part) for part in counts["ft_in"].unpack()] == [3, 1, 2]
+        assert [len(part) for part in counts["ft_out"].unpack()] == [1, 4]
+    assert _compat.stacked_aval(scan.outvars[0].aval, 3).shape == (3,)
+
+
+def test_effects_on_mutable_arrays_are_told_from_others():
+    def write(x):
+        ref = jax.new_ref(x)
+        jax.debug.print("{}", x)
+        ref[...] = x + 1
+        return ref[...]
+
+    found = {
+        eqn.primitive.name: _compat.has_input_effects(eqn)
+        for eqn in _compat.open_jaxpr(jax.make_jaxpr(write)(1.0)).eqns
+        if eqn.effects
+    }
+    assert found.pop("swap")
+    assert not found.get("debug_callback", found.get("debug_print", False))
 
 
 def test_calls_with_a_gradient_rule_tell_their_name_and_are_called_again():
