@@ -10,9 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import jax.numpy as jnp
-
-from fp8jax.transform._values import Position, Value
+from fp8jax.transform._values import Position, Value, is_inexact
 
 Reader = Literal["ranking", "log-sum-exp"]
 
@@ -54,7 +52,7 @@ class Readers:
             part = 2 if part else 0
         elif name not in _KEEPING:
             part = 0
-        if not any(_is_float(v.aval) for v in eqn.outvars):
+        if not any(is_inexact(v.aval) for v in eqn.outvars):
             near = 0  # Ranks, masks: no numbers of the product any more.
         elif name.startswith("reduce_") and not part:
             near = 0  # One number for many columns is no score of one.
@@ -74,10 +72,6 @@ class Readers:
         for position, index in self._products.items():
             if near >> index & 1:
                 self.of.setdefault(position, set()).add(reader)
-
-
-def _is_float(aval: Any) -> bool:
-    return jnp.issubdtype(getattr(aval, "dtype", jnp.int32), jnp.inexact)
 
 
 def skipped_for(readers: Iterable[Reader]) -> str:

@@ -19,6 +19,7 @@ from fp8jax.transform._values import (
     Scope,
     Side,
     Value,
+    is_inexact,
     joined,
 )
 
@@ -70,10 +71,13 @@ def elementwise(
 ) -> list[Value]:
     """What is known of any primitive: results depend on all operands."""
     value = joined(operands)
+    # Integers have no derivatives: a loop's counter is none, where it counts backward.
+    is_integer = not any(is_inexact(v.aval) for v in eqn.outvars)
+    is_forward = scope.phase in ("forward", "recompute")
     value = dataclasses.replace(
         value,
-        cotangent=value.cotangent or scope.phase == "backward",
-        residual=scope.phase in ("forward", "recompute"),
+        cotangent=value.cotangent or (scope.phase == "backward" and not is_integer),
+        residual=is_forward or (is_integer and not value.cotangent),
     )
     if any(hasattr(v.aval, "inner_aval") for v in eqn.invars):
         # What is read from a mutable array may come from anywhere.
