@@ -217,7 +217,12 @@ def _blocked_side(pairs: Sequence[tuple[Any, Any]]) -> Side | None:
 def _cond(flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope) -> list[Value]:
     index, inputs = operands[0], operands[1:]
     branches = [
-        flow.walk(jaxpr, inputs, scope.inside(i), scope.read)
+        flow.walk(
+            jaxpr,
+            [_in_branch(flow, index, i, x) for x in inputs],
+            scope.inside(i),
+            scope.read,
+        )
         for i, jaxpr in enumerate(sub_jaxprs(eqn))
     ]
     return [_chosen(flow, index, values) for values in zip(*branches, strict=True)]
@@ -229,8 +234,19 @@ def _chosen(flow: Flow, index: Value, values: Sequence[Value]) -> Value:
     if len(informed) == 1:
         return informed.pop()
     ordered = sorted(informed, key=lambda v: v.number)
-    number = flow.number("cond", *(v.number for v in ordered))
+    number = flow.number("cond", index.number, *(v.number for v in values))
+    flow.chosen[number] = (index.number, tuple(values))
     return dataclasses.replace(joined([index, *ordered]), number=number, root=number)
+
+
+def _in_branch(flow: Flow, index: Value, branch: int, x: Value) -> Value:
+    """A value where its `cond` chose this branch.
+
+    JAX may put one branch's residual into the place of another one's: what a backward
+    branch reads there is its own.
+    """
+    chosen_by, values = flow.chosen.get(x.number, (None, ()))
+    return values[branch] if chosen_by == index.number else x
 
 
 def _product(

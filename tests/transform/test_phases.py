@@ -330,6 +330,34 @@ def test_gradient_computed_ahead_in_a_forward_rule_is_not_second_order():
     assert report.fraction == 1.0
 
 
+def switched(layer, x):
+    """Branches that keep different residuals of the same types."""
+    kept = functools.partial(jnp.multiply, 2.0)
+    branches = jax.checkpoint(block), block, lambda p, x: block(p, jnp.tanh(kept(x)))
+    index = jnp.int32(jnp.sum(x) > 0) + jnp.int32(jnp.sum(x) > 9)
+    return jax.lax.switch(index, branches, layer, x)
+
+
+@pytest.mark.parametrize(
+    ("over", "params"),
+    [(unrolled, LAYERS), (scanned, STACKED)],
+    ids=["unrolled", "scanned"],
+)
+@pytest.mark.parametrize("remat", [False, True])
+def test_branches_do_not_read_each_other_s_residuals(over, params, remat):
+    one = jax.checkpoint(switched) if remat else switched
+    step = by_grad(functools.partial(over, one))
+    counts = collections.Counter()
+    for (_, role), n in found(step, params, X).items():
+        counts[role] += n
+    layers, branches = (1 if over is scanned else 2), 3
+    assert counts["fprop"] == counts["wgrad"] == 2 * branches * layers
+    # The first layer's input needs no gradient, which a scan does not tell.
+    first = branches if over is unrolled else 0
+    assert counts["dgrad"] == 2 * branches * layers - first
+    assert counts["recompute"] == 2 * layers * (branches if remat else 1)
+
+
 CHUNK = 128
 MLP = {"up": normal(2, D, 4 * CHUNK), "down": normal(3, 4 * CHUNK, D)}
 
