@@ -137,6 +137,7 @@ def _dot_general(
 ) -> list[Value]:
     dimension_numbers = eqn.params["dimension_numbers"]
     _record(flow, eqn, operands, scope, dimension_numbers=dimension_numbers)
+    flow.readers.multiplied(eqn, operands)
     return _product(flow, eqn, operands, scope)
 
 

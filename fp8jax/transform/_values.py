@@ -37,6 +37,7 @@ class Value:
         near: products that it comes from without another one in between, as bits; no
             part of what makes two values equal.
         part: of a log-sum-exp: 1 for exponentials, 2 for their sum; likewise.
+        one_hot: whether it says which of several integers are equal; likewise.
     """
 
     leaves: int
@@ -47,6 +48,7 @@ class Value:
     residual: bool = False
     near: int = dataclasses.field(default=0, compare=False)
     part: int = dataclasses.field(default=0, compare=False)
+    one_hot: bool = dataclasses.field(default=False, compare=False)
 
     @property
     def only_leaf(self) -> int | None:
