@@ -150,7 +150,7 @@ def _traced(eqn: Any) -> RuleCall | str:
         return f"{LEFT}its rule cannot be traced: {type(error).__name__}: {text}"
     # Nothing in a rule is differentiated once more.
     parts = {
-        name: inline_calls(getattr(call, name), hand_written=True) for name in _PARTS
+        name: inline_calls(getattr(call, name), differentiated=True) for name in _PARTS
     }
     return dataclasses.replace(call, **parts)
 

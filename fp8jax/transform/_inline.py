@@ -3,6 +3,10 @@
 `jnp.einsum` and others jit themselves. A value that two of them multiply by, or that a
 forward and a backward call share, is then one variable of one jaxpr: it is quantized
 once for all of them.
+
+A function with a gradient rule of its own is written out where its derivative is taken
+already, for there the rule means nothing any more: in the forward half of its own rule,
+say, which may call the function itself, as those in JAX's documentation do.
 """
 
 from typing import Any
@@ -14,6 +18,7 @@ from fp8jax.transform._interpreter import splice, sub_jaxprs, with_sub_jaxprs
 from fp8jax.transform._ragged_form import RAGGED
 from fp8jax.transform._values import HAND_WRITTEN_CALLS
 
+_JITS = ("jit", "pjit")
 _PRODUCTS = ("dot_general", RAGGED)
 # Constructs whose jaxprs may change; all others stay as they came.
 _ENTERED = (
@@ -21,8 +26,6 @@ _ENTERED = (
     "closed_call",
     "cond",
     "eval_jaxpr",
-    "jit",
-    "pjit",
     "remat",
     "remat2",
     "scan",
@@ -31,7 +34,7 @@ _ENTERED = (
 )
 
 
-def inline_calls(jaxpr: Any, hand_written: bool = False) -> Any:
+def inline_calls(jaxpr: Any, differentiated: bool = False) -> Any:
     """The same program, without calls of plain jitted functions with products.
 
     Names of the equations within get those of the call before them. A function with
@@ -39,12 +42,10 @@ def inline_calls(jaxpr: Any, hand_written: bool = False) -> Any:
 
     Args:
         jaxpr: the program.
-        hand_written: whether calls with a gradient rule of their own are written out,
-            too: for a program that is never differentiated.
+        differentiated: whether derivatives of all of it are taken already; else of
+            what has names that say so.
     """
-    written_out = ("jit", "pjit", *(HAND_WRITTEN_CALLS if hand_written else ()))
-    entered = {*_ENTERED, *written_out}
-    done: dict[int, Any] = {}
+    done: dict[tuple[int, bool], Any] = {}
     holds: dict[int, bool] = {}
 
     def has_products(jaxpr: Any) -> bool:
@@ -56,14 +57,15 @@ def inline_calls(jaxpr: Any, hand_written: bool = False) -> Any:
             )
         return holds[id(jaxpr)]
 
-    def visit(jaxpr: Any) -> Any:
+    def visit(jaxpr: Any, differentiated: bool) -> Any:
         if not has_products(jaxpr):
             return jaxpr
-        if id(jaxpr) not in done:
-            done[id(jaxpr)] = _visit(jaxpr)
-        return done[id(jaxpr)]
+        key = id(jaxpr), differentiated
+        if key not in done:
+            done[key] = _visit(jaxpr, differentiated)
+        return done[key]
 
-    def _visit(jaxpr: Any) -> Any:
+    def _visit(jaxpr: Any, differentiated: bool) -> Any:
         inner = _compat.open_jaxpr(jaxpr)
         env: dict[Any, Any] = {}
 
@@ -74,13 +76,17 @@ def inline_calls(jaxpr: Any, hand_written: bool = False) -> Any:
         for eqn in inner.eqns:
             eqn = eqn.replace(invars=[read(x) for x in eqn.invars]) if env else eqn
             name = eqn.primitive.name
-            subs = sub_jaxprs(eqn) if name in entered and not _is_ours(eqn) else []
+            names = _compat.names_of(eqn)
+            within = differentiated or any(part.is_derivative for part in names)
+            calls = (*_JITS, *HAND_WRITTEN_CALLS) if within else _JITS
+            is_entered = name in (*_ENTERED, *calls) and not _is_ours(eqn)
+            subs = sub_jaxprs(eqn) if is_entered else []
             if not any(map(has_products, subs)):
                 eqns.append(eqn)
                 continue
-            subs = [visit(sub) for sub in subs]
+            subs = [visit(sub, within) for sub in subs]
             body = _compat.open_jaxpr(subs[0])
-            if name not in written_out or not _is_plain(eqn, body):
+            if name not in calls or not _is_plain(eqn, body):
                 eqns.append(with_sub_jaxprs(eqn, subs))
                 continue
             made, results = splice(body, eqn.invars, _named_after(eqn))
@@ -89,12 +95,12 @@ def inline_calls(jaxpr: Any, hand_written: bool = False) -> Any:
         outvars = [read(x) for x in inner.outvars]
         return _compat.with_parts(jaxpr, eqns=eqns, outvars=outvars)
 
-    return visit(jaxpr)
+    return visit(jaxpr, differentiated)
 
 
 def written_out(eqn: Any) -> tuple[list[Any], list[Any]] | None:
     """A plain call's equations and results; None for all else, and for ours."""
-    if eqn.primitive.name not in ("jit", "pjit") or _is_ours(eqn):
+    if eqn.primitive.name not in _JITS or _is_ours(eqn):
         return None
     body = _compat.open_jaxpr(eqn.params["jaxpr"])
     if not _is_plain(eqn, body):
