@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import os
+import pathlib
 from collections.abc import Iterator
 
 
@@ -55,7 +56,25 @@ def _hopper_missing() -> str | None:
     )
 
 
+# Some of every floor: what runs in a minute and a half, for before each commit.
+_QUICK = (
+    *("numerics", "recipes", "testing", "cli", "transform/ir", "transform/passes"),
+    *("test_compat.py", "test_dispatch.py", "test_layers.py", "test_lowered_once.py"),
+    *("kernels/test_available.py", "matmul/test_swiglu_matmul.py"),
+    *("quant/test_qtensor.py", "quant/test_statistics.py"),
+    *("ops/test_kept.py", "ops/test_spread.py", "nnx/test_linear.py"),
+    *("transform/test_marks.py", "transform/test_report.py"),
+    *("transform/test_cost.py", "transform/test_selection.py"),
+    "checkpoint/test_reader.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # Before what `-m` leaves out.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = pathlib.Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(here).as_posix().startswith(_QUICK):
+            item.add_marker("quick")
     marked = [item for item in items if item.get_closest_marker("gpu")]
     reason = _hopper_missing() if marked else None
     if reason:

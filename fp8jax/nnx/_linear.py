@@ -5,6 +5,7 @@ those of Flax's layer, because its code makes them. Products are methods in the 
 of Flax's attributes, so that a recipe that is reassigned counts from the next call.
 """
 
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,21 @@ from flax import nnx
 from fp8jax import ops
 from fp8jax.quant import QTensor
 from fp8jax.recipes import Recipe
+
+
+class _Product:
+    """A method of a layer, in the place of an attribute of Flax's.
+
+    To `nnx.tabulate`, every public function of a module's class is one that users call:
+    this is none.
+    """
+
+    def __init__(self, method: Callable[..., jax.Array]):
+        self.__doc__ = method.__doc__
+        self._method = method
+
+    def __get__(self, layer: Any, owner: Any = None) -> Any:
+        return self if layer is None else types.MethodType(self._method, layer)
 
 
 class Linear(nnx.Linear):
@@ -75,6 +91,7 @@ class Linear(nnx.Linear):
         self.recipe = recipe
         self.implementation = implementation
 
+    @_Product
     def dot_general(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Returns `fp8jax.dot_general(...)` under this layer's recipe."""
         return ops.dot_general(
@@ -203,6 +220,7 @@ class Einsum(nnx.Einsum):
         self.recipe = recipe
         self.implementation = implementation
 
+    @_Product
     def einsum_op(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Returns `fp8jax.ops.einsum(...)` under this layer's recipe."""
         return ops.einsum(

@@ -2,14 +2,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import jax
 import numpy as np
 
 from fp8jax import ops
+from fp8jax.transform._equinox import in_modules
 from fp8jax.transform._parameters import Chosen
+
+StaticScalars: TypeAlias = Literal["none", "in Equinox modules", "all"]
 
 _PYTHON_SCALARS = (int, float, complex)
 
@@ -100,11 +103,11 @@ class ArgumentOptions:
 
     Attributes:
         static: arguments.
-        static_scalars: whether Python numbers are static, too.
+        static_scalars: which Python numbers are static, too.
     """
 
     static: Chosen
-    static_scalars: bool = False
+    static_scalars: StaticScalars = "none"
 
     def with_statics(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -124,9 +127,8 @@ class ArgumentOptions:
         """The call's key, and its arguments with None for all that is static."""
         args, kwargs = self.with_statics(args, kwargs)
         leaves, treedef = jax.tree.flatten((args, kwargs))
-        statics = tuple(
-            (i, _as_static(x)) for i, x in enumerate(leaves) if not self._is_array(x)
-        )
+        indices = self._no_arrays((args, kwargs), leaves)
+        statics = tuple((i, _as_static(leaves[i])) for i in indices)
         key = CallKey(treedef, statics, ops.spread(*leaves))
         if not statics:
             return key, args, kwargs
@@ -146,7 +148,8 @@ class ArgumentOptions:
 
     def all_arrays(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether all but the static arguments are pytrees of arrays."""
-        return all(map(self._is_array, jax.tree.leaves(self.dynamic(args, kwargs))))
+        dynamic = self.dynamic(args, kwargs)
+        return not self._no_arrays(dynamic, jax.tree.leaves(dynamic))
 
     def mark(self, outputs: Any, key: CallKey) -> Any:
         """Results with `StaticOutput`s for what came in as static, such as activations.
@@ -154,22 +157,31 @@ class ArgumentOptions:
         All else that is no array is left for JAX to refuse: it might hold tracers.
         """
         passed = {static for _, static in key.statics}
+        leaves, treedef = jax.tree.flatten(outputs)
+        for i in self._no_arrays(outputs, leaves):
+            static = Static(leaves[i])
+            if static in passed or isinstance(leaves[i], _PYTHON_SCALARS):
+                leaves[i] = StaticOutput(static)
+        return jax.tree.unflatten(treedef, leaves)
 
-        def marked(x: Any) -> Any:
-            if self._is_array(x):
-                return x
-            static = Static(x)
-            is_known = static in passed or isinstance(x, _PYTHON_SCALARS)
-            return StaticOutput(static) if is_known else x
+    def _no_arrays(self, tree: Any, leaves: Sequence[Any]) -> list[int]:
+        """Indices of a tree's leaves that are part of the program."""
+        found = [i for i, x in enumerate(leaves) if not _is_array(x)]
+        if not found or self.static_scalars == "all":
+            return found
+        is_static = in_modules(tree) if self.static_scalars != "none" else ()
+        return [
+            i
+            for i in found
+            if i in is_static or not isinstance(leaves[i], _PYTHON_SCALARS)
+        ]
 
-        return jax.tree.map(marked, outputs)
 
-    def _is_array(self, x: Any) -> bool:
-        if _is_array_type(type(x)):
-            return True
-        if isinstance(x, _PYTHON_SCALARS):
-            return not self.static_scalars
-        return isinstance(x, jax.Array) or (hasattr(x, "shape") and hasattr(x, "dtype"))
+def _is_array(x: Any) -> bool:
+    """Whether a leaf is an array, or stands for one; Python numbers do not."""
+    if _is_array_type(type(x)):
+        return True
+    return isinstance(x, jax.Array) or (hasattr(x, "shape") and hasattr(x, "dtype"))
 
 
 @functools.cache

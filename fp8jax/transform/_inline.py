@@ -3,6 +3,10 @@
 `jnp.einsum` and others jit themselves. A value that two of them multiply by, or that a
 forward and a backward call share, is then one variable of one jaxpr: it is quantized
 once for all of them.
+
+A function with a gradient rule of its own is written out where its derivative is taken
+already, for there the rule means nothing any more: in the forward half of its own rule,
+say, which may call the function itself, as those in JAX's documentation do.
 """
 
 from typing import Any
@@ -30,8 +34,8 @@ def inline_calls(program: Program) -> Program:
 
     Names of the equations within get those of the call before them. A function with
     shardings, donation or compiler options of its own stays a call, and so do ours.
-    In a program that is never differentiated calls with a gradient rule of their own
-    are written out, too.
+    Functions with a gradient rule are written out in a program of which all derivatives
+    are taken already (`Program.is_rule`), and where names say that they are.
     """
 
     @memoized
@@ -43,14 +47,16 @@ def inline_calls(program: Program) -> Program:
         )
 
     @memoized
-    def visit(jaxpr: Any) -> Any:
+    def visit(jaxpr: Any, differentiated: bool) -> Any:
         if not has_products(jaxpr):
             return jaxpr
         env: dict[Any, Any] = {}
         eqns = []
         for old in equations(jaxpr):
             eqn = reading(old, env)
-            construct = construct_of(eqn, with_rules=program.is_rule)
+            names = _compat.names_of(eqn)
+            within = differentiated or any(part.is_derivative for part in names)
+            construct = construct_of(eqn, with_rules=within)
             if (
                 construct is None
                 or (construct.is_fixed and not construct.is_plain)
@@ -58,7 +64,7 @@ def inline_calls(program: Program) -> Program:
             ):
                 eqns.append(eqn)
                 continue
-            construct = construct.visited(visit)
+            construct = construct.visited(visit, [within] * len(construct.bodies))
             if not construct.is_plain:
                 eqns.append(construct.equation())
                 continue
@@ -68,7 +74,7 @@ def inline_calls(program: Program) -> Program:
         outvars = [read(x, env) for x in _compat.open_jaxpr(jaxpr).outvars]
         return _compat.with_parts(jaxpr, eqns=eqns, outvars=outvars)
 
-    return program.of(visit(program.jaxpr))
+    return program.of(visit(program.jaxpr, program.is_rule))
 
 
 def written_out(eqn: Any) -> tuple[list[Any], list[Any]] | None:

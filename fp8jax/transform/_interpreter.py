@@ -89,6 +89,8 @@ class Flow:
         dots: every product found, by position.
         hand_written: every call with a gradient rule of its own found, by position.
         readers: what reads products' results.
+        chosen: by the number of a value that a `cond` chose, the number of its index
+            and the value of each branch.
     """
 
     def __init__(self, rules: Mapping[str, FlowRule], default: FlowRule, closure: int):
@@ -108,6 +110,7 @@ class Flow:
         self.dots: dict[Position, Dot] = {}
         self.hand_written: dict[Position, HandWritten] = {}
         self.readers = Readers()
+        self.chosen: dict[int, tuple[int, tuple[Value, ...]]] = {}
 
     def number(self, *key: Hashable) -> int:
         """One integer for each distinct key."""

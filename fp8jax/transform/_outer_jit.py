@@ -15,6 +15,8 @@ from typing import Any
 import jax
 
 from fp8jax import _compat
+from fp8jax.transform._arguments import StaticScalars
+from fp8jax.transform._equinox import is_of_equinox
 from fp8jax.transform._parameters import NONE, Chosen, chosen, completed, name_of
 
 NO_PARTIAL = (
@@ -36,7 +38,7 @@ class OuterJit:
         jit: `jax.jit` or `pjit`.
         is_jitted: whether the user jitted it.
         args, kwargs: what partial application gives it before a call's own arguments.
-        static_scalars: whether Python numbers are static, too.
+        static_scalars: which Python numbers are static, too.
         quiet: whether to say nothing of donated arrays of which no result can take
             the place.
     """
@@ -51,7 +53,7 @@ class OuterJit:
     is_jitted: bool = True
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    static_scalars: bool = False
+    static_scalars: StaticScalars = "none"
     quiet: bool = False
 
     def with_options(
@@ -97,7 +99,8 @@ def outer_jit(fn: Callable[..., Any]) -> OuterJit:
     inner, args, kwargs = _unbound(fn)
     found = _jitted(inner)
     if found is None:
-        return OuterJit(fn, is_jitted=False)
+        scalars = "all" if is_of_equinox(fn) else "in Equinox modules"
+        return OuterJit(fn, is_jitted=False, static_scalars=scalars)
     args, kwargs = (*found.args, *args), {**found.kwargs, **kwargs}
     return dataclasses.replace(found, args=args, kwargs=kwargs)
 
@@ -115,8 +118,8 @@ def _unbound(fn: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
 
 
 def _is_partial_of_equinox(fn: Any) -> bool:
-    is_theirs = type(fn).__module__.startswith("equinox.")
-    return is_theirs and all(hasattr(fn, name) for name in ("func", "args", "keywords"))
+    names = ("func", "args", "keywords")
+    return is_of_equinox(fn) and all(hasattr(fn, name) for name in names)
 
 
 def _jitted(fn: Any) -> OuterJit | None:
@@ -125,7 +128,7 @@ def _jitted(fn: Any) -> OuterJit | None:
     module = type(fn).__module__
     if module.startswith("flax.nnx.") and hasattr(fn, "jitted_fn"):
         return _of_nnx(fn)
-    if module.startswith("equinox.") and hasattr(fn, "donate_first"):
+    if is_of_equinox(fn) and hasattr(fn, "donate_first"):
         return _of_equinox(fn)
     if getattr(fn, "__globals__", {}).get("__name__") == "flax.nnx.graphlib":
         raise ValueError(NO_PARTIAL.format("cached_partial", name_of(fn)))
@@ -206,7 +209,7 @@ def _of_equinox(fn: Any) -> OuterJit:
         fn.__wrapped__,
         donated=Chosen(frozenset(donated), names),
         others=options.others,
-        static_scalars=True,
+        static_scalars="all",
         quiet=fn.filter_warning,
     )
 

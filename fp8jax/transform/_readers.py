@@ -1,7 +1,7 @@
 """What reads a product's result before another product does: routers, heads, tables.
 
 A router's scores are ranked, an output head's logits go into a loss's log-sum-exp, and
-an embedding's rows are gathered by integers, whatever their names are. Each value knows
+an embedding's rows are picked by integers, whatever their names are. Each value knows
 which products it was computed from without another one in between, and how much of a
 log-sum-exp it is.
 """
@@ -10,9 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import jax.numpy as jnp
-
-from fp8jax.transform._values import Position, Value
+from fp8jax.transform._values import Position, Value, is_inexact
 from fp8jax.transform.ir import gathers_rows, primitive_of
 
 Reader = Literal["ranking", "log-sum-exp"]
@@ -29,7 +27,8 @@ class Readers:
 
     Attributes:
         of: by the position of a product, what reads its result.
-        tables: `Value.leaves` of matrices whose rows are gathered by integers.
+        tables: `Value.leaves` of matrices whose rows are picked by integers, by a
+            gather or by a product with one-hot rows.
     """
 
     def __init__(self):
@@ -55,11 +54,13 @@ class Readers:
             part = 2 if part else 0
         elif name not in _KEEPING:
             part = 0
-        if not any(_is_float(v.aval) for v in eqn.outvars):
+        if not any(is_inexact(v.aval) for v in eqn.outvars):
             near = 0  # Ranks, masks: no numbers of the product any more.
         elif name.startswith("reduce_") and not part:
             near = 0  # One number for many columns is no score of one.
-        return dataclasses.replace(value, near=near, part=part)
+        integers = not any(is_inexact(v.aval) for v in eqn.invars)
+        one_hot = name == "eq" and integers
+        return dataclasses.replace(value, near=near, part=part, one_hot=one_hot)
 
     def gathered(self, eqn: Any, operands: Sequence[Value]) -> None:
         """Notes a table, if a gather reads rows of one."""
@@ -70,14 +71,17 @@ class Readers:
         if table.ndim == 2 and indices.size > 1:
             self.tables |= operands[0].leaves
 
+    def multiplied(self, eqn: Any, operands: Sequence[Value]) -> None:
+        """Notes a table, if one-hot rows are multiplied by one."""
+        tables = operands[1], operands[0]
+        for x, table, v in zip(operands, tables, reversed(eqn.invars), strict=True):
+            if x.one_hot and table.only_leaf is not None and v.aval.ndim == 2:
+                self.tables |= table.leaves
+
     def _reads(self, reader: Reader, near: int) -> None:
         for position, index in self._products.items():
             if near >> index & 1:
                 self.of.setdefault(position, set()).add(reader)
-
-
-def _is_float(aval: Any) -> bool:
-    return jnp.issubdtype(getattr(aval, "dtype", jnp.int32), jnp.inexact)
 
 
 def skipped_for(readers: Iterable[Reader]) -> str:
@@ -88,4 +92,4 @@ def skipped_for(readers: Iterable[Reader]) -> str:
     return "router: its result is ranked" if found else ""
 
 
-TABLE = "embedding: its rows are gathered"
+TABLE = "embedding: integers pick its rows"

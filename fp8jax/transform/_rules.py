@@ -17,6 +17,7 @@ from fp8jax.transform._values import (
     Scope,
     Side,
     Value,
+    is_inexact,
     joined,
 )
 from fp8jax.transform.ir import (
@@ -72,10 +73,13 @@ def elementwise(
 ) -> list[Value]:
     """What is known of any primitive: results depend on all operands."""
     value = joined(operands)
+    # Integers have no derivatives: a loop's counter is none, where it counts backward.
+    is_integer = not any(is_inexact(v.aval) for v in eqn.outvars)
+    is_forward = scope.phase in ("forward", "recompute")
     value = dataclasses.replace(
         value,
-        cotangent=value.cotangent or scope.phase == "backward",
-        residual=scope.phase in ("forward", "recompute"),
+        cotangent=value.cotangent or (scope.phase == "backward" and not is_integer),
+        residual=is_forward or (is_integer and not value.cotangent),
     )
     if any(hasattr(v.aval, "inner_aval") for v in eqn.invars):
         # What is read from a mutable array may come from anywhere.
@@ -124,6 +128,7 @@ def _dot_general(
     flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
     _record(flow, eqn, operands, scope, dimension_numbers=dimension_numbers(eqn))
+    flow.readers.multiplied(eqn, operands)
     return _product(flow, eqn, operands, scope)
 
 
@@ -201,7 +206,12 @@ def _branches(
 ) -> list[Value]:
     index, inputs = operands[0], operands[1:]
     branches = [
-        flow.walk(jaxpr, inputs, scope.inside(i), scope.read)
+        flow.walk(
+            jaxpr,
+            [_in_branch(flow, index, i, x) for x in inputs],
+            scope.inside(i),
+            scope.read,
+        )
         for i, jaxpr in enumerate(construct.bodies)
     ]
     return [_chosen(flow, index, values) for values in zip(*branches, strict=True)]
@@ -213,8 +223,19 @@ def _chosen(flow: Flow, index: Value, values: Sequence[Value]) -> Value:
     if len(informed) == 1:
         return informed.pop()
     ordered = sorted(informed, key=lambda v: v.number)
-    number = flow.number("chosen", *(v.number for v in ordered))
+    number = flow.number("chosen", index.number, *(v.number for v in values))
+    flow.chosen[number] = (index.number, tuple(values))
     return dataclasses.replace(joined([index, *ordered]), number=number, root=number)
+
+
+def _in_branch(flow: Flow, index: Value, branch: int, x: Value) -> Value:
+    """A value where its `cond` chose this branch.
+
+    JAX may put one branch's residual into the place of another one's: what a backward
+    branch reads there is its own.
+    """
+    chosen_by, values = flow.chosen.get(x.number, (None, ()))
+    return values[branch] if chosen_by == index.number else x
 
 
 def _product(

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+from fp8jax._extras import needed_by
 from fp8jax.quant import statistics, sum_moments
 
 Statistics: TypeAlias = dict[str, dict[str, dict[str, jax.Array]]]
@@ -62,7 +63,7 @@ def plot_statistics(
 
     Raises:
         ValueError: If `name` is none of these.
-        ImportError: If matplotlib is not installed.
+        ModuleNotFoundError: If matplotlib is not installed; it names the extra.
     """
     rows = [
         (path, role, values) for path in stats for role, values in stats[path].items()
@@ -70,7 +71,8 @@ def plot_statistics(
     known = sorted({key for _, _, values in rows for key in values})
     if rows and name not in known:
         raise ValueError(f"plot_statistics takes name in {known}, got {name!r}.")
-    import matplotlib.pyplot as plt
+    with needed_by("plot_statistics", "cli"):
+        import matplotlib.pyplot as plt
 
     if ax is None:
         _, ax = plt.subplots(figsize=(8, 1 + 0.25 * len(rows)), layout="constrained")

@@ -7,6 +7,8 @@ import operator
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax.numpy as jnp
+
 from fp8jax.transform._liveness import Read, is_dead
 from fp8jax.transform._phases import OUTSIDE, Pass, Passes, Phase
 from fp8jax.transform._ragged_form import Ragged
@@ -30,10 +32,12 @@ class Value:
         root: `number` of the value before casts, reshapes and transpositions.
         product: whether a matrix product went into it.
         cotangent: whether the backward pass went into it.
-        residual: whether it was made in the forward pass, or made again as it was.
+        residual: whether it was made in the forward pass, or made again as it was, or
+            of integers alone.
         near: products that it comes from without another one in between, as bits; no
             part of what makes two values equal.
         part: of a log-sum-exp: 1 for exponentials, 2 for their sum; likewise.
+        one_hot: whether it says which of several integers are equal; likewise.
     """
 
     leaves: int
@@ -44,6 +48,7 @@ class Value:
     residual: bool = False
     near: int = dataclasses.field(default=0, compare=False)
     part: int = dataclasses.field(default=0, compare=False)
+    one_hot: bool = dataclasses.field(default=False, compare=False)
 
     @property
     def only_leaf(self) -> int | None:
@@ -65,6 +70,11 @@ def joined(values: Sequence[Value]) -> Value:
         near=functools.reduce(operator.or_, (v.near for v in values), 0),
         part=max((v.part for v in values), default=0),
     )
+
+
+def is_inexact(aval: Any) -> bool:
+    """Whether values of this type are floats, which have derivatives."""
+    return jnp.issubdtype(getattr(aval, "dtype", jnp.int32), jnp.inexact)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from tests.checkpoint import deepseek_v3
 
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
+pytestmark = pytest.mark.interop
 
 SPEC = fp8jax.QuantSpec(tile=(128, 128), scale="fp32")
 
@@ -107,7 +108,6 @@ def deepseek():
     return transformers, model.to(torch.bfloat16).eval()
 
 
-@pytest.mark.slow
 def test_transformers_loads_our_model_without_a_weights_difference(deepseek, tmp_path):
     transformers, model = deepseek
     model.save_pretrained(tmp_path / "plain")
@@ -150,7 +150,6 @@ def test_transformers_loads_our_model_without_a_weights_difference(deepseek, tmp
     assert cosine.mean() > 0.99
 
 
-@pytest.mark.slow
 def test_logits_are_those_of_transformers(deepseek, tmp_path):
     transformers, model = deepseek
     model.save_pretrained(tmp_path / "plain")

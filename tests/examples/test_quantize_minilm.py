@@ -49,6 +49,7 @@ def test_fp8_embeddings_stay_close_and_weights_take_a_quarter(
     assert (tmp_path / "out" / "minilm.png").stat().st_size > 1000
 
 
+@pytest.mark.interop
 def test_float32_encoder_is_the_one_of_transformers(program, folder):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

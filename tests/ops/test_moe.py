@@ -197,6 +197,7 @@ def nnx_layer(**options):
     return layer
 
 
+@pytest.mark.interop
 def test_nnx_layer_is_the_one_of_transformers():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

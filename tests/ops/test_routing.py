@@ -54,6 +54,7 @@ def test_routing_is_the_report_s_in_float64(counts):
     np.testing.assert_allclose(routing.weights, weights, rtol=32 * 2**-24)
 
 
+@pytest.mark.interop
 @pytest.mark.parametrize("counts", COUNTS[:3], ids=str)
 def test_routing_is_that_of_transformers(counts):
     torch = pytest.importorskip("torch")

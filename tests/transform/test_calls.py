@@ -1,5 +1,8 @@
 """The transformed function is called, jitted, vmapped and refused as the plain one."""
 
+import functools
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -129,6 +132,83 @@ def test_equinox_filter_jit_keeps_static_numbers_and_donation():
     fp8_transform(eqx.filter_jit(step, donate="all-except-first"))(mine, x)
     assert x.is_deleted()
     assert not mine["w"].is_deleted()
+
+
+def dropout_model(eqx):
+    """A module with a Python number, a flag and a function among its leaves."""
+
+    class Model(eqx.Module):
+        a: eqx.nn.Linear
+        dropout: eqx.nn.Dropout
+        b: eqx.nn.Linear
+        activation: Callable
+
+        def __call__(self, x, key):
+            return self.b(self.dropout(self.activation(self.a(x)), key=key))
+
+    linear = functools.partial(eqx.nn.Linear, 128, 128, use_bias=False)
+    a, b = linear(key=jax.random.key(0)), linear(key=jax.random.key(1))
+    return Model(a, eqx.nn.Dropout(0.5), b, jax.nn.gelu)
+
+
+def dropout_loss(model, x, key):
+    return jnp.mean(jax.vmap(model, in_axes=(0, None))(x, key) ** 2)
+
+
+def dropout_step(eqx):
+    def step(model, x, key):
+        loss, grads = eqx.filter_value_and_grad(dropout_loss)(model, x, key)
+        updates = jax.tree.map(lambda g: -0.1 * g, grads)
+        return eqx.apply_updates(model, updates), loss
+
+    return step
+
+
+@pytest.mark.parametrize("way", ["unjitted", "inside filter_jit"])
+def test_numbers_in_equinox_modules_are_static_without_a_filter_jit_within(way):
+    eqx = pytest.importorskip("equinox")
+    model, key, x = dropout_model(eqx), jax.random.key(2), X[0]
+    fp8_step = fp8_transform(dropout_step(eqx))
+    assert fp8_step.report(model, x, key).fraction == 1.0
+    called = fp8_step if way == "unjitted" else eqx.filter_jit(fp8_step)
+    expected = fp8_transform(eqx.filter_jit(dropout_step(eqx)))
+    mine = theirs = model
+    for _ in range(2):  # What comes out goes in again.
+        mine, loss = called(mine, x, key)
+        theirs, theirs_loss = expected(theirs, x, key)
+        assert loss == theirs_loss
+        assert type(mine.dropout.p) is float
+        assert mine.dropout.inference is False
+        assert mine.activation is model.activation
+    chex.assert_trees_all_equal(mine.a.weight, theirs.a.weight)
+
+
+def test_equinox_s_own_functions_see_python_numbers_as_such():
+    eqx = pytest.importorskip("equinox")
+    model, key, x = dropout_model(eqx), jax.random.key(2), X[0]
+    _, grads = fp8_transform(eqx.filter_value_and_grad(dropout_loss))(model, x, key)
+    assert grads.dropout.p is None
+    step = dropout_step(eqx)
+    axes = (None, eqx.if_array(0), None)
+    on_each = eqx.filter_pmap(step, in_axes=axes, axis_name="devices")
+    fn = fp8_transform(on_each)
+    assert fn.report(model, x[None], key).fraction == 1.0
+    _, loss = fn(model, x[None], key)
+    _, expected = fp8_transform(eqx.filter_jit(step))(model, x, key)
+    chex.assert_trees_all_close(loss[0], expected, rtol=1e-6)
+
+
+def test_number_of_a_plain_argument_is_an_array_as_under_jit():
+    traces = []
+
+    def forward(params, x, scale):
+        traces.append(scale)
+        return x @ params["a"] * scale
+
+    fn = fp8_transform(forward)
+    out = fn(PARAMS, X, 1.0)
+    chex.assert_trees_all_equal(fn(PARAMS, X, 2.0), 2 * out)
+    assert len(traces) == 1
 
 
 def test_shapes_alone_will_do_for_a_report():

@@ -1,6 +1,7 @@
 """What the transform itself costs: a first call's analysis, later calls' dispatch."""
 
 import functools
+import gc
 import sys
 
 import jax
@@ -48,11 +49,14 @@ def calls(run):
         nonlocal count
         count += event == "call"
 
+    gc.collect()  # Finalizers of what other tests left behind are none of it.
+    gc.disable()
     sys.setprofile(look)
     try:
         run()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return count
 
 

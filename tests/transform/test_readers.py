@@ -32,7 +32,7 @@ def by_path(fn, *args, **options):
 
 HEAD = "by default: output head: its result goes into a log-sum-exp"
 ROUTER = "by default: router: its result is ranked"
-TABLE = "by default: embedding: its rows are gathered"
+TABLE = "by default: embedding: integers pick its rows"
 
 LABELS = jnp.arange(TOKENS) % WORDS
 X = normal(9, TOKENS, D)
@@ -191,9 +191,23 @@ def test_numbers_of_whole_tokens_are_no_scores():
     assert set(by_path(step, MLP, X).values()) == {"fp8"}
 
 
-def test_a_table_whose_rows_are_gathered_is_an_embedding_tied_or_not():
+def gathered(table, ids):
+    return table[ids]
+
+
+def multiplied(table, ids):
+    return jax.nn.one_hot(ids, len(table), dtype=table.dtype) @ table
+
+
+def multiplied_from_the_right(table, ids):
+    rows = ids[:, None] == jnp.arange(len(table))
+    return jnp.einsum("vd,tv->td", table, rows.astype(table.dtype))
+
+
+@pytest.mark.parametrize("picked", [gathered, multiplied, multiplied_from_the_right])
+def test_a_table_whose_rows_integers_pick_is_an_embedding_tied_or_not(picked):
     def forward(params, ids):
-        h = params["tokens"][ids]
+        h = picked(params["tokens"], ids)
         h = h + mlp(jax.tree.map(lambda w: w[1], params["stack"]), h)
         return jnp.tanh(h @ params["tokens"].T)
 
@@ -204,6 +218,18 @@ def test_a_table_whose_rows_are_gathered_is_an_embedding_tied_or_not():
     found = by_path(forward, params, LABELS)
     assert found.pop("tokens") == TABLE
     assert set(found.values()) == {"fp8"}
+
+
+def test_experts_that_one_hot_rows_pick_and_masks_of_numbers_are_no_embeddings():
+    def forward(params, x):
+        chosen = jax.nn.one_hot(LABELS % 2, 2)
+        h = jnp.einsum("te,edf,td->tf", chosen, params["experts"], x)
+        return (h > 0).astype(h.dtype) @ params["w"]
+
+    params = {"experts": normal(6, 2, D, HIDDEN), "w": MLP["w"]}
+    found = by_path(forward, params, X)
+    assert found["w"] == "fp8"
+    assert "embedding" not in found.get("experts", "")
 
 
 def test_keys_and_callbacks_in_a_step_are_no_readers():
