@@ -89,16 +89,24 @@ class Flow:
         dots: every product found, by position.
         hand_written: every call with a gradient rule of its own found, by position.
         readers: what reads products' results.
+        phases: tells passes by what equations read.
         chosen: by the number of a value that a `cond` chose, the number of its index
             and the value of each branch.
     """
 
-    def __init__(self, rules: Mapping[str, FlowRule], default: FlowRule, closure: int):
+    def __init__(
+        self,
+        rules: Mapping[str, FlowRule],
+        default: FlowRule,
+        closure: int,
+        trusts_names: bool = False,
+    ):
         """
         Args:
             rules: by the name of the primitive.
             default: for all others.
             closure: `Value.leaves` of arrays that are no arguments.
+            trusts_names: as in `PhasesByFlow`.
         """
         self._rules = rules
         self._default = default
@@ -106,7 +114,7 @@ class Flow:
         self._numbers: dict[Hashable, int] = {}
         self._keys: list[Hashable] = []
         self._passes = Passes()
-        self._phases = PhasesByFlow()
+        self.phases = PhasesByFlow(trusts_names)
         self.dots: dict[Position, Dot] = {}
         self.hand_written: dict[Position, HandWritten] = {}
         self.readers = Readers()
@@ -171,6 +179,6 @@ class Flow:
             rule = self._rules.get(primitive_of(eqn), self._default)
             operands = [value_of(v) for v in eqn.invars]
             here = scope.at(i, eqn, self._passes, is_read)
-            here = here.in_phase(self._phases.of(here.phase, operands))
+            here = here.in_phase(self.phases.of(here.phase, operands))
             env.update(zip(eqn.outvars, rule(self, eqn, operands, here), strict=True))
         return [value_of(v) for v in inner.outvars]

@@ -13,9 +13,19 @@ from fp8jax.transform._values import Value
 
 
 class PhasesByFlow:
-    """Told one equation after another, in the program's order."""
+    """Told one equation after another, in the program's order.
 
-    def __init__(self) -> None:
+    Attributes:
+        overrules: whether something that names call backward was none.
+    """
+
+    def __init__(self, trusts_names: bool = False) -> None:
+        """
+        Args:
+            trusts_names: whether what names call backward is so, whatever it reads.
+        """
+        self._trusts_names = trusts_names
+        self.overrules = False
         self._leaves = 0  # `Value.leaves` that forward passes read as they came.
         self._has_seed = False  # Whether the backward pass has begun.
 
@@ -32,7 +42,9 @@ class PhasesByFlow:
                 self._leaves |= x.leaves if x.only_leaf is not None else 0
         elif phase == "backward":
             # The first one reads the cotangent that all others come of.
-            if self._has_seed and all(map(self._is_residual, operands)):
+            is_told = self._has_seed and not self._trusts_names
+            if is_told and all(map(self._is_residual, operands)):
+                self.overrules = True
                 return "recompute"
             self._has_seed = True
         elif phase == "recompute" and any(x.cotangent for x in operands):

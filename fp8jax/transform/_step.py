@@ -211,9 +211,7 @@ class Step:
         program = prepared(program, self._policy.without)
         jaxpr, stored = program.jaxpr, StoredOperands.of(program)
         leaves = self._describe(args, kwargs)
-        flow = Flow(RULES, opaque, closure=1 << len(leaves))
-        inputs = [flow.input(i) for i in range(len(leaves))]
-        flow.walk(jaxpr, inputs, Scope())
+        flow = _flow(jaxpr, len(leaves))
         dots = [flow.dots[position] for position in sorted(flow.dots)]
         mask = weight_mask(self._weights, leaves, dots)
         sizes = [leaf.size for leaf in leaves]
@@ -239,6 +237,18 @@ class Step:
 
     def _leaves(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Leaf]:
         return leaves_of(positional_names(self.outer.fn, len(args)), args, kwargs)
+
+
+def _flow(jaxpr: Any, n_leaves: int) -> Flow:
+    """A program, walked: a second time by its names alone, if that has to be."""
+    for trusts_names in (False, True):
+        flow = Flow(RULES, opaque, 1 << n_leaves, trusts_names)
+        flow.walk(jaxpr, [flow.input(i) for i in range(n_leaves)], Scope())
+        # Where a result of the forward pass is the cotangent, as in `vjp(f, x)[1](y)`,
+        # all of the backward pass looks like a recomputation.
+        if not flow.phases.overrules or is_whole_step([*flow.dots.values()]):
+            break
+    return flow
 
 
 def _spread_of(sharding: Any) -> ops.Spread:

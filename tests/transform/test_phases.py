@@ -190,6 +190,20 @@ def test_roles_do_not_depend_on_how_jax_differentiates(form, way, options):
         assert found(WAYS[way](forward), params, X) == wanted
 
 
+@pytest.mark.parametrize("remat", [False, True])
+def test_result_that_is_its_own_cotangent_has_a_backward_pass(remat):
+    one = jax.checkpoint(block) if remat else block
+
+    def step(params, x):  # The gradient of half the squared norm.
+        y, backward = jax.vjp(lambda p: unrolled(one, p, x), params)
+        return backward(y)
+
+    def usual(params, x):
+        return jax.grad(lambda p: 0.5 * jnp.sum(unrolled(one, p, x) ** 2))(params)
+
+    assert found(step, LAYERS, X) == found(usual, LAYERS, X)
+
+
 def test_step_under_remat3_has_the_bits_of_the_one_without():
     forward = under(("decoder",), functools.partial(unrolled, jax.checkpoint(block)))
     wanted = fp8_transform(by_grad(forward))(LAYERS, X)
