@@ -107,7 +107,9 @@ def _call_exported(*arrays: jax.Array, kernel: _Kernel, static: _Static) -> Any:
 def _abstract(*types: Any, kernel: _Kernel, static: _Static) -> Any:
     results = _traced(kernel, static, _shapes(types))[2]
     # Types of the context: a mesh, where there is one, has no axis.
-    return [types[0].update(shape=x.shape, dtype=x.dtype) for x in results]
+    return [
+        types[0].update(shape=x.shape, dtype=x.dtype, weak_type=False) for x in results
+    ]
 
 
 def _batched(

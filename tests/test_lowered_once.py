@@ -60,6 +60,16 @@ def test_a_trace_lowers_nothing():
     assert lowered() == 0
 
 
+def test_results_of_a_weakly_typed_array_are_of_a_type():
+    def codes(x):
+        return fp8jax.quantize(x, implementation="mosaic_gpu")
+
+    weak = jax.eval_shape(lambda: jnp.full((128, 128), 2.0))
+    assert weak.weak_type
+    jaxpr = jax.make_jaxpr(lambda: codes(jnp.full((128, 128), 2.0)))()
+    assert not any(x.weak_type for x in jaxpr.out_avals)
+
+
 @pytest.mark.parametrize("in_axes", [(0, None), (0, 0)])
 def test_mapped_kernels_are_mapped_by_their_own_rules(in_axes):
     shapes = [(4, 256, 256) if a == 0 else (256, 256) for a in in_axes]
