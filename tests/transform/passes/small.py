@@ -1,6 +1,7 @@
 """Small programs for the tests of single passes, and how they are looked at."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -22,6 +23,20 @@ SPECS = {
 }
 
 
+def leaks_checked(fn):
+    """`fn`, under JAX's check for tracers that leak.
+
+    Only where passes trace: under it JAX keeps no trace and compiles all anew.
+    """
+
+    @functools.wraps(fn)
+    def run(*args, **options):
+        with jax.checking_leaks():
+            return fn(*args, **options)
+
+    return run
+
+
 def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape) * 0.1
 
@@ -37,6 +52,7 @@ def dots(jaxpr, position=()):
     return found
 
 
+@leaks_checked
 def traced(fn, *args, weights=(), measures=False, is_rule=False):
     """The program of a function, `weights` being the numbers of its arguments."""
     with _compat.remat_as_jaxpr():
@@ -55,6 +71,7 @@ def product(role, early=False):
     return QuantizedDot(role, *SPECS[role], "xla", "lhs", early=early)
 
 
+@leaks_checked
 def replaced(fn, *args, roles=None, early=False, **options):
     """The program with its products replaced: all are fprop, or what `roles` says."""
     program = traced(fn, *args, **options)
@@ -68,6 +85,7 @@ def replaced(fn, *args, roles=None, early=False, **options):
     return PASSES["replace"](program)
 
 
+@leaks_checked
 def after(program, *names):
     """The program after these passes; each changes no type of input or result."""
     for name in names:
