@@ -1,4 +1,4 @@
-"""What misses a package that is no requirement names the extra that brings it."""
+"""Names the extra that brings an optional package where the package is missing."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def needed_by(what: str, extra: str) -> Iterator[None]:
-    """Imports inside that find no package say what brings it.
+    """Makes failing imports in its body say which extra to install.
 
     Args:
-        what: the name of ours that imports.
-        extra: the extra of ours whose packages it takes.
+        what: the part of fp8jax that needs the imports, for the message.
+        extra: the extra of fp8jax that brings the packages.
 
     Raises:
-        ModuleNotFoundError: In place of Python's own, with the same `name`.
+        ModuleNotFoundError: Instead of Python's own error, with the same `name`.
     """
     try:
         yield

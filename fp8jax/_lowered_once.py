@@ -1,10 +1,10 @@
-"""GPU kernels that are lowered once a process, and compiled while JAX goes on.
+"""Lowers each GPU kernel once per process, and compiles it while JAX goes on.
 
-JAX lowers a GPU kernel anew in every program, and in each answer to XLA's partitioner:
-in Python, a third of a second each. Mosaic compiles as long again, one kernel after
-another, when XLA emits the program at last. So a kernel is an equation of its own here.
-Its lowering is an exported function, made once; and what was exported is compiled in a
-thread, so that Mosaic, which keeps what it compiled, is done when XLA asks.
+By itself, JAX lowers a GPU kernel anew in every program and in each answer to XLA's
+partitioner, in Python, a third of a second per kernel. Mosaic takes as long again to
+compile one, one kernel at a time, once XLA emits the program. Here each kernel is an
+equation of its own. Its lowering is an exported function, made once; a thread compiles
+it, so that Mosaic, which keeps what it compiled, has it ready when XLA asks.
 """
 
 import contextlib
@@ -44,34 +44,33 @@ def called(kernel: _Kernel, *arrays: jax.Array, **static: Any) -> Any:
         return kernel(*arrays, **static)
     options = tuple(sorted(static.items()))
     flat = _KERNEL.bind(*arrays, kernel=kernel, static=options)
-    return jax.tree.unflatten(_traced(kernel, options, _shapes(arrays))[1], flat)
+    return jax.tree.unflatten(jax.tree.structure(_types(arrays, kernel, options)), flat)
 
 
-def _shapes(arrays: Sequence[Any]) -> _Shapes:
-    return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
+def _key(arrays: Sequence[Any], kernel: _Kernel, static: _Static) -> tuple[Any, ...]:
+    """What a trace depends on, with whether integers have 64 bits."""
+    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
+    return kernel, static, shapes, jax.config.read("jax_enable_x64")
 
 
-def _traced(kernel: _Kernel, static: _Static, shapes: _Shapes) -> Any:
-    return _traced_once(kernel, static, shapes, jax.config.read("jax_enable_x64"))
+def _types(arrays: Sequence[Any], kernel: _Kernel, static: _Static) -> Any:
+    """The kernel's results, as `jax.ShapeDtypeStruct`s."""
+    return _traced(*_key(arrays, kernel, static))[1]
 
 
 @functools.lru_cache(maxsize=1024)
-def _traced_once(kernel: _Kernel, static: _Static, shapes: _Shapes, x64: bool) -> Any:
-    """A jitted function to a list, and the structure and the types of its results."""
-    del x64  # A part of the key alone: what is traced depends on it.
-
-    def run(*arrays: jax.Array) -> list[jax.Array]:
-        return jax.tree.leaves(kernel(*arrays, **dict(static)))
-
-    out = jax.eval_shape(lambda *arrays: kernel(*arrays, **dict(static)), *shapes)
-    return jax.jit(run), jax.tree.structure(out), jax.tree.leaves(out)
+def _traced(kernel: _Kernel, static: _Static, shapes: _Shapes, x64: bool) -> Any:
+    """The jitted kernel, and the types of its results."""
+    del x64  # A part of the key alone.
+    run = jax.jit(functools.partial(kernel, **dict(static)))
+    return run, run.eval_shape(*shapes)
 
 
 @functools.lru_cache(maxsize=1024)
 def _exported(
     kernel: _Kernel, static: _Static, shapes: _Shapes, x64: bool
 ) -> export.Exported:
-    run = _traced_once(kernel, static, shapes, x64)[0]
+    run, _ = _traced(kernel, static, shapes, x64)
     made = export.export(run, platforms=["cuda"], disabled_checks=_CHECKS)(*shapes)
     _compile_ahead(made)
     return made
@@ -84,7 +83,7 @@ def _compile_ahead(made: export.Exported) -> None:
 
 @functools.cache
 def _thread() -> futures.ThreadPoolExecutor:
-    # One: Mosaic compiles no two kernels at a time.
+    # One thread: Mosaic compiles one kernel at a time.
     return futures.ThreadPoolExecutor(1, thread_name_prefix="fp8jax_compile")
 
 
@@ -95,38 +94,44 @@ def _compile(made: export.Exported) -> None:
         jax.jit(made.call).lower(*made.in_avals).compile()
 
 
-def _call(*arrays: jax.Array, kernel: _Kernel, static: _Static) -> Any:
-    return _traced(kernel, static, _shapes(arrays))[0](*arrays)
+def _call(*arrays: jax.Array, kernel: _Kernel, static: _Static) -> list[jax.Array]:
+    run, _ = _traced(*_key(arrays, kernel, static))
+    return jax.tree.leaves(run(*arrays))
 
 
-def _call_exported(*arrays: jax.Array, kernel: _Kernel, static: _Static) -> Any:
-    x64 = jax.config.read("jax_enable_x64")
-    return _exported(kernel, static, _shapes(arrays), x64).call(*arrays)
+def _call_exported(
+    *arrays: jax.Array, kernel: _Kernel, static: _Static
+) -> list[jax.Array]:
+    made = _exported(*_key(arrays, kernel, static))
+    return jax.tree.leaves(made.call(*arrays))
 
 
-def _abstract(*types: Any, kernel: _Kernel, static: _Static) -> Any:
-    results = _traced(kernel, static, _shapes(types))[2]
+def _abstract(*types: Any, kernel: _Kernel, static: _Static) -> list[Any]:
     # Types of the context: a mesh, where there is one, has no axis.
     return [
-        types[0].update(shape=x.shape, dtype=x.dtype, weak_type=False) for x in results
+        types[0].update(shape=x.shape, dtype=x.dtype, weak_type=False)
+        for x in jax.tree.leaves(_types(types, kernel, static))
     ]
 
 
 def _batched(
     arrays: Any, dims: Any, *, kernel: _Kernel, static: _Static
-) -> tuple[Any, Any]:
-    def run(*arrays: jax.Array) -> list[jax.Array]:
-        return jax.tree.leaves(kernel(*arrays, **dict(static)))
-
+) -> tuple[list[jax.Array], list[int]]:
     # Kernels have rules of their own, such as one launch for a whole batch.
-    out = jax.vmap(run, dims)(*arrays)
+    run = jax.vmap(functools.partial(kernel, **dict(static)), dims)
+    out = jax.tree.leaves(run(*arrays))
     return out, [0] * len(out)
 
 
+def _lowered_anew(ctx: Any, *values: Any, **params: Any) -> Any:
+    call = functools.partial(_call, **params)
+    return mlir.lower_fun(call, multiple_results=True)(ctx, *values)
+
+
 def _lowered(ctx: Any, *values: Any, **params: Any) -> Any:
-    # What is exported is for one platform.
-    is_alone = len(ctx.module_context.platforms) == 1
-    call = functools.partial(_call_exported if is_alone else _call, **params)
+    if len(ctx.module_context.platforms) > 1:  # What is exported is for CUDA alone.
+        return _lowered_anew(ctx, *values, **params)
+    call = functools.partial(_call_exported, **params)
     return mlir.lower_fun(call, multiple_results=True)(ctx, *values)
 
 
@@ -135,10 +140,5 @@ _KERNEL.multiple_results = True
 _KERNEL.def_impl(_call)
 _KERNEL.def_abstract_eval(_abstract)
 batching.primitive_batchers[_KERNEL] = _batched
-mlir.register_lowering(
-    _KERNEL,
-    lambda ctx, *values, **params: mlir.lower_fun(
-        functools.partial(_call, **params), multiple_results=True
-    )(ctx, *values),
-)
+mlir.register_lowering(_KERNEL, _lowered_anew)
 mlir.register_lowering(_KERNEL, _lowered, platform="cuda")

@@ -19,10 +19,9 @@ from fp8jax.recipes import Recipe
 
 
 class _Product:
-    """A method of a layer, in the place of an attribute of Flax's.
+    """Binds a layer's product as a method, without being a function of its class.
 
-    To `nnx.tabulate`, every public function of a module's class is one that users call:
-    this is none.
+    `nnx.tabulate` adds a row for every public function of a module's class.
     """
 
     def __init__(self, method: Callable[..., jax.Array]):
