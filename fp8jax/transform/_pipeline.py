@@ -11,6 +11,7 @@ from typing import Any
 
 from fp8jax.transform._carry import carry_codes
 from fp8jax.transform._dedupe import dedupe
+from fp8jax.transform._fuse import fuse
 from fp8jax.transform._harvest import harvest
 from fp8jax.transform._hoist import hoist
 from fp8jax.transform._inline import inline_calls
@@ -18,6 +19,7 @@ from fp8jax.transform._pair import pair
 from fp8jax.transform._program import Program
 from fp8jax.transform._replace import replace
 from fp8jax.transform._sink import sink
+from fp8jax.transform._slice import read_slices
 from fp8jax.transform.ir import without_dead_code
 
 
@@ -38,6 +40,10 @@ PASSES: dict[str, Callable[[Program], Program]] = {
     "hoist": hoist,
     # Equal quantizations are made once, and those of one matrix two ways in one call.
     "pair": pair,
+    # What is computed elementwise only to be quantized is computed by the quantization.
+    "fuse": fuse,
+    # Backward scans read slices of what the forward pass stacked where they lie.
+    "slice": read_slices,
     # What a scan or a call was given twice, it is given once.
     "dedupe": dedupe,
     # What products' quantizations cost, with `stats=`, comes out of nested jaxprs.
