@@ -12,15 +12,15 @@ import numpy as np
 
 from fp8jax import ops
 from fp8jax.recipes import Recipe, Rule, check_recipe, deepseek_v3
-from fp8jax.transform import _nnx, _stages
-from fp8jax.transform._arguments import CallKey, Static
 from fp8jax.transform._custom_rules import check_custom_rules
-from fp8jax.transform._leaves import Weights, check_weights, weights_after
-from fp8jax.transform._outer_jit import OuterJit, outer_jit
 from fp8jax.transform._pipeline import check_without
-from fp8jax.transform._policy import Policy
-from fp8jax.transform._report import Report
 from fp8jax.transform._step import Call, Step
+from fp8jax.transform.call import _nnx, _stages
+from fp8jax.transform.call._arguments import CallKey, Static
+from fp8jax.transform.call._leaves import Weights, check_weights, weights_after
+from fp8jax.transform.call._outer_jit import OuterJit, outer_jit
+from fp8jax.transform.plan._policy import Policy
+from fp8jax.transform.plan._report import Report
 
 _NOT_GIVEN: Any = object()
 

@@ -9,16 +9,16 @@ function of a `Program` to another, and its line here.
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-from fp8jax.transform._carry import carry_codes
-from fp8jax.transform._dedupe import dedupe
-from fp8jax.transform._harvest import harvest
-from fp8jax.transform._hoist import hoist
-from fp8jax.transform._inline import inline_calls
-from fp8jax.transform._pair import pair
-from fp8jax.transform._program import Program
-from fp8jax.transform._replace import replace
-from fp8jax.transform._sink import sink
 from fp8jax.transform.ir import without_dead_code
+from fp8jax.transform.lower._program import Program
+from fp8jax.transform.passes._carry import carry_codes
+from fp8jax.transform.passes._collect import harvest
+from fp8jax.transform.passes._dedupe import dedupe
+from fp8jax.transform.passes._hoist import hoist
+from fp8jax.transform.passes._inline import inline_calls
+from fp8jax.transform.passes._pair import pair
+from fp8jax.transform.passes._replace import replace
+from fp8jax.transform.passes._sink import sink
 
 
 def _clean(program: Program) -> Program:

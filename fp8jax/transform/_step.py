@@ -11,41 +11,41 @@ from jax.extend import core
 from jax.sharding import PartitionSpec
 
 from fp8jax import _compat, ops
-from fp8jax.transform._arguments import (
+from fp8jax.transform._custom_rules import with_custom_rules
+from fp8jax.transform._pipeline import lowered, prepared
+from fp8jax.transform.analysis._devices import spread_of_program
+from fp8jax.transform.analysis._flow import Flow
+from fp8jax.transform.analysis._residuals import residual_bytes
+from fp8jax.transform.analysis._roles import assign, is_whole_step
+from fp8jax.transform.analysis._rules import RULES, opaque
+from fp8jax.transform.analysis._stored import Dequantize, StoredOperands
+from fp8jax.transform.analysis._values import Dot, Scope
+from fp8jax.transform.call._arguments import (
     ArgumentOptions,
     CallKey,
     has_static_outputs,
     without_marks,
 )
-from fp8jax.transform._custom_rules import with_custom_rules
-from fp8jax.transform._devices import spread_of_program
-from fp8jax.transform._found_rules import found_rules
-from fp8jax.transform._interpreter import Flow
-from fp8jax.transform._jit_step import jit_step
-from fp8jax.transform._leaves import (
+from fp8jax.transform.call._jit_step import jit_step
+from fp8jax.transform.call._leaves import (
     Leaf,
     Weights,
     leaves_of,
     positional_names,
     weight_mask,
 )
-from fp8jax.transform._nested_jit import lost_donation, refusing_compiler_options
-from fp8jax.transform._outer_jit import OuterJit
-from fp8jax.transform._parameters import name_of
-from fp8jax.transform._pipeline import lowered, prepared
-from fp8jax.transform._plan import Plan, doubting, make_plan, with_doubts
-from fp8jax.transform._policy import Policy
-from fp8jax.transform._program import Program
-from fp8jax.transform._report import Report
-from fp8jax.transform._residuals import residual_bytes
-from fp8jax.transform._roles import assign, is_whole_step
-from fp8jax.transform._rules import RULES, opaque
-from fp8jax.transform._statistics import named_statistics
-from fp8jax.transform._stored import Dequantize, StoredOperands
-from fp8jax.transform._stored_calls import as_arrays
-from fp8jax.transform._values import Dot, Scope
-from fp8jax.transform._warn import warn
+from fp8jax.transform.call._nested_jit import lost_donation, refusing_compiler_options
+from fp8jax.transform.call._outer_jit import OuterJit
+from fp8jax.transform.call._parameters import name_of
 from fp8jax.transform.ir import equations
+from fp8jax.transform.lower._program import Program
+from fp8jax.transform.lower._stored_calls import as_arrays
+from fp8jax.transform.plan._found_rules import found_rules
+from fp8jax.transform.plan._plan import Plan, doubting, make_plan, with_doubts
+from fp8jax.transform.plan._policy import Policy
+from fp8jax.transform.plan._report import Report
+from fp8jax.transform.plan._statistics import named_statistics
+from fp8jax.transform.plan._warn import warn
 
 NO_DERIVATIVE = (
     "fp8_transform: products in FP8 have no forward-mode and no second derivative. "

@@ -1,0 +1,1 @@
+"""What a program computes: values, passes of a step, roles of products."""

@@ -1,0 +1,184 @@
+"""Walks a jaxpr, and rewrites one; knows no primitive.
+
+Rewriting replaces an equation by equations that give the same results, in nested
+jaxprs too. No type changes, so shardings, donation, scan carries, branches and remat
+policies stay valid, and no primitive's parameters need parsing.
+"""
+
+import collections
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.extend import core
+
+from fp8jax import _compat
+from fp8jax.transform.analysis._liveness import Read, reads
+from fp8jax.transform.analysis._phase_flow import PhasesByFlow
+from fp8jax.transform.analysis._phases import Passes
+from fp8jax.transform.analysis._readers import Readers
+from fp8jax.transform.analysis._values import Dot, HandWritten, Position, Scope, Value
+from fp8jax.transform.ir import jaxprs_of, primitive_of, with_jaxprs
+
+# Gives an equation's results from its operands, and tells `Flow` of the dots in it.
+FlowRule = Callable[["Flow", Any, Sequence[Value], Scope], Sequence[Value]]
+
+
+def rewrite(
+    jaxpr: Any,
+    plan: Mapping[Position, Hashable],
+    replacer: Callable[[Any, Mapping[int, Any]], Callable[[Any, Any], list[Any]]],
+) -> Any:
+    """`jaxpr` with some equations replaced.
+
+    Args:
+        jaxpr: with or without constants.
+        plan: what is to become of the equation at each position.
+        replacer: for a jaxpr and `plan`'s words on its own equations, by number, the
+            function that makes new equations of one and the word on that. They may
+            read what was there before, and what the function's earlier equations gave;
+            among their results are the old one's.
+
+    Returns:
+        A jaxpr of the same inputs and outputs; `jaxpr` itself for an empty plan.
+    """
+    # One jaxpr may be called from many places: where the plan agrees, so must the
+    # result, or XLA compiles every layer by itself.
+    done: dict[Hashable, Any] = {}
+
+    def visit(jaxpr: Any, plan: tuple[tuple[Position, Hashable], ...]) -> Any:
+        if not plan:
+            return jaxpr
+        key = (id(jaxpr), plan)
+        if key not in done:
+            by_eqn = collections.defaultdict(list)
+            for position, what in plan:
+                by_eqn[position[0]].append((position[1:], what))
+            own = {i: e[0][1] for i, e in by_eqn.items() if not e[0][0]}
+            replace = replacer(jaxpr, own)
+            eqns = []
+            for i, eqn in enumerate(_compat.open_jaxpr(jaxpr).eqns):
+                eqns += visit_eqn(eqn, by_eqn[i], replace) if i in by_eqn else [eqn]
+            done[key] = _compat.with_parts(jaxpr, eqns=eqns)
+        return done[key]
+
+    def visit_eqn(
+        eqn: Any,
+        entries: list[tuple[Position, Hashable]],
+        replace: Callable[[Any, Any], list[Any]],
+    ) -> list[Any]:
+        if not entries[0][0]:
+            new = replace(eqn, entries[0][1])
+            made = {v for e in new for v in e.outvars}
+            assert made.issuperset(eqn.outvars), "results stay"
+            return new
+        by_sub = collections.defaultdict(list)
+        for position, what in entries:
+            by_sub[position[0]].append((position[1:], what))
+        subs = enumerate(jaxprs_of(eqn))
+        return [with_jaxprs(eqn, [visit(s, tuple(by_sub[i])) for i, s in subs])]
+
+    return visit(jaxpr, tuple(sorted(plan.items(), key=lambda item: item[0])))
+
+
+class Flow:
+    """One walk over a jaxpr: what each product's operands depend on.
+
+    Attributes:
+        closure: `Value.leaves` of arrays that are no arguments.
+        dots: every product found, by position.
+        hand_written: every call with a gradient rule of its own found, by position.
+        readers: what reads products' results.
+        phases: tells passes by what equations read.
+        chosen: by the number of a value that a `cond` chose, the number of its index
+            and the value of each branch.
+    """
+
+    def __init__(
+        self,
+        rules: Mapping[str, FlowRule],
+        default: FlowRule,
+        closure: int,
+        trusts_names: bool = False,
+    ):
+        """
+        Args:
+            rules: by the name of the primitive.
+            default: for all others.
+            closure: `Value.leaves` of arrays that are no arguments.
+            trusts_names: as in `PhasesByFlow`.
+        """
+        self._rules = rules
+        self._default = default
+        self.closure = closure
+        self._numbers: dict[Hashable, int] = {}
+        self._keys: list[Hashable] = []
+        self._passes = Passes()
+        self.phases = PhasesByFlow(trusts_names)
+        self.dots: dict[Position, Dot] = {}
+        self.hand_written: dict[Position, HandWritten] = {}
+        self.readers = Readers()
+        self.chosen: dict[int, tuple[int, tuple[Value, ...]]] = {}
+
+    def number(self, *key: Hashable) -> int:
+        """One integer for each distinct key."""
+        if key not in self._numbers:
+            self._numbers[key] = len(self._keys)
+            self._keys.append(key)
+        return self._numbers[key]
+
+    def key(self, number: int) -> Any:
+        """What was numbered."""
+        return self._keys[number]
+
+    def input(self, leaf: int) -> Value:
+        """The value of an argument's leaf."""
+        number = self.number("leaf", leaf)
+        return Value(1 << leaf, number, number)
+
+    def constant(self, x: Any) -> Value:
+        """The value of something that is no argument: a literal or a closed-over array.
+
+        Scalars depend on nothing, so that a rescaled weight stays a weight.
+        """
+        if np.ndim(x) == 0 and not isinstance(x, core.Var):
+            number = self.number("literal", str(x), str(getattr(x, "dtype", type(x))))
+            return Value(0, number, number)
+        number = self.number("constant", id(x))
+        return Value(self.closure, number, number)
+
+    def walk(
+        self,
+        jaxpr: Any,
+        inputs: Sequence[Value],
+        scope: Scope,
+        read: Read | None = None,
+    ) -> list[Value]:
+        """The results of a jaxpr.
+
+        Args:
+            jaxpr: with or without constants.
+            inputs: one value for each of its `invars`.
+            scope: of the jaxpr.
+            read: which of its results are read; all by default.
+        """
+        inner = _compat.open_jaxpr(jaxpr)
+        env: dict[Any, Value] = {}
+
+        def value_of(atom: Any) -> Value:
+            if isinstance(atom, core.Literal):
+                return self.constant(atom.val)
+            return env[atom]
+
+        consts = _compat.jaxpr_consts(jaxpr) or inner.constvars
+        env.update(zip(inner.constvars, map(self.constant, consts), strict=True))
+        env.update(zip(inner.invars, inputs, strict=True))
+        for i, (eqn, is_read) in enumerate(
+            zip(inner.eqns, reads(inner, read), strict=True)
+        ):
+            rule = self._rules.get(primitive_of(eqn), self._default)
+            operands = [value_of(v) for v in eqn.invars]
+            here = scope.at(i, eqn, self._passes, is_read)
+            here = here.in_phase(self.phases.of(here.phase, operands))
+            env.update(zip(eqn.outvars, rule(self, eqn, operands, here), strict=True))
+        return [value_of(v) for v in inner.outvars]

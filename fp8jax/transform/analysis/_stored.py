@@ -1,0 +1,174 @@
+"""Weights that came as QTensors: where a program multiplies by them.
+
+The function sees a QTensor among its arguments as the array it stands for, which a
+marked call makes of codes and scales. A product of that array is one of the codes.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+from fp8jax import _compat, ops
+from fp8jax.quant import QTensor, QuantSpec
+from fp8jax.recipes import Recipe
+from fp8jax.transform.analysis._values import SIDES, Position, Side, other_side
+from fp8jax.transform.ir import (
+    construct_of,
+    equations,
+    is_cast,
+    is_product,
+    permutation,
+)
+from fp8jax.transform.lower._program import Program
+
+CONTRACTION_TILE = 128  # Of the products of codes.
+
+
+@dataclasses.dataclass(frozen=True)
+class Dequantize:
+    """A marked call that makes an array of codes and scales."""
+
+    tile: tuple[int, int]
+    dtype: np.dtype
+
+    def __call__(self, data: jax.Array, scale: jax.Array) -> jax.Array:
+        def run(data: jax.Array, scale: jax.Array) -> jax.Array:
+            return QTensor(data, scale, self.tile).dequantize(self.dtype)
+
+        return ops.marked("dequantize", run)(data, scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """An operand that is a QTensor, in the jaxpr that multiplies by it.
+
+    Attributes:
+        data, scale: variables of codes and scales there.
+        tile: of the codes as they are stored.
+        transposed: whether the operand is the transpose of what is stored.
+        leaf: of the function's arguments, if that is known.
+    """
+
+    data: Any
+    scale: Any
+    tile: tuple[int, int]
+    transposed: bool
+    leaf: int | None
+
+    @property
+    def operand_tile(self) -> tuple[int, int]:
+        """The tile over the operand's own dimensions."""
+        rows, columns = self.tile
+        return (columns, rows) if self.transposed else (rows, columns)
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticDot:
+    """A product of an activation, quantized online, and a stored weight.
+
+    Attributes:
+        weight: which operand is stored.
+        stored: the weight.
+        recipe: of the activation, in FP8.
+        contraction: dimension of the operand, 0 or 1, that is contracted.
+        implementation: as in `fp8jax.dot_general`.
+        split: whether XLA may split it over devices.
+    """
+
+    weight: Side
+    stored: Stored
+    recipe: Recipe
+    contraction: int
+    implementation: str | None
+    split: bool = False
+
+    @property
+    def first(self) -> Side:
+        """The operand that the recipe counts first."""
+        return other_side(self.weight)
+
+    @property
+    def spec(self) -> QuantSpec:
+        """Of the activation, `[free, contraction]`."""
+        assert self.recipe.fprop is not None
+        return self.recipe.fprop.lhs
+
+    @property
+    def specs(self) -> tuple[QuantSpec, QuantSpec]:
+        """Of lhs and rhs, `[free, contraction]`."""
+        rows, columns = self.stored.operand_tile
+        tile = (rows, columns) if self.contraction == 1 else (columns, rows)
+        stored = QuantSpec(tile=tile, dtype=self.stored.data.aval.dtype, scale="fp32")
+        pair = (self.spec, stored)
+        return pair if self.weight == "rhs" else (stored, self.spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredOperands:
+    """Where a program uses weights that came as QTensors.
+
+    Attributes:
+        of_dots: by position, the operands of a `dot_general` that are such weights.
+        inflated: leaves that something else than a product reads, as arrays.
+    """
+
+    of_dots: Mapping[Position, Mapping[Side, Stored]]
+    inflated: frozenset[int]
+
+    @classmethod
+    def of(cls, program: Program) -> "StoredOperands":
+        """Those of a whole program, whose inputs are the leaves."""
+        of_dots: dict[Position, Mapping[Side, Stored]] = {}
+        inflated: set[int] = set()
+
+        def visit(jaxpr: Any, position: Position, leaves: Mapping[Any, int]) -> None:
+            stored: dict[Any, Stored] = {}
+            for i, eqn in enumerate(equations(jaxpr)):
+                call = program.calls.of(eqn)
+                if isinstance(call, Dequantize):
+                    data, scale = eqn.invars
+                    found = Stored(data, scale, call.tile, False, leaves.get(data))
+                    stored[eqn.outvars[0]] = found
+                    continue
+                read = [
+                    (j, stored[x]) for j, x in enumerate(eqn.invars) if _in(x, stored)
+                ]
+                view = _view(eqn, read[0][1]) if read else None
+                if view is not None:
+                    stored[eqn.outvars[0]] = view
+                elif is_product(eqn):
+                    if read:
+                        of_dots[(*position, i)] = {SIDES[j]: x for j, x in read}
+                else:
+                    inflated.update(x.leaf for _, x in read if x.leaf is not None)
+                    construct = construct_of(eqn)
+                    if construct is None:
+                        continue
+                    for number, body in enumerate(construct.bodies):
+                        inner = {
+                            x.inner[number]: leaves[x.operand]
+                            for x in construct.inputs
+                            if _in(x.operand, leaves)
+                        }
+                        visit(body, (*position, i, number), inner)
+
+        inputs = _compat.open_jaxpr(program.jaxpr).invars
+        visit(program.jaxpr, (), {v: i for i, v in enumerate(inputs)})
+        return cls(of_dots, frozenset(inflated))
+
+
+def _in(x: Any, variables: Mapping[Any, Any]) -> bool:
+    return isinstance(x, core.Var) and x in variables
+
+
+def _view(eqn: Any, x: Stored) -> Stored | None:
+    """The result as a stored weight, if the equation but looks at one."""
+    if is_cast(eqn) and eqn.outvars[0].aval.dtype in ops.INPUT_DTYPES:
+        return x
+    if permutation(eqn) == (1, 0):
+        return dataclasses.replace(x, transposed=not x.transposed)
+    return None

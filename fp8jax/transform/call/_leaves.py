@@ -1,0 +1,244 @@
+"""The function's arguments: leaves, their paths, and which are parameters.
+
+A leaf's full path is the argument's name and the key path in it, `"state/params/up/
+kernel"`. Dots are named by their weight's path without the argument's name.
+"""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from fp8jax.quant import QTensor
+from fp8jax.transform.analysis._roles import (
+    differentiated_leaves,
+    forward_leaves,
+    is_whole_step,
+)
+from fp8jax.transform.analysis._values import Dot
+
+Weights: TypeAlias = Callable[[str], bool] | int | str | Collection[int | str] | None
+
+_PARAMS = "params"
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array among the arguments.
+
+    Attributes:
+        argument: name of the argument.
+        number: of a positional argument, else None.
+        keys: key path in the argument.
+        is_param: whether its type says that it is a parameter.
+        size: elements.
+        is_float: whether it can be differentiated.
+        is_stored: whether it holds the codes or the scales of a QTensor.
+    """
+
+    argument: str
+    number: int | None
+    keys: tuple[str, ...]
+    is_param: bool
+    size: int
+    is_float: bool
+    is_stored: bool = False
+
+    @property
+    def full_path(self) -> str:
+        return "/".join((self.argument, *self.keys))
+
+    @property
+    def path(self) -> str:
+        return "/".join(self.keys) or self.argument
+
+    @property
+    def family(self) -> tuple[str, ...]:
+        """What its siblings among the parameters share: up to `params`, if any."""
+        if _PARAMS in self.keys:
+            return (self.argument, *self.keys[: self.keys.index(_PARAMS) + 1])
+        return (self.argument,)
+
+
+def leaves_of(names: Sequence[str], args: Sequence[Any], kwargs: Any) -> list[Leaf]:
+    """The leaves of a call's arguments, in the order of `jax.tree.leaves`.
+
+    Args:
+        names: of the positional arguments.
+        args, kwargs: the arguments, of arrays or of anything with a shape and dtype.
+    """
+    found = []
+    for number, (name, arg) in enumerate(zip(names, args, strict=True)):
+        found += _leaves(name, number, arg)
+    for name, arg in sorted(kwargs.items()):
+        found += _leaves(name, None, arg)
+    return found
+
+
+def positional_names(fn: Any, count: int) -> list[str]:
+    """Names of a function's first `count` positional arguments."""
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    names = []
+    for i in range(count):
+        parameter = parameters[min(i, len(parameters) - 1)] if parameters else None
+        if parameter is None or i >= len(parameters):
+            names.append(f"arg{i}")
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            parameters = parameters[: i + 1]
+            names.append(f"{parameter.name}{i}")
+        else:
+            names.append(parameter.name)
+    return names
+
+
+def _leaves(name: str, number: int | None, arg: Any) -> list[Leaf]:
+    found = []
+    # Variables of NNX are nodes that hold one array: their type says what they are.
+    flat, _ = jax.tree_util.tree_flatten_with_path(arg, is_leaf=_is_node)
+    for keys, node in flat:
+        for x, is_stored in _arrays(node):
+            keys_in_argument = tuple(map(_key_name, keys))
+            found.append(
+                Leaf(
+                    argument=name,
+                    number=number,
+                    keys=keys_in_argument,
+                    is_param=_is_param(node) or _PARAMS in keys_in_argument,
+                    size=math.prod(_aval(x).shape),
+                    is_float=jnp.issubdtype(_aval(x).dtype, jnp.floating),
+                    is_stored=is_stored,
+                )
+            )
+    return found
+
+
+def _aval(x: Any) -> Any:
+    return x if hasattr(x, "shape") and hasattr(x, "dtype") else jax.typeof(x)
+
+
+def _class_names(x: Any) -> set[str]:
+    return {
+        cls.__name__ for cls in type(x).__mro__ if cls.__module__.startswith("flax.nnx")
+    }
+
+
+def _is_node(x: Any) -> bool:
+    return _is_variable(x) or isinstance(x, QTensor)
+
+
+def _arrays(node: Any) -> list[tuple[Any, bool]]:
+    """Arrays of a node of a tree, and whether they are a QTensor's."""
+    found = []
+    for x in jax.tree.leaves(node, is_leaf=lambda x: isinstance(x, QTensor)):
+        is_stored = isinstance(x, QTensor)
+        found += [(a, is_stored) for a in (jax.tree.leaves(x) if is_stored else [x])]
+    return found
+
+
+def _is_variable(x: Any) -> bool:
+    return not _class_names(x).isdisjoint({"Variable", "VariableState"})
+
+
+def _is_param(x: Any) -> bool:
+    return "Param" in _class_names(x)
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def check_weights(weights: Weights) -> None:
+    """Raises ValueError, on behalf of `fp8_transform`, for what names no arguments."""
+    if weights is None or callable(weights) or isinstance(weights, (int, str)):
+        return
+    if isinstance(weights, Collection) and all(
+        isinstance(w, (int, str)) for w in weights
+    ):
+        return
+    raise ValueError(
+        "fp8_transform takes weights=None, a predicate on paths like "
+        "'state/params/up/kernel', or the numbers or names of the arguments that are "
+        f"parameters, got {weights!r}."
+    )
+
+
+def weights_after(weights: Weights, count: int) -> Weights:
+    """The same weights, after `count` more positional arguments."""
+    if isinstance(weights, int):
+        return weights + count
+    if weights is None or callable(weights) or isinstance(weights, str):
+        return weights
+    return [w + count if isinstance(w, int) else w for w in weights]
+
+
+def weight_mask(weights: Weights, leaves: Sequence[Leaf], dots: Sequence[Dot]) -> int:
+    """Which leaves are parameters, as `Value.leaves`.
+
+    What `weights` says; else the leaves that the step differentiates and their
+    siblings; else, in a forward pass, QTensors, beside which arrays stay as they are;
+    else those in `params`, or of type `nnx.Param`; else, if the function is a forward
+    pass, those of the first argument, if that is a container.
+
+    Raises:
+        ValueError: If `weights` names an argument that the call lacks.
+    """
+    if weights is not None:
+        return _mask(_named(weights, leaves))
+    if is_whole_step(dots):
+        sure, unsure = differentiated_leaves(dots, [leaf.is_float for leaf in leaves])
+        found = sure | _of_families(sure, unsure, leaves)
+        if found:
+            return found | _siblings(found, leaves, forward_leaves(dots))
+    stored = [leaf.is_stored for leaf in leaves]
+    if any(stored) and not is_whole_step(dots):
+        return _mask(stored)
+    hinted = [leaf.is_param for leaf in leaves]
+    if any(hinted) or is_whole_step(dots):
+        return _mask(hinted)
+    return _mask([leaf.number == 0 and bool(leaf.keys) for leaf in leaves])
+
+
+def _of_families(sure: int, unsure: int, leaves: Sequence[Leaf]) -> int:
+    """Of leaves whose gradient may be another's, those beside a leaf that is sure.
+
+    A teacher's first layer meets the student's input and has its sizes, and a batch of
+    real images meets the weight that generated ones meet. All of them, if none is sure.
+    """
+    families = {leaf.family for i, leaf in enumerate(leaves) if sure >> i & 1}
+    near = [not families or leaf.family in families for leaf in leaves]
+    return unsure & _mask(near)
+
+
+def _siblings(found: int, leaves: Sequence[Leaf], examined: int) -> int:
+    """Leaves beside those found, less the ones seen to have no gradient."""
+    families = {leaf.family for i, leaf in enumerate(leaves) if found >> i & 1}
+    near = [leaf.is_float and leaf.family in families for leaf in leaves]
+    return _mask(near) & ~examined
+
+
+def _named(weights: Any, leaves: Sequence[Leaf]) -> list[bool]:
+    if callable(weights):
+        return [bool(weights(leaf.full_path)) for leaf in leaves]
+    names = {weights} if isinstance(weights, (int, str)) else set(weights)
+    known = {leaf.argument for leaf in leaves} | {leaf.number for leaf in leaves}
+    if not names <= known:
+        arguments = dict.fromkeys(leaf.argument for leaf in leaves)
+        raise ValueError(
+            f"fp8_transform was given weights={weights!r}, but this call's arguments "
+            f"that hold arrays are {', '.join(arguments)}."
+        )
+    return [leaf.argument in names or leaf.number in names for leaf in leaves]
+
+
+def _mask(chosen: Sequence[bool]) -> int:
+    return sum(1 << i for i, is_chosen in enumerate(chosen) if is_chosen)

@@ -1,0 +1,1 @@
+"""The operations in FP8 that products become."""

@@ -1,0 +1,211 @@
+"""Makes the equations that stand in for a `dot_general`.
+
+In a function that holds its own backward pass, a product becomes quantizations and a
+product of codes, so that products of the same value share its codes. In a forward
+function it becomes one call of `ops.dot_general`, which brings its gradients along.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+from fp8jax import _compat, ops
+from fp8jax.quant import QuantSpec
+from fp8jax.transform.analysis._flow import rewrite
+from fp8jax.transform.analysis._stored import StaticDot
+from fp8jax.transform.analysis._transposed import read_transposed
+from fp8jax.transform.analysis._values import SIDES, Side
+from fp8jax.transform.ir import (
+    dimension_numbers,
+    is_product,
+    name_of,
+    product_options,
+    views_in,
+)
+from fp8jax.transform.lower._calls import (
+    Collect,
+    Layer,
+    Measure,
+    Moments,
+    Multiply,
+    Product,
+    Quantize,
+    Statistics,
+)
+from fp8jax.transform.lower._make_calls import Calls
+from fp8jax.transform.lower._program import Program
+from fp8jax.transform.lower._ragged import ragged_call
+from fp8jax.transform.lower._stored_calls import static_equations
+from fp8jax.transform.plan._plan import (
+    LayerDot,
+    QuantizedDot,
+    Replacement,
+    specs_of,
+)
+from fp8jax.transform.plan._rule_call import RuleCall
+
+_Planned: TypeAlias = Mapping[int, Replacement | StaticDot | RuleCall]
+
+
+def replace(program: Program) -> Program:
+    """The program with calls of `_calls`, or of a rule, instead of planned equations.
+
+    Of those that stand in for one, one has its results, and all keep its name stack,
+    source line and context. Where `program.measures`, each product in FP8 comes with a
+    call whose result is collected.
+    """
+
+    def replacer(jaxpr: Any, planned: _Planned) -> Callable[[Any, Any], list[Any]]:
+        return _InJaxpr(jaxpr, planned, program.calls, program.measures).replace
+
+    return program.of(rewrite(program.jaxpr, program.replacements, replacer))
+
+
+class _InJaxpr:
+    """Replaces the products of one jaxpr, and remembers the codes made there."""
+
+    def __init__(
+        self,
+        jaxpr: Any,
+        planned: _Planned,
+        calls: Calls,
+        statistics: bool,
+    ):
+        self._calls = calls
+        self._statistics = statistics
+        eqns = _compat.open_jaxpr(jaxpr).eqns
+        self._views = views_in(eqns)
+        self._exchanged = {
+            eqns[i].outvars[0]
+            for i in read_transposed(_compat.open_jaxpr(jaxpr), planned)
+        }
+        self._codes: dict[Hashable, list[Any]] = {}
+        # What is needed before the backward pass, by the recipe or by a product.
+        self._early: set[Hashable] = set()
+        for index, what in planned.items():
+            if isinstance(what, QuantizedDot) and what.early and not what.split:
+                eqn = eqns[index]
+                x, quantize = _operand(eqn, what, what.first)
+                self._early.add(self._key(x, quantize, eqn))
+
+    def replace(self, eqn: Any, what: Replacement | StaticDot | RuleCall) -> list[Any]:
+        if isinstance(what, RuleCall):
+            return self._ruled(eqn, what)
+        if isinstance(what, StaticDot):
+            return static_equations(eqn, what, self._calls, self._codes)
+        if not is_product(eqn):
+            eqns, _ = self._calls(ragged_call(eqn, what), eqn, *eqn.invars)
+        elif isinstance(what, QuantizedDot) and not what.split:
+            eqns = self._shared(eqn, what)
+        else:
+            eqns = self._alone(eqn, what)
+        (result,), out = eqns[-1].outvars, eqn.outvars[0].aval
+        same = (result.aval.shape, result.aval.dtype) == (out.shape, out.dtype)
+        same &= _compat.varying_axes(result.aval) == _compat.varying_axes(out)
+        same &= not _compat.is_explicit(out) or result.aval.sharding == out.sharding
+        assert same, f"{result.aval} cannot stand in for {out}"
+        return [*eqns[:-1], eqns[-1].replace(outvars=eqn.outvars)]
+
+    def _ruled(self, eqn: Any, what: RuleCall) -> list[Any]:
+        """Equations of a function with a gradient rule, and of what it measures."""
+        eqns, results = self._calls(what, eqn, *eqn.invars)
+        assert eqns[-1].outvars == results, "one call gives all results"
+        own = len(eqn.outvars)
+        eqns[-1] = eqns[-1].replace(outvars=[*eqn.outvars, *results[own:]])
+        for moments in results[own:]:
+            eqns += self._calls(Collect(), eqn, moments)[0]
+        return eqns
+
+    def _alone(self, eqn: Any, what: Replacement) -> list[Any]:
+        """Equations of a product that is one call."""
+        if isinstance(what, LayerDot):
+            call = Layer(what, dimension_numbers(eqn), *product_options(eqn))
+        else:
+            dtype = np.dtype(eqn.outvars[0].aval.dtype)
+            exchanged = eqn.outvars[0] in self._exchanged
+            call = Product(what, _layout(eqn), dtype, exchanged)
+        product, _ = self._calls(call, eqn, *eqn.invars)
+        specs = specs_of(what)
+        if not self._statistics or not specs:
+            return product
+        # By a kernel that XLA can split: outside of the product there is no rule.
+        measured_by = "xla" if what.split else what.implementation
+        quantize = _quantizations(eqn, specs, measured_by)
+        measure = Measure(quantize, what.first)
+        spec = jax.sharding.PartitionSpec()
+        measured, _ = self._calls(measure, eqn, *eqn.invars, out_spec=spec)
+        return [*measured, *product]
+
+    def _shared(self, eqn: Any, what: QuantizedDot) -> list[Any]:
+        """Equations of a product of codes that other products use, too."""
+        codes = [self._quantized(side, what, eqn) for side in SIDES]
+        eqns = [made for new, _ in codes for made in new]
+        if self._statistics:
+            measured = [self._measured(side, what, eqn) for side in SIDES]
+            eqns += [made for new, _ in measured for made in new]
+            moments = [x for _, found in measured for x in found]
+            eqns += self._calls(Statistics(what.first), eqn, *moments)[0]
+        multiply = Multiply(
+            what.role,
+            _layout(eqn),
+            (what.lhs_spec.tile, what.rhs_spec.tile),
+            np.dtype(eqn.outvars[0].aval.dtype),
+            what.implementation,
+            exchanged=eqn.outvars[0] in self._exchanged,
+        )
+        operands = [x for _, made in codes for x in made]
+        return eqns + self._calls(multiply, eqn, *operands)[0]
+
+    def _quantized(
+        self, side: Side, what: QuantizedDot, place: Any
+    ) -> tuple[list[Any], list[Any]]:
+        """Equations for the codes and scales of an operand, and both."""
+        x, quantize = _operand(place, what, side)
+        key = self._key(x, quantize, place)
+        if key in self._codes:
+            return [], self._codes[key]
+        is_early = key in self._early and what.role != "fprop"
+        call = dataclasses.replace(quantize, is_early=is_early)
+        eqns, self._codes[key] = self._calls(call, place, x)
+        return eqns, self._codes[key]
+
+    def _measured(
+        self, side: Side, what: QuantizedDot, place: Any
+    ) -> tuple[list[Any], list[Any]]:
+        """Equations for the moments of an operand that is quantized, and them."""
+        x, quantize = _operand(place, what, side)
+        key = self._key(x, quantize, place)
+        eqns = []
+        if (key, Moments) not in self._codes:
+            made = self._calls(Moments(quantize), place, x, *self._codes[key])
+            eqns, self._codes[key, Moments] = made
+        return eqns, self._codes[key, Moments]
+
+    def _key(self, x: Any, quantize: Quantize, place: Any) -> Hashable:
+        """The same for operands that are quantized to the same codes."""
+        return name_of(x, self._views), quantize, place.ctx
+
+
+def _operand(eqn: Any, what: QuantizedDot, side: Side) -> tuple[Any, Quantize]:
+    """A product's operand, and how it is quantized."""
+    lhs, rhs = _quantizations(eqn, (what.lhs_spec, what.rhs_spec), what.implementation)
+    x, y = eqn.invars
+    return (x, lhs) if side == "lhs" else (y, rhs)
+
+
+def _quantizations(
+    eqn: Any, specs: tuple[QuantSpec, ...], implementation: str | None
+) -> tuple[Quantize, Quantize]:
+    layout, (lhs_spec, rhs_spec) = _layout(eqn), specs
+    return (
+        Quantize(layout.lhs, lhs_spec, implementation),
+        Quantize(layout.rhs, rhs_spec, implementation),
+    )
+
+
+def _layout(eqn: Any) -> ops.Layout:
+    lhs, rhs = (x.aval.shape for x in eqn.invars)
+    return ops.plan(lhs, rhs, dimension_numbers(eqn), "fp8_transform")

@@ -1,0 +1,1 @@
+"""What becomes of every product, and what is said of it."""
