@@ -17,8 +17,12 @@ from fp8jax.transform.analysis._flow import Flow
 from fp8jax.transform.analysis._phases import JVP, TRANSPOSE, Pass, Phase
 from fp8jax.transform.analysis._roles import Role
 from fp8jax.transform.analysis._rules import RULES, opaque
-from fp8jax.transform.analysis._values import Dot, HandWritten, Position, Value
-from fp8jax.transform.ir import asks_what_is_differentiated, closes_over_arrays
+from fp8jax.transform.analysis._values import Dot, HandWritten, Value
+from fp8jax.transform.ir import (
+    Position,
+    asks_what_is_differentiated,
+    closes_over_arrays,
+)
 from fp8jax.transform.lower._program import Program
 from fp8jax.transform.plan._plan import Plan
 from fp8jax.transform.plan._policy import Policy

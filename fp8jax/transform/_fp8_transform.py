@@ -17,8 +17,8 @@ from fp8jax.transform._pipeline import check_without
 from fp8jax.transform._step import Call, Step
 from fp8jax.transform.call import _nnx, _stages
 from fp8jax.transform.call._arguments import CallKey, Static
-from fp8jax.transform.call._leaves import Weights, check_weights, weights_after
 from fp8jax.transform.call._outer_jit import OuterJit, outer_jit
+from fp8jax.transform.call._weights import Weights, check_weights, weights_after
 from fp8jax.transform.plan._policy import Policy
 from fp8jax.transform.plan._report import Report
 

@@ -18,8 +18,9 @@ from fp8jax.transform.analysis._flow import Flow
 from fp8jax.transform.analysis._residuals import residual_bytes
 from fp8jax.transform.analysis._roles import assign, is_whole_step
 from fp8jax.transform.analysis._rules import RULES, opaque
-from fp8jax.transform.analysis._stored import Dequantize, StoredOperands
+from fp8jax.transform.analysis._stored import StoredOperands
 from fp8jax.transform.analysis._values import Dot, Scope
+from fp8jax.transform.analysis._weights import weight_mask
 from fp8jax.transform.call._arguments import (
     ArgumentOptions,
     CallKey,
@@ -27,19 +28,14 @@ from fp8jax.transform.call._arguments import (
     without_marks,
 )
 from fp8jax.transform.call._jit_step import jit_step
-from fp8jax.transform.call._leaves import (
-    Leaf,
-    Weights,
-    leaves_of,
-    positional_names,
-    weight_mask,
-)
+from fp8jax.transform.call._leaves import Leaf, leaves_of, positional_names
 from fp8jax.transform.call._nested_jit import lost_donation, refusing_compiler_options
 from fp8jax.transform.call._outer_jit import OuterJit
 from fp8jax.transform.call._parameters import name_of
+from fp8jax.transform.call._qtensors import Dequantize, as_arrays
+from fp8jax.transform.call._weights import Weights
 from fp8jax.transform.ir import equations
 from fp8jax.transform.lower._program import Program
-from fp8jax.transform.lower._stored_calls import as_arrays
 from fp8jax.transform.plan._found_rules import found_rules
 from fp8jax.transform.plan._plan import Plan, doubting, make_plan, with_doubts
 from fp8jax.transform.plan._policy import Policy
@@ -209,7 +205,8 @@ class Step:
         ):  # Made before all else.
             program.calls.add(eqn, call)
         program = prepared(program, self._policy.without)
-        jaxpr, stored = program.jaxpr, StoredOperands.of(program)
+        jaxpr = program.jaxpr
+        stored = StoredOperands.of(jaxpr, program.calls)
         leaves = self._describe(args, kwargs)
         flow = _flow(jaxpr, len(leaves))
         dots = [flow.dots[position] for position in sorted(flow.dots)]

@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from fp8jax.transform.analysis._values import Position, Value, is_inexact
-from fp8jax.transform.ir import gathers_rows, primitive_of
+from fp8jax.transform.analysis._values import Value, is_inexact
+from fp8jax.transform.ir import Position, gathers_rows, primitive_of
 
 Reader = Literal["ranking", "log-sum-exp"]
 

@@ -11,11 +11,11 @@ from fp8jax.transform.analysis._values import (
     MARKED,
     SIDES,
     Dot,
-    Position,
     Side,
     Value,
     other_side,
 )
+from fp8jax.transform.ir import Position
 
 Role = Literal["fprop", "dgrad", "wgrad", "recompute", "other"]
 

@@ -8,38 +8,20 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import numpy as np
 from jax.extend import core
 
 from fp8jax import _compat, ops
-from fp8jax.quant import QTensor, QuantSpec
-from fp8jax.recipes import Recipe
-from fp8jax.transform.analysis._values import SIDES, Position, Side, other_side
+from fp8jax.transform.analysis._values import SIDES, Side
+from fp8jax.transform.call._qtensors import Dequantize
 from fp8jax.transform.ir import (
+    Calls,
+    Position,
     construct_of,
     equations,
     is_cast,
     is_product,
     permutation,
 )
-from fp8jax.transform.lower._program import Program
-
-CONTRACTION_TILE = 128  # Of the products of codes.
-
-
-@dataclasses.dataclass(frozen=True)
-class Dequantize:
-    """A marked call that makes an array of codes and scales."""
-
-    tile: tuple[int, int]
-    dtype: np.dtype
-
-    def __call__(self, data: jax.Array, scale: jax.Array) -> jax.Array:
-        def run(data: jax.Array, scale: jax.Array) -> jax.Array:
-            return QTensor(data, scale, self.tile).dequantize(self.dtype)
-
-        return ops.marked("dequantize", run)(data, scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,47 +49,6 @@ class Stored:
 
 
 @dataclasses.dataclass(frozen=True)
-class StaticDot:
-    """A product of an activation, quantized online, and a stored weight.
-
-    Attributes:
-        weight: which operand is stored.
-        stored: the weight.
-        recipe: of the activation, in FP8.
-        contraction: dimension of the operand, 0 or 1, that is contracted.
-        implementation: as in `fp8jax.dot_general`.
-        split: whether XLA may split it over devices.
-    """
-
-    weight: Side
-    stored: Stored
-    recipe: Recipe
-    contraction: int
-    implementation: str | None
-    split: bool = False
-
-    @property
-    def first(self) -> Side:
-        """The operand that the recipe counts first."""
-        return other_side(self.weight)
-
-    @property
-    def spec(self) -> QuantSpec:
-        """Of the activation, `[free, contraction]`."""
-        assert self.recipe.fprop is not None
-        return self.recipe.fprop.lhs
-
-    @property
-    def specs(self) -> tuple[QuantSpec, QuantSpec]:
-        """Of lhs and rhs, `[free, contraction]`."""
-        rows, columns = self.stored.operand_tile
-        tile = (rows, columns) if self.contraction == 1 else (columns, rows)
-        stored = QuantSpec(tile=tile, dtype=self.stored.data.aval.dtype, scale="fp32")
-        pair = (self.spec, stored)
-        return pair if self.weight == "rhs" else (stored, self.spec)
-
-
-@dataclasses.dataclass(frozen=True)
 class StoredOperands:
     """Where a program uses weights that came as QTensors.
 
@@ -120,15 +61,20 @@ class StoredOperands:
     inflated: frozenset[int]
 
     @classmethod
-    def of(cls, program: Program) -> "StoredOperands":
-        """Those of a whole program, whose inputs are the leaves."""
+    def of(cls, program: Any, calls: Calls) -> "StoredOperands":
+        """Those of a whole program.
+
+        Args:
+            program: a jaxpr whose inputs are the leaves.
+            calls: the program's own.
+        """
         of_dots: dict[Position, Mapping[Side, Stored]] = {}
         inflated: set[int] = set()
 
         def visit(jaxpr: Any, position: Position, leaves: Mapping[Any, int]) -> None:
             stored: dict[Any, Stored] = {}
             for i, eqn in enumerate(equations(jaxpr)):
-                call = program.calls.of(eqn)
+                call = calls.of(eqn)
                 if isinstance(call, Dequantize):
                     data, scale = eqn.invars
                     found = Stored(data, scale, call.tile, False, leaves.get(data))
@@ -156,8 +102,8 @@ class StoredOperands:
                         }
                         visit(body, (*position, i, number), inner)
 
-        inputs = _compat.open_jaxpr(program.jaxpr).invars
-        visit(program.jaxpr, (), {v: i for i, v in enumerate(inputs)})
+        inputs = _compat.open_jaxpr(program).invars
+        visit(program, (), {v: i for i, v in enumerate(inputs)})
         return cls(of_dots, frozenset(inflated))
 
 

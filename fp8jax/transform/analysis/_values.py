@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from fp8jax.transform.analysis._liveness import Read, is_dead
 from fp8jax.transform.analysis._phases import OUTSIDE, Pass, Passes, Phase
 from fp8jax.transform.analysis._ragged_form import Ragged
-from fp8jax.transform.ir import PRODUCT, RAGGED
+from fp8jax.transform.ir import PRODUCT, RAGGED, Position
 
-Position = tuple[int, ...]  # equation, sub-jaxpr, equation, ..., equation
 Side = Literal["lhs", "rhs"]
 SIDES: tuple[Side, Side] = ("lhs", "rhs")
 MARKED = "fp8jax::product"  # The `Dot.primitive` of one of our own products.

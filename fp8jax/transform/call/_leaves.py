@@ -1,4 +1,4 @@
-"""The function's arguments: leaves, their paths, and which are parameters.
+"""The function's arguments: leaves and their paths.
 
 A leaf's full path is the argument's name and the key path in it, `"state/params/up/
 kernel"`. Dots are named by their weight's path without the argument's name.
@@ -7,21 +7,13 @@ kernel"`. Dots are named by their weight's path without the argument's name.
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fp8jax.quant import QTensor
-from fp8jax.transform.analysis._roles import (
-    differentiated_leaves,
-    forward_leaves,
-    is_whole_step,
-)
-from fp8jax.transform.analysis._values import Dot
-
-Weights: TypeAlias = Callable[[str], bool] | int | str | Collection[int | str] | None
 
 _PARAMS = "params"
 
@@ -155,90 +147,3 @@ def _key_name(key: Any) -> str:
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
     return str(key)
-
-
-def check_weights(weights: Weights) -> None:
-    """Raises ValueError, on behalf of `fp8_transform`, for what names no arguments."""
-    if weights is None or callable(weights) or isinstance(weights, (int, str)):
-        return
-    if isinstance(weights, Collection) and all(
-        isinstance(w, (int, str)) for w in weights
-    ):
-        return
-    raise ValueError(
-        "fp8_transform takes weights=None, a predicate on paths like "
-        "'state/params/up/kernel', or the numbers or names of the arguments that are "
-        f"parameters, got {weights!r}."
-    )
-
-
-def weights_after(weights: Weights, count: int) -> Weights:
-    """The same weights, after `count` more positional arguments."""
-    if isinstance(weights, int):
-        return weights + count
-    if weights is None or callable(weights) or isinstance(weights, str):
-        return weights
-    return [w + count if isinstance(w, int) else w for w in weights]
-
-
-def weight_mask(weights: Weights, leaves: Sequence[Leaf], dots: Sequence[Dot]) -> int:
-    """Which leaves are parameters, as `Value.leaves`.
-
-    What `weights` says; else the leaves that the step differentiates and their
-    siblings; else, in a forward pass, QTensors, beside which arrays stay as they are;
-    else those in `params`, or of type `nnx.Param`; else, if the function is a forward
-    pass, those of the first argument, if that is a container.
-
-    Raises:
-        ValueError: If `weights` names an argument that the call lacks.
-    """
-    if weights is not None:
-        return _mask(_named(weights, leaves))
-    if is_whole_step(dots):
-        sure, unsure = differentiated_leaves(dots, [leaf.is_float for leaf in leaves])
-        found = sure | _of_families(sure, unsure, leaves)
-        if found:
-            return found | _siblings(found, leaves, forward_leaves(dots))
-    stored = [leaf.is_stored for leaf in leaves]
-    if any(stored) and not is_whole_step(dots):
-        return _mask(stored)
-    hinted = [leaf.is_param for leaf in leaves]
-    if any(hinted) or is_whole_step(dots):
-        return _mask(hinted)
-    return _mask([leaf.number == 0 and bool(leaf.keys) for leaf in leaves])
-
-
-def _of_families(sure: int, unsure: int, leaves: Sequence[Leaf]) -> int:
-    """Of leaves whose gradient may be another's, those beside a leaf that is sure.
-
-    A teacher's first layer meets the student's input and has its sizes, and a batch of
-    real images meets the weight that generated ones meet. All of them, if none is sure.
-    """
-    families = {leaf.family for i, leaf in enumerate(leaves) if sure >> i & 1}
-    near = [not families or leaf.family in families for leaf in leaves]
-    return unsure & _mask(near)
-
-
-def _siblings(found: int, leaves: Sequence[Leaf], examined: int) -> int:
-    """Leaves beside those found, less the ones seen to have no gradient."""
-    families = {leaf.family for i, leaf in enumerate(leaves) if found >> i & 1}
-    near = [leaf.is_float and leaf.family in families for leaf in leaves]
-    return _mask(near) & ~examined
-
-
-def _named(weights: Any, leaves: Sequence[Leaf]) -> list[bool]:
-    if callable(weights):
-        return [bool(weights(leaf.full_path)) for leaf in leaves]
-    names = {weights} if isinstance(weights, (int, str)) else set(weights)
-    known = {leaf.argument for leaf in leaves} | {leaf.number for leaf in leaves}
-    if not names <= known:
-        arguments = dict.fromkeys(leaf.argument for leaf in leaves)
-        raise ValueError(
-            f"fp8_transform was given weights={weights!r}, but this call's arguments "
-            f"that hold arrays are {', '.join(arguments)}."
-        )
-    return [leaf.argument in names or leaf.number in names for leaf in leaves]
-
-
-def _mask(chosen: Sequence[bool]) -> int:
-    return sum(1 << i for i, is_chosen in enumerate(chosen) if is_chosen)

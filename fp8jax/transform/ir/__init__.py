@@ -1,6 +1,8 @@
 """Jaxprs: constructs, walks, dead code. Nothing here knows of FP8."""
 
-from fp8jax.transform.ir._constructs import CONSTRUCTS, Construct, Input, Result
+from fp8jax.transform.ir._calls import Calls
+from fp8jax.transform.ir._constructs import Construct
+from fp8jax.transform.ir._crossings import Input, Result
 from fp8jax.transform.ir._dead_code import without_dead_code
 from fp8jax.transform.ir._equations import (
     PRODUCT,
@@ -22,6 +24,7 @@ from fp8jax.transform.ir._equations import (
     signature,
 )
 from fp8jax.transform.ir._jaxprs import called, jaxprs_of, shardings_of, with_jaxprs
+from fp8jax.transform.ir._positions import Position, rewrite_at
 from fp8jax.transform.ir._splice import (
     casts_of_types,
     copied,
@@ -30,7 +33,10 @@ from fp8jax.transform.ir._splice import (
     read,
     reading,
     splice,
+    written_out,
 )
+from fp8jax.transform.ir._stacks import Stacks
+from fp8jax.transform.ir._table import CONSTRUCTS
 from fp8jax.transform.ir._views import Views, chain_of, name_of, views_in
 from fp8jax.transform.ir._walk import (
     construct_of,
@@ -44,9 +50,12 @@ __all__ = [
     "CONSTRUCTS",
     "PRODUCT",
     "RAGGED",
+    "Calls",
     "Construct",
     "Input",
+    "Position",
     "Result",
+    "Stacks",
     "Views",
     "asks_what_is_differentiated",
     "called",
@@ -75,6 +84,7 @@ __all__ = [
     "ragged_numbers",
     "read",
     "reading",
+    "rewrite_at",
     "shardings_of",
     "signature",
     "splice",
@@ -83,4 +93,5 @@ __all__ = [
     "with_equations",
     "with_jaxprs",
     "without_dead_code",
+    "written_out",
 ]

@@ -5,6 +5,9 @@ from typing import Any
 
 from jax.extend import core
 
+from fp8jax import _compat
+from fp8jax.transform.ir._constructs import Construct
+
 Place = Callable[[Any], dict[str, Any]]  # Of an equation, what is another there.
 
 
@@ -57,6 +60,12 @@ def splice(
     env = dict(zip(traced.invars, inputs, strict=True))
     eqns, env = copied(traced.eqns, env, place)
     return eqns, [read(x, env) for x in traced.outvars]
+
+
+def written_out(call: Construct) -> tuple[list[Any], list[Any]]:
+    """A plain call's equations where it stands, and the variables of its results."""
+    body, eqn = _compat.open_jaxpr(call.bodies[0]), call.eqn
+    return splice(body, eqn.invars, named_after(eqn))
 
 
 def read(x: Any, env: dict[Any, Any]) -> Any:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from fp8jax import _compat, ops
-from fp8jax.transform.ir._constructs import Construct, is_construct
+from fp8jax.transform.ir._constructs import Construct
+from fp8jax.transform.ir._table import is_construct
 
 
 def memoized(visit: Callable[..., Any], key: Any = lambda *context: context) -> Any:

@@ -17,7 +17,7 @@ from fp8jax.ops import marked
 from fp8jax.quant import QTensor, QuantSpec, moments
 from fp8jax.transform.analysis._roles import Role
 from fp8jax.transform.analysis._values import Side
-from fp8jax.transform.plan._plan import LayerDot, QuantizedDot
+from fp8jax.transform.plan._decisions import LayerDot, QuantizedDot
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from fp8jax.transform.analysis._values import Position
-from fp8jax.transform.lower._make_calls import Calls
+from fp8jax.transform.ir import Calls, Position
 
 
 @dataclasses.dataclass(frozen=True)

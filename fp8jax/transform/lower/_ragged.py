@@ -10,10 +10,12 @@ from fp8jax import ops
 from fp8jax.ops import marked
 from fp8jax.transform.analysis._ragged_form import ragged_of
 from fp8jax.transform.ir import product_options
-from fp8jax.transform.plan._plan import LayerDot, QuantizedDot, Replacement
+from fp8jax.transform.plan._decisions import LayerDot, QuantizedDot
 
 
-def ragged_call(eqn: Any, what: Replacement) -> "RaggedProduct | RaggedLayer":
+def ragged_call(
+    eqn: Any, what: QuantizedDot | LayerDot
+) -> "RaggedProduct | RaggedLayer":
     """The marked call that stands in for the product, of its operands."""
     if isinstance(what, LayerDot):
         return RaggedLayer(what, *product_options(eqn))

@@ -1,4 +1,4 @@
-"""What a function sees of its QTensors, and the equations of products by them."""
+"""The equations of products of weights that came as QTensors."""
 
 import dataclasses
 import functools
@@ -12,46 +12,8 @@ from fp8jax import ops
 from fp8jax.ops import marked
 from fp8jax.quant import QTensor, QuantSpec, quantize
 from fp8jax.recipes import Recipe
-from fp8jax.transform.analysis._stored import Dequantize, StaticDot
 from fp8jax.transform.ir import dimension_numbers
-
-
-def _is_qtensor(x: Any) -> bool:
-    return isinstance(x, QTensor)
-
-
-def has_qtensors(tree: Any) -> bool:
-    """Whether a pytree holds a QTensor."""
-    return any(map(_is_qtensor, jax.tree.leaves(tree, is_leaf=_is_qtensor)))
-
-
-def as_arrays(
-    tree: Any, dtype: Any
-) -> tuple[Any, list[Dequantize], Callable[[Any], Any]]:
-    """A tree with arrays of `dtype` for its QTensors.
-
-    Returns:
-        The tree; the calls that made its arrays, in their order; and a function that
-        puts QTensors back where those very arrays are in another tree: what a function
-        returns as it came stays what it was.
-    """
-    calls: list[Dequantize] = []
-    came: dict[int, tuple[jax.Array, QTensor]] = {}
-
-    def array(x: Any) -> Any:
-        if not _is_qtensor(x):
-            return x
-        x.check("fp8_transform")
-        calls.append(Dequantize(x.tile, np.dtype(dtype)))
-        made = calls[-1](x.data, x.scale)
-        came[id(made)] = made, x  # Kept, so that the number stays its own.
-        return made
-
-    def put_back(x: Any) -> Any:
-        return came[id(x)][1] if id(x) in came else x
-
-    arrays = jax.tree.map(array, tree, is_leaf=_is_qtensor)
-    return arrays, calls, lambda outputs: jax.tree.map(put_back, outputs)
+from fp8jax.transform.plan._decisions import StaticDot
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from jax.extend import core
 
 from fp8jax.transform.ir import (
+    Calls,
     Construct,
     chain_of,
     construct_of,
@@ -22,11 +23,10 @@ from fp8jax.transform.ir import (
     with_equations,
 )
 from fp8jax.transform.lower._calls import Quantize
-from fp8jax.transform.lower._make_calls import Calls
 from fp8jax.transform.lower._program import Program
 
 
-def carry_codes(program: Program) -> Program:
+def carry(program: Program) -> Program:
     """The same program, with early quantizations in forward scans, where possible."""
 
     @memoized

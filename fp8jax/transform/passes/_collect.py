@@ -34,7 +34,7 @@ Where = Sequence[int | None]  # Of each call, which of the results after a body'
 Found = list[Any]  # Variables; None for what cannot be brought out.
 
 
-def harvest(program: Program) -> Program:
+def collect(program: Program) -> Program:
     """The program with the results of all calls that are collected after its own."""
     if not program.measures:
         return program

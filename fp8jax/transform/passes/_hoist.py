@@ -18,8 +18,10 @@ from fp8jax.transform.analysis._weight_flags import (
     inner_flags,
 )
 from fp8jax.transform.ir import (
+    Calls,
     Construct,
     Input,
+    Stacks,
     chain_of,
     construct_of,
     copied,
@@ -29,9 +31,7 @@ from fp8jax.transform.ir import (
     views_in,
     with_equations,
 )
-from fp8jax.transform.ir._stacks import Stacks
 from fp8jax.transform.lower._calls import Moments, Quantize
-from fp8jax.transform.lower._make_calls import Calls
 from fp8jax.transform.lower._program import Program
 
 

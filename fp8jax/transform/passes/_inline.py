@@ -15,21 +15,19 @@ from fp8jax import _compat, ops
 from fp8jax.transform.ir import (
     PRODUCT,
     RAGGED,
-    Construct,
     construct_of,
     equations,
     jaxprs_of,
     memoized,
-    named_after,
     primitive_of,
     read,
     reading,
-    splice,
+    written_out,
 )
 from fp8jax.transform.lower._program import Program
 
 
-def inline_calls(program: Program) -> Program:
+def inline(program: Program) -> Program:
     """The same program, without calls of plain jitted functions with products.
 
     Names of the equations within get those of the call before them. A function with
@@ -68,21 +66,10 @@ def inline_calls(program: Program) -> Program:
             if not construct.is_plain:
                 eqns.append(construct.equation())
                 continue
-            made, results = _written(construct)
+            made, results = written_out(construct)
             eqns += made
             env.update(zip(eqn.outvars, results, strict=True))
         outvars = [read(x, env) for x in _compat.open_jaxpr(jaxpr).outvars]
         return _compat.with_parts(jaxpr, eqns=eqns, outvars=outvars)
 
     return program.of(visit(program.jaxpr, program.is_rule))
-
-
-def written_out(eqn: Any) -> tuple[list[Any], list[Any]] | None:
-    """A plain call's equations and results; None for all else, and for ours."""
-    construct = construct_of(eqn)
-    return _written(construct) if construct is not None and construct.is_plain else None
-
-
-def _written(call: Construct) -> tuple[list[Any], list[Any]]:
-    eqn, body = call.eqn, _compat.open_jaxpr(call.bodies[0])
-    return splice(body, eqn.invars, named_after(eqn))

@@ -14,6 +14,7 @@ from fp8jax.transform.analysis._weight_flags import (
     inner_flags,
 )
 from fp8jax.transform.ir import (
+    Calls,
     Views,
     construct_of,
     equations,
@@ -25,7 +26,6 @@ from fp8jax.transform.ir import (
     with_equations,
 )
 from fp8jax.transform.lower._calls import Quantize, QuantizeBoth
-from fp8jax.transform.lower._make_calls import Calls
 from fp8jax.transform.lower._program import Program
 
 

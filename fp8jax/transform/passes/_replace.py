@@ -14,15 +14,15 @@ import numpy as np
 
 from fp8jax import _compat, ops
 from fp8jax.quant import QuantSpec
-from fp8jax.transform.analysis._flow import rewrite
-from fp8jax.transform.analysis._stored import StaticDot
 from fp8jax.transform.analysis._transposed import read_transposed
 from fp8jax.transform.analysis._values import SIDES, Side
 from fp8jax.transform.ir import (
+    Calls,
     dimension_numbers,
     is_product,
     name_of,
     product_options,
+    rewrite_at,
     views_in,
 )
 from fp8jax.transform.lower._calls import (
@@ -35,19 +35,19 @@ from fp8jax.transform.lower._calls import (
     Quantize,
     Statistics,
 )
-from fp8jax.transform.lower._make_calls import Calls
 from fp8jax.transform.lower._program import Program
 from fp8jax.transform.lower._ragged import ragged_call
 from fp8jax.transform.lower._stored_calls import static_equations
-from fp8jax.transform.plan._plan import (
+from fp8jax.transform.plan._decisions import (
+    Decision,
     LayerDot,
     QuantizedDot,
-    Replacement,
+    StaticDot,
     specs_of,
 )
 from fp8jax.transform.plan._rule_call import RuleCall
 
-_Planned: TypeAlias = Mapping[int, Replacement | StaticDot | RuleCall]
+_Planned: TypeAlias = Mapping[int, Decision | RuleCall]
 
 
 def replace(program: Program) -> Program:
@@ -61,7 +61,7 @@ def replace(program: Program) -> Program:
     def replacer(jaxpr: Any, planned: _Planned) -> Callable[[Any, Any], list[Any]]:
         return _InJaxpr(jaxpr, planned, program.calls, program.measures).replace
 
-    return program.of(rewrite(program.jaxpr, program.replacements, replacer))
+    return program.of(rewrite_at(program.jaxpr, program.replacements, replacer))
 
 
 class _InJaxpr:
@@ -91,7 +91,7 @@ class _InJaxpr:
                 x, quantize = _operand(eqn, what, what.first)
                 self._early.add(self._key(x, quantize, eqn))
 
-    def replace(self, eqn: Any, what: Replacement | StaticDot | RuleCall) -> list[Any]:
+    def replace(self, eqn: Any, what: Decision | RuleCall) -> list[Any]:
         if isinstance(what, RuleCall):
             return self._ruled(eqn, what)
         if isinstance(what, StaticDot):
@@ -119,7 +119,7 @@ class _InJaxpr:
             eqns += self._calls(Collect(), eqn, moments)[0]
         return eqns
 
-    def _alone(self, eqn: Any, what: Replacement) -> list[Any]:
+    def _alone(self, eqn: Any, what: QuantizedDot | LayerDot) -> list[Any]:
         """Equations of a product that is one call."""
         if isinstance(what, LayerDot):
             call = Layer(what, dimension_numbers(eqn), *product_options(eqn))

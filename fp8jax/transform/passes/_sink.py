@@ -10,8 +10,9 @@ import jax
 from jax.extend import core
 
 from fp8jax import _compat
-from fp8jax.transform.analysis._stored import Dequantize
+from fp8jax.transform.call._qtensors import Dequantize
 from fp8jax.transform.ir import (
+    Calls,
     Construct,
     construct_of,
     entries_of,
@@ -22,10 +23,9 @@ from fp8jax.transform.ir import (
     reading,
     splice,
     with_equations,
+    written_out,
 )
-from fp8jax.transform.lower._make_calls import Calls
 from fp8jax.transform.lower._program import Program
-from fp8jax.transform.passes._inline import written_out
 
 
 def sink(program: Program) -> Program:
@@ -43,10 +43,11 @@ def sink(program: Program) -> Program:
         while left:
             eqn = reading(left.pop(0), results)
             # `jax.numpy` and `jax.lax` jit some of the functions that index.
-            call = written_out(eqn) if _reads(eqn, made) else None
-            if call is not None:
-                left = [*call[0], *left]
-                results.update(zip(eqn.outvars, call[1], strict=True))
+            call = construct_of(eqn) if _reads(eqn, made) else None
+            if call is not None and call.is_plain:
+                written, outvars = written_out(call)
+                left = [*written, *left]
+                results.update(zip(eqn.outvars, outvars, strict=True))
                 continue
             *before, eqn = _of_entries(eqn, made, calls) or [eqn]
             if isinstance(calls.of(eqn), Dequantize):

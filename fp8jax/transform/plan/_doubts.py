@@ -12,8 +12,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from fp8jax.transform.analysis._gradients import gradient_sizes, operands_of, sizes_of
 from fp8jax.transform.analysis._roles import Assignment, Role
-from fp8jax.transform.analysis._values import Dot, Position, Side, other_side
+from fp8jax.transform.analysis._values import Dot, Side, other_side
 from fp8jax.transform.call._leaves import Leaf
+from fp8jax.transform.ir import Position
 from fp8jax.transform.plan._policy import Policy
 
 _SHOWN = 3  # Paths in one message.

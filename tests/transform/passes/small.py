@@ -13,7 +13,7 @@ from fp8jax.quant import QuantSpec
 from fp8jax.transform._pipeline import PASSES
 from fp8jax.transform.ir import Construct, equations, jaxprs_of
 from fp8jax.transform.lower._program import Program
-from fp8jax.transform.plan._plan import QuantizedDot
+from fp8jax.transform.plan._decisions import QuantizedDot
 
 D, N, LENGTH = 128, 256, 3
 SPECS = {

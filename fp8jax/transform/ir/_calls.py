@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from fp8jax import _compat, ops
-from fp8jax.transform.ir import called, moved_to, splice
+from fp8jax.transform.ir._jaxprs import called
+from fp8jax.transform.ir._splice import moved_to, splice
 
 
 class Calls:
