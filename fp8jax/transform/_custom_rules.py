@@ -13,21 +13,26 @@ from typing import Any
 
 from fp8jax import _compat
 from fp8jax.transform._pipeline import lowered, prepared
-from fp8jax.transform.analysis._flow import Flow
-from fp8jax.transform.analysis._phases import JVP, TRANSPOSE, Pass, Phase
-from fp8jax.transform.analysis._roles import Role
-from fp8jax.transform.analysis._rules import RULES, opaque
-from fp8jax.transform.analysis._values import Dot, HandWritten, Value
+from fp8jax.transform.analysis import (
+    JVP,
+    RULES,
+    TRANSPOSE,
+    Dot,
+    Flow,
+    HandWritten,
+    Pass,
+    Phase,
+    Role,
+    Value,
+    opaque,
+)
 from fp8jax.transform.ir import (
     Position,
     asks_what_is_differentiated,
     closes_over_arrays,
 )
-from fp8jax.transform.lower._program import Program
-from fp8jax.transform.plan._plan import Plan
-from fp8jax.transform.plan._policy import Policy
-from fp8jax.transform.plan._report import Row
-from fp8jax.transform.plan._rule_call import RuleCall
+from fp8jax.transform.lower import Program
+from fp8jax.transform.plan import Plan, Policy, Row, RuleCall
 
 LEFT = "hand-written VJP, named in custom_rules but left as it is: "
 

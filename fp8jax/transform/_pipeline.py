@@ -9,7 +9,7 @@ with a function of a `Program` to another, and its line here.
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-from fp8jax.transform.lower._program import Program
+from fp8jax.transform.lower import Program
 from fp8jax.transform.passes._carry import carry
 from fp8jax.transform.passes._clean import clean
 from fp8jax.transform.passes._collect import collect

@@ -13,35 +13,49 @@ from jax.sharding import PartitionSpec
 from fp8jax import _compat, ops
 from fp8jax.transform._custom_rules import with_custom_rules
 from fp8jax.transform._pipeline import lowered, prepared
-from fp8jax.transform.analysis._devices import spread_of_program
-from fp8jax.transform.analysis._flow import Flow
-from fp8jax.transform.analysis._residuals import residual_bytes
-from fp8jax.transform.analysis._roles import assign, is_whole_step
-from fp8jax.transform.analysis._rules import RULES, opaque
-from fp8jax.transform.analysis._stored import StoredOperands
-from fp8jax.transform.analysis._values import Dot, Scope
-from fp8jax.transform.analysis._weights import weight_mask
-from fp8jax.transform.call._arguments import (
+from fp8jax.transform.analysis import (
+    RULES,
+    Dot,
+    Flow,
+    Scope,
+    StoredOperands,
+    assign,
+    is_whole_step,
+    opaque,
+    residual_bytes,
+    spread_of_program,
+    weight_mask,
+)
+from fp8jax.transform.call import (
     ArgumentOptions,
     CallKey,
+    Dequantize,
+    Leaf,
+    OuterJit,
+    Weights,
+    as_arrays,
     has_static_outputs,
+    jit_step,
+    leaves_of,
+    lost_donation,
+    name_of,
+    positional_names,
+    refusing_compiler_options,
     without_marks,
 )
-from fp8jax.transform.call._jit_step import jit_step
-from fp8jax.transform.call._leaves import Leaf, leaves_of, positional_names
-from fp8jax.transform.call._nested_jit import lost_donation, refusing_compiler_options
-from fp8jax.transform.call._outer_jit import OuterJit
-from fp8jax.transform.call._parameters import name_of
-from fp8jax.transform.call._qtensors import Dequantize, as_arrays
-from fp8jax.transform.call._weights import Weights
 from fp8jax.transform.ir import equations
-from fp8jax.transform.lower._program import Program
-from fp8jax.transform.plan._found_rules import found_rules
-from fp8jax.transform.plan._plan import Plan, doubting, make_plan, with_doubts
-from fp8jax.transform.plan._policy import Policy
-from fp8jax.transform.plan._report import Report
-from fp8jax.transform.plan._statistics import named_statistics
-from fp8jax.transform.plan._warn import warn
+from fp8jax.transform.lower import Program
+from fp8jax.transform.plan import (
+    Plan,
+    Policy,
+    Report,
+    doubting,
+    found_rules,
+    make_plan,
+    named_statistics,
+    warn,
+    with_doubts,
+)
 
 NO_DERIVATIVE = (
     "fp8_transform: products in FP8 have no forward-mode and no second derivative. "

@@ -66,6 +66,15 @@ def test_rooms_import_from_the_rooms_below(path):
         assert ROOMS.index(room) <= here, ".".join(name)
 
 
+@pytest.mark.parametrize("path", [*FILES, *IR], ids=of)
+def test_what_one_room_takes_of_another_is_in_that_ones_list(path):
+    """Through its `__init__.py`; passes have none, and only the pipeline reads them."""
+    for name in imported(path):
+        other = name[0] if name else ""
+        if other in {*ROOMS} - {"", "passes", room_of(path)}:
+            assert len(name) == 1, ".".join(name)
+
+
 @pytest.mark.parametrize("name", PASSES)
 def test_a_pass_is_one_file_beside_the_others_with_tests_of_its_own(name):
     path = TRANSFORM / "passes" / f"_{name}.py"

@@ -12,7 +12,7 @@ from jax.extend import core
 
 from fp8jax import _compat, ops
 from fp8jax.transform.analysis._values import SIDES, Side
-from fp8jax.transform.call._qtensors import Dequantize
+from fp8jax.transform.call import Dequantize
 from fp8jax.transform.ir import (
     Calls,
     Position,

@@ -8,8 +8,7 @@ from fp8jax.transform.analysis._roles import (
     is_whole_step,
 )
 from fp8jax.transform.analysis._values import Dot
-from fp8jax.transform.call._leaves import Leaf
-from fp8jax.transform.call._weights import Weights, named_weights
+from fp8jax.transform.call import Leaf, Weights, named_weights
 
 
 def weight_mask(weights: Weights, leaves: Sequence[Leaf], dots: Sequence[Dot]) -> int:

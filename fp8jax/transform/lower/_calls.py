@@ -15,9 +15,8 @@ import numpy as np
 from fp8jax import ops
 from fp8jax.ops import marked
 from fp8jax.quant import QTensor, QuantSpec, moments
-from fp8jax.transform.analysis._roles import Role
-from fp8jax.transform.analysis._values import Side
-from fp8jax.transform.plan._decisions import LayerDot, QuantizedDot
+from fp8jax.transform.analysis import Role, Side
+from fp8jax.transform.plan import LayerDot, QuantizedDot
 
 
 @dataclasses.dataclass(frozen=True)

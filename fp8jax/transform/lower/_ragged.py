@@ -8,9 +8,9 @@ import numpy as np
 
 from fp8jax import ops
 from fp8jax.ops import marked
-from fp8jax.transform.analysis._ragged_form import ragged_of
+from fp8jax.transform.analysis import ragged_of
 from fp8jax.transform.ir import product_options
-from fp8jax.transform.plan._decisions import LayerDot, QuantizedDot
+from fp8jax.transform.plan import LayerDot, QuantizedDot
 
 
 def ragged_call(

@@ -13,7 +13,7 @@ from fp8jax.ops import marked
 from fp8jax.quant import QTensor, QuantSpec, quantize
 from fp8jax.recipes import Recipe
 from fp8jax.transform.ir import dimension_numbers
-from fp8jax.transform.plan._decisions import StaticDot
+from fp8jax.transform.plan import StaticDot
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,7 @@ from fp8jax.transform.ir import (
     with_bodies,
     with_equations,
 )
-from fp8jax.transform.lower._calls import Quantize
-from fp8jax.transform.lower._program import Program
+from fp8jax.transform.lower import Program, Quantize
 
 
 def carry(program: Program) -> Program:

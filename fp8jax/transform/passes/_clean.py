@@ -1,7 +1,7 @@
 """What nothing reads any more goes: activations whose codes are kept, carries."""
 
 from fp8jax.transform.ir import without_dead_code
-from fp8jax.transform.lower._program import Program
+from fp8jax.transform.lower import Program
 
 
 def clean(program: Program) -> Program:

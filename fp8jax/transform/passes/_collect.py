@@ -27,8 +27,7 @@ from fp8jax.transform.ir import (
     moved_to,
     splice,
 )
-from fp8jax.transform.lower._calls import COLLECTED
-from fp8jax.transform.lower._program import Program
+from fp8jax.transform.lower import COLLECTED, Program
 
 Where = Sequence[int | None]  # Of each call, which of the results after a body's own.
 Found = list[Any]  # Variables; None for what cannot be brought out.

@@ -18,8 +18,7 @@ from fp8jax.transform.ir import (
     reading,
     with_equations,
 )
-from fp8jax.transform.lower._calls import MAKING_CODES
-from fp8jax.transform.lower._program import Program
+from fp8jax.transform.lower import MAKING_CODES, Program
 
 
 def dedupe(program: Program) -> Program:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jax.extend import core
 
-from fp8jax.transform.analysis._weight_flags import (
+from fp8jax.transform.analysis import (
     Flags,
     add_results,
     flagged,
@@ -31,8 +31,7 @@ from fp8jax.transform.ir import (
     views_in,
     with_equations,
 )
-from fp8jax.transform.lower._calls import Moments, Quantize
-from fp8jax.transform.lower._program import Program
+from fp8jax.transform.lower import Moments, Program, Quantize
 
 
 def hoist(program: Program) -> Program:

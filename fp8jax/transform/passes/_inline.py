@@ -24,7 +24,7 @@ from fp8jax.transform.ir import (
     reading,
     written_out,
 )
-from fp8jax.transform.lower._program import Program
+from fp8jax.transform.lower import Program
 
 
 def inline(program: Program) -> Program:

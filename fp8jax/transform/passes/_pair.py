@@ -6,9 +6,12 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from fp8jax import _compat
-from fp8jax.transform.analysis._phases import OUTSIDE, Pass, Passes, Phase
-from fp8jax.transform.analysis._weight_flags import (
+from fp8jax.transform.analysis import (
+    OUTSIDE,
     Flags,
+    Pass,
+    Passes,
+    Phase,
     add_results,
     flagged,
     inner_flags,
@@ -25,8 +28,7 @@ from fp8jax.transform.ir import (
     views_in,
     with_equations,
 )
-from fp8jax.transform.lower._calls import Quantize, QuantizeBoth
-from fp8jax.transform.lower._program import Program
+from fp8jax.transform.lower import Program, Quantize, QuantizeBoth
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

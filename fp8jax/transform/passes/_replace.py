@@ -14,8 +14,7 @@ import numpy as np
 
 from fp8jax import _compat, ops
 from fp8jax.quant import QuantSpec
-from fp8jax.transform.analysis._transposed import read_transposed
-from fp8jax.transform.analysis._values import SIDES, Side
+from fp8jax.transform.analysis import SIDES, Side, read_transposed
 from fp8jax.transform.ir import (
     Calls,
     dimension_numbers,
@@ -25,27 +24,27 @@ from fp8jax.transform.ir import (
     rewrite_at,
     views_in,
 )
-from fp8jax.transform.lower._calls import (
+from fp8jax.transform.lower import (
     Collect,
     Layer,
     Measure,
     Moments,
     Multiply,
     Product,
+    Program,
     Quantize,
     Statistics,
+    ragged_call,
+    static_equations,
 )
-from fp8jax.transform.lower._program import Program
-from fp8jax.transform.lower._ragged import ragged_call
-from fp8jax.transform.lower._stored_calls import static_equations
-from fp8jax.transform.plan._decisions import (
+from fp8jax.transform.plan import (
     Decision,
     LayerDot,
     QuantizedDot,
+    RuleCall,
     StaticDot,
     specs_of,
 )
-from fp8jax.transform.plan._rule_call import RuleCall
 
 _Planned: TypeAlias = Mapping[int, Decision | RuleCall]
 

@@ -10,7 +10,7 @@ import jax
 from jax.extend import core
 
 from fp8jax import _compat
-from fp8jax.transform.call._qtensors import Dequantize
+from fp8jax.transform.call import Dequantize
 from fp8jax.transform.ir import (
     Calls,
     Construct,
@@ -25,7 +25,7 @@ from fp8jax.transform.ir import (
     with_equations,
     written_out,
 )
-from fp8jax.transform.lower._program import Program
+from fp8jax.transform.lower import Program
 
 
 def sink(program: Program) -> Program:

@@ -4,9 +4,7 @@ import dataclasses
 
 from fp8jax.quant import QuantSpec
 from fp8jax.recipes import Recipe
-from fp8jax.transform.analysis._roles import Role
-from fp8jax.transform.analysis._stored import Stored
-from fp8jax.transform.analysis._values import Side, other_side
+from fp8jax.transform.analysis import Role, Side, Stored, other_side
 
 
 @dataclasses.dataclass(frozen=True)

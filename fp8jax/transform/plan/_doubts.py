@@ -10,10 +10,17 @@ import collections
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 
-from fp8jax.transform.analysis._gradients import gradient_sizes, operands_of, sizes_of
-from fp8jax.transform.analysis._roles import Assignment, Role
-from fp8jax.transform.analysis._values import Dot, Side, other_side
-from fp8jax.transform.call._leaves import Leaf
+from fp8jax.transform.analysis import (
+    Assignment,
+    Dot,
+    Role,
+    Side,
+    gradient_sizes,
+    operands_of,
+    other_side,
+    sizes_of,
+)
+from fp8jax.transform.call import Leaf
 from fp8jax.transform.ir import Position
 from fp8jax.transform.plan._policy import Policy
 

@@ -4,9 +4,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 from fp8jax.recipes import DEFAULT_SKIPS, Rule, first_match
-from fp8jax.transform.analysis._readers import TABLE, Readers, skipped_for
-from fp8jax.transform.analysis._roles import Assignment
-from fp8jax.transform.call._leaves import Leaf
+from fp8jax.transform.analysis import TABLE, Assignment, Readers, skipped_for
+from fp8jax.transform.call import Leaf
 
 # Norms hold no products; a layer's scope may be named for one that begins it.
 _BY_SCOPE = [rule for rule in DEFAULT_SKIPS if rule.reason != "norm"]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fp8jax import _compat, ops
-from fp8jax.transform.analysis._values import Dot
+from fp8jax.transform.analysis import Dot
 from fp8jax.transform.plan._decisions import Decision, specs_of
 
 SPLIT = "sharded over devices, and XLA has no rule to split its GPU kernel by"

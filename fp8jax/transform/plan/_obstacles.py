@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax import _compat, ops
-from fp8jax.transform.analysis._roles import Assignment
-from fp8jax.transform.analysis._values import Dot
+from fp8jax.transform.analysis import Assignment, Dot
 
 
 def unsupported(dot: Dot) -> str:

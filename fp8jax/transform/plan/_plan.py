@@ -6,10 +6,15 @@ from collections.abc import Collection, Mapping, Sequence
 
 from fp8jax import ops
 from fp8jax.recipes import GEMM_NAMES, GemmName, GemmSpec, Recipe, Residual
-from fp8jax.transform.analysis._roles import UNCLEAR, Assignment, Role
-from fp8jax.transform.analysis._stored import StoredOperands
-from fp8jax.transform.analysis._values import MARKED, other_side
-from fp8jax.transform.call._leaves import Leaf
+from fp8jax.transform.analysis import (
+    MARKED,
+    UNCLEAR,
+    Assignment,
+    Role,
+    StoredOperands,
+    other_side,
+)
+from fp8jax.transform.call import Leaf
 from fp8jax.transform.ir import Position
 from fp8jax.transform.plan._decisions import Decision, LayerDot, QuantizedDot, StaticDot
 from fp8jax.transform.plan._doubts import doubts, inputs

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Literal
 
-from fp8jax.transform.analysis._roles import Role
+from fp8jax.transform.analysis import Role
 
 Status = Literal["fp8", "skipped"]
 

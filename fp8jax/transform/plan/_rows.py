@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from fp8jax.transform.analysis._roles import Assignment
-from fp8jax.transform.analysis._values import MARKED, Side, other_side
-from fp8jax.transform.call._leaves import Leaf
+from fp8jax.transform.analysis import MARKED, Assignment, Side, other_side
+from fp8jax.transform.call import Leaf
 from fp8jax.transform.plan._decisions import specs_of
 from fp8jax.transform.plan._kernels import Verdict, kernel
 from fp8jax.transform.plan._report import Row, describe_tiles

@@ -13,7 +13,7 @@ from jax.extend import core
 
 from fp8jax import _compat
 from fp8jax.quant import MOMENTS, sum_moments
-from fp8jax.transform.analysis._roles import Role
+from fp8jax.transform.analysis import Role
 from fp8jax.transform.ir import jaxprs_of
 from fp8jax.transform.plan._statistics import over_iterations
 

@@ -4,10 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 from fp8jax import _compat
 from fp8jax.recipes import first_match
-from fp8jax.transform.analysis._roles import Assignment
-from fp8jax.transform.analysis._stored import Stored, StoredOperands
-from fp8jax.transform.analysis._values import SIDES, Dot, Side
-from fp8jax.transform.call._leaves import Leaf
+from fp8jax.transform.analysis import (
+    SIDES,
+    Assignment,
+    Dot,
+    Side,
+    Stored,
+    StoredOperands,
+)
+from fp8jax.transform.call import Leaf
 from fp8jax.transform.plan._decisions import StaticDot
 from fp8jax.transform.plan._policy import Policy
 
