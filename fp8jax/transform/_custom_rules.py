@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from jax.extend.core import JaxprEqn
+
 from fp8jax import _compat
 from fp8jax.transform._pipeline import lowered, prepared
 from fp8jax.transform.analysis import (
@@ -45,7 +47,7 @@ _PRIMAL = _PARTS.index("primal")
 Decide = Callable[[Sequence[Dot], bool, Sequence[Any]], Plan]
 
 
-def check_custom_rules(custom_rules: Any) -> tuple[str, ...]:
+def check_custom_rules(custom_rules: str | Sequence[str]) -> tuple[str, ...]:
     """`custom_rules` as patterns.
 
     Raises:
@@ -142,7 +144,7 @@ def _measured(
     return {p: ((row.path, row.role),) for p, row in pairs if row.tiles}
 
 
-def _traced(eqn: Any, without: Collection[str]) -> RuleCall | str:
+def _traced(eqn: JaxprEqn, without: Collection[str]) -> RuleCall | str:
     """The function with its rule, or why it stays as it is."""
     if asks_what_is_differentiated(eqn):
         return f"{LEFT}its rule asks what is differentiated (symbolic_zeros)"

@@ -244,7 +244,13 @@ class Fp8Function:
         """As `jax.jit(fn).trace`, for a look at the rewritten program."""
         return self._ahead(Traced, "trace", args, kwargs)
 
-    def _ahead(self, wrapper: Any, stage: str, args: Any, kwargs: Any) -> Any:
+    def _ahead(
+        self,
+        wrapper: type[Traced] | type[Lowered],
+        stage: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         args, kwargs = self._complete(args, kwargs)
         step, call, modules = self._prepared(args, kwargs)
         made = step.ahead(stage, call)
@@ -259,7 +265,9 @@ class Fp8Function:
         told = {i: x for i, x in enumerate(args) if i in known}
         named = {name: kwargs[name] for name in options.static.names & kwargs.keys()}
 
-        def run(compiled: Any, args: Any, kwargs: Any) -> Any:
+        def run(
+            compiled: jax.stages.Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> Any:
             args = filled(args, told, count)
             kwargs = {**outer.kwargs, **named, **kwargs}
             _, call, modules = self._prepared(args, kwargs)
@@ -267,7 +275,9 @@ class Fp8Function:
 
         return wrapper(made, run)
 
-    def _complete(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def _complete(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any]:
         """With what partial application gave the function before."""
         return (*self._outer.args, *args), {**self._outer.kwargs, **kwargs}
 
@@ -309,7 +319,7 @@ class Fp8Function:
         return (output, *statistics) if statistics else output
 
 
-def _checked_dtype(dtype: Any) -> np.dtype:
+def _checked_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
     for allowed in ops.INPUT_DTYPES:
         if dtype == allowed:
             return allowed

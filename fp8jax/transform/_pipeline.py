@@ -7,7 +7,6 @@ with a function of a `Program` to another, and its line here.
 """
 
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
 
 from fp8jax.transform.lower import Program
 from fp8jax.transform.passes._carry import carry
@@ -49,7 +48,7 @@ SAME_NUMBERS = ("inline", "carry", "hoist", "pair", "dedupe", "clean")
 OPTIONAL = tuple(name for name in PASSES if name not in _NEEDED)
 
 
-def check_without(without: Any) -> frozenset[str]:
+def check_without(without: str | Iterable[str]) -> frozenset[str]:
     """`without` as names of passes.
 
     Raises:

@@ -43,7 +43,7 @@ from fp8jax.transform.call import (
     refusing_compiler_options,
     without_marks,
 )
-from fp8jax.transform.ir import equations
+from fp8jax.transform.ir import AnyJaxpr, equations
 from fp8jax.transform.lower import Program
 from fp8jax.transform.plan import (
     Plan,
@@ -138,7 +138,9 @@ class Step:
         key, args, kwargs = call
         return getattr(self.jit, stage)(key, *args, **kwargs)
 
-    def run_compiled(self, compiled: Any, was: CallKey, call: Call) -> Any:
+    def run_compiled(
+        self, compiled: jax.stages.Compiled, was: CallKey, call: Call
+    ) -> Any:
         """The function's results, by what was compiled for a call of this key.
 
         Raises:
@@ -168,7 +170,7 @@ class Step:
         found = [residual_bytes(program, plan.is_weight) for program in (fp8, jaxpr)]
         return plan.report.with_residuals(*found)
 
-    def _run(self, key: CallKey, args: Any, kwargs: Any) -> Any:
+    def _run(self, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Runs under jit's trace, so jit's own cache is the transform's.
         jaxpr, out_tree, plan = self._plan(key, args, kwargs)
         warn(plan, self._policy, self._name)
@@ -182,12 +184,14 @@ class Step:
         statistics = named_statistics(plan.measured, program.collected, results[n:])
         return jax.tree.unflatten(out_tree, results[:n]), statistics
 
-    def _lowered(self, jaxpr: Any, plan: Plan, measures: bool) -> Program:
+    def _lowered(self, jaxpr: AnyJaxpr, plan: Plan, measures: bool) -> Program:
         """The program in FP8, each code made where it is best."""
         program = Program(jaxpr, plan.is_weight, plan.replacements, measures)
         return lowered(program, self._policy.without)
 
-    def _plan(self, key: CallKey, args: Any, kwargs: Any) -> tuple[Any, Any, Plan]:
+    def _plan(
+        self, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any, Plan]:
         """The function's jaxpr, its output's structure, and the plan for it."""
 
         stored_calls: list[Dequantize] = []
@@ -250,7 +254,7 @@ class Step:
         return leaves_of(positional_names(self.outer.fn, len(args)), args, kwargs)
 
 
-def _flow(jaxpr: Any, n_leaves: int) -> Flow:
+def _flow(jaxpr: AnyJaxpr, n_leaves: int) -> Flow:
     """A program, walked: a second time by its names alone, if that has to be."""
     for trusts_names in (False, True):
         flow = Flow(RULES, opaque, 1 << n_leaves, trusts_names)
@@ -262,7 +266,7 @@ def _flow(jaxpr: Any, n_leaves: int) -> Flow:
     return flow
 
 
-def _spread_of(sharding: Any) -> ops.Spread:
+def _spread_of(sharding: jax.sharding.Sharding | PartitionSpec) -> ops.Spread:
     """Over how many devices what the jit says of an array spreads it."""
     if isinstance(sharding, PartitionSpec):  # On the mesh in context.
         mesh = jax.sharding.get_abstract_mesh()

@@ -1,20 +1,19 @@
 """Over how many devices a program's values are spread, as far as it says."""
 
 from collections.abc import Iterable
-from typing import Any
 
 from fp8jax import _compat, ops
-from fp8jax.transform.ir import Construct, jaxprs_of, shardings_of
+from fp8jax.transform.ir import AnyJaxpr, Construct, jaxprs_of, shardings_of
 
 
-def spread_of_program(jaxpr: Any) -> ops.Spread:
+def spread_of_program(jaxpr: AnyJaxpr) -> ops.Spread:
     """Whether the program, or the mesh around it, names shardings over devices.
 
     The bodies of shard_maps are not looked into: they run on one device each.
     """
     seen: set[int] = set()
 
-    def visit(jaxpr: Any) -> Iterable[ops.Spread]:
+    def visit(jaxpr: AnyJaxpr) -> Iterable[ops.Spread]:
         if id(jaxpr) in seen:
             return
         seen.add(id(jaxpr))

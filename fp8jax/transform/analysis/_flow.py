@@ -12,7 +12,7 @@ from fp8jax.transform.analysis._phase_flow import PhasesByFlow
 from fp8jax.transform.analysis._phases import Passes
 from fp8jax.transform.analysis._readers import Readers
 from fp8jax.transform.analysis._values import Dot, HandWritten, Scope, Value
-from fp8jax.transform.ir import Position, primitive_of
+from fp8jax.transform.ir import AnyJaxpr, Atom, Position, primitive_of
 
 # Gives an equation's results from its operands, and tells `Flow` of the dots in it.
 FlowRule = Callable[["Flow", Any, Sequence[Value], Scope], Sequence[Value]]
@@ -86,7 +86,7 @@ class Flow:
 
     def walk(
         self,
-        jaxpr: Any,
+        jaxpr: AnyJaxpr,
         inputs: Sequence[Value],
         scope: Scope,
         read: Read | None = None,
@@ -102,7 +102,7 @@ class Flow:
         inner = _compat.open_jaxpr(jaxpr)
         env: dict[Any, Value] = {}
 
-        def value_of(atom: Any) -> Value:
+        def value_of(atom: Atom) -> Value:
             if isinstance(atom, core.Literal):
                 return self.constant(atom.val)
             return env[atom]

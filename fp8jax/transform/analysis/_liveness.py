@@ -1,16 +1,17 @@
 """Which results of a jaxpr's equations are read: the others XLA never computes."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from jax.extend import core
+from jax.extend.core import JaxprEqn
 
 from fp8jax import _compat
+from fp8jax.transform.ir import AnyJaxpr
 
 Read = tuple[bool, ...]  # For each result of an equation, or of a jaxpr.
 
 
-def reads(jaxpr: Any, results: Read | None = None) -> list[Read]:
+def reads(jaxpr: AnyJaxpr, results: Read | None = None) -> list[Read]:
     """For each equation, which of its results anything reads that is read itself.
 
     Args:
@@ -29,6 +30,6 @@ def reads(jaxpr: Any, results: Read | None = None) -> list[Read]:
     return found[::-1]
 
 
-def is_dead(eqn: Any, read: Sequence[bool]) -> bool:
+def is_dead(eqn: JaxprEqn, read: Sequence[bool]) -> bool:
     """Whether leaving the equation out would change nothing."""
     return not any(read) and not eqn.effects

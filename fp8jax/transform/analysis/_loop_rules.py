@@ -3,12 +3,11 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
 
 from fp8jax.transform.analysis._flow import Flow
 from fp8jax.transform.analysis._phases import OUTSIDE, Pass, Passes
 from fp8jax.transform.analysis._values import Scope, Value, joined
-from fp8jax.transform.ir import Construct, Input, equations, jaxprs_of
+from fp8jax.transform.ir import AnyJaxpr, Construct, Input, equations, jaxprs_of
 
 
 def loop_rule(
@@ -53,11 +52,11 @@ def _constants(loop: Construct) -> list[Input]:
     return [x for x in loop.inputs if x.kind == "constant" and x.inner[0] is not None]
 
 
-def _holds_backward_pass(jaxpr: Any) -> bool:
+def _holds_backward_pass(jaxpr: AnyJaxpr) -> bool:
     """Whether a loop that is not differentiated itself has train steps for a body."""
     passes = Passes()
 
-    def holds(jaxpr: Any, outer: Pass) -> bool:
+    def holds(jaxpr: AnyJaxpr, outer: Pass) -> bool:
         for eqn in equations(jaxpr):
             here = passes.at(outer, eqn)
             if here.phase == "backward":

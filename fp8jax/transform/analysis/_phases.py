@@ -9,7 +9,9 @@ the same name, for then the equation is the transpose of one of that name.
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
+
+from jax.extend.core import JaxprEqn
 
 from fp8jax import _compat
 from fp8jax.transform.ir import is_differentiated
@@ -52,7 +54,7 @@ class Passes:
     def __init__(self) -> None:
         self._forward: set[Names] = set()  # Names that only look like recomputations.
 
-    def at(self, outer: Pass, eqn: Any) -> Pass:
+    def at(self, outer: Pass, eqn: JaxprEqn) -> Pass:
         """The pass of an equation.
 
         Args:

@@ -1,9 +1,13 @@
 """Which of the three products of a layer of experts a `ragged_dot_general` is."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jax.core import ShapedArray
+from jax.extend.core import JaxprEqn
+
 from fp8jax import ops
-from fp8jax.transform.ir import ragged_numbers
+from fp8jax.transform.ir import aval_of, ragged_numbers
 
 # Contracted dimensions of lhs and rhs, and the dimension of rhs that counts groups.
 _FORMS: dict[Any, ops.RaggedForm] = {
@@ -26,12 +30,12 @@ class Ragged(NamedTuple):
     groups: int
 
 
-def ragged_of(eqn: Any) -> Ragged | None:
+def ragged_of(eqn: JaxprEqn) -> Ragged | None:
     """What the equation is, if `jax.lax.ragged_dot` or its gradients made it."""
     numbers = ragged_numbers(eqn)
     if numbers is None:
         return None
-    lhs, rhs, sizes = (x.aval for x in eqn.invars)
+    lhs, rhs, sizes = (aval_of(x) for x in eqn.invars)
     form = _FORMS.get((*numbers.contracted, numbers.groups))
     plain = numbers.batch == ((), ()) and numbers.rows == (0,)
     ranks = (lhs.ndim, rhs.ndim) == ((2, 2) if form == "wgrad" else (2, 3))
@@ -40,7 +44,7 @@ def ragged_of(eqn: Any) -> Ragged | None:
     return Ragged(form, sizes.shape[0])
 
 
-def of_marked(avals: Any, out: Any) -> Ragged | None:
+def of_marked(avals: Sequence[ShapedArray], out: ShapedArray) -> Ragged | None:
     """The same of a call of our own products of codes."""
     rhs = avals[1]
     if rhs.ndim == 3:

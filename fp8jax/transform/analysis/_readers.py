@@ -8,10 +8,12 @@ log-sum-exp it is.
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
+
+from jax.extend.core import JaxprEqn
 
 from fp8jax.transform.analysis._values import Value, is_inexact
-from fp8jax.transform.ir import Position, gathers_rows, primitive_of
+from fp8jax.transform.ir import Position, aval_of, gathers_rows, primitive_of
 
 Reader = Literal["ranking", "log-sum-exp"]
 
@@ -40,7 +42,7 @@ class Readers:
         """`Value.near` of a product's result."""
         return 1 << self._products.setdefault(position, len(self._products))
 
-    def computed(self, eqn: Any, operands: Sequence[Value], value: Value) -> Value:
+    def computed(self, eqn: JaxprEqn, operands: Sequence[Value], value: Value) -> Value:
         """The value of an equation that is no product, and what it reads."""
         name, near = primitive_of(eqn), value.near
         part = max((x.part for x in operands), default=0)
@@ -62,20 +64,20 @@ class Readers:
         one_hot = name == "eq" and integers
         return dataclasses.replace(value, near=near, part=part, one_hot=one_hot)
 
-    def gathered(self, eqn: Any, operands: Sequence[Value]) -> None:
+    def gathered(self, eqn: JaxprEqn, operands: Sequence[Value]) -> None:
         """Notes a table, if a gather reads rows of one."""
         if not gathers_rows(eqn) or operands[0].only_leaf is None:
             return
-        table, indices = (v.aval for v in eqn.invars[:2])
+        table, indices = (aval_of(v) for v in eqn.invars[:2])
         # Of one row, it may be a weight of a stack.
         if table.ndim == 2 and indices.size > 1:
             self.tables |= operands[0].leaves
 
-    def multiplied(self, eqn: Any, operands: Sequence[Value]) -> None:
+    def multiplied(self, eqn: JaxprEqn, operands: Sequence[Value]) -> None:
         """Notes a table, if one-hot rows are multiplied by one."""
         tables = operands[1], operands[0]
         for x, table, v in zip(operands, tables, reversed(eqn.invars), strict=True):
-            if x.one_hot and table.only_leaf is not None and v.aval.ndim == 2:
+            if x.one_hot and table.only_leaf is not None and aval_of(v).ndim == 2:
                 self.tables |= table.leaves
 
     def _reads(self, reader: Reader, near: int) -> None:

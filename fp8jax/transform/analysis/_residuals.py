@@ -5,17 +5,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from jax.extend import core
+from jax.extend.core import Var
 
 from fp8jax import _compat
 from fp8jax.transform.analysis._phases import OUTSIDE, Pass, Passes
 from fp8jax.transform.analysis._weight_flags import add_results, flagged, inner_flags
-from fp8jax.transform.ir import construct_of, primitive_of
+from fp8jax.transform.ir import AnyJaxpr, aval_of, construct_of, primitive_of
 
 # Another name for the same bytes.
 _VIEWS = ("name", "reshape", "squeeze", "transpose")
 
 
-def residual_bytes(jaxpr: Any, is_weight: Sequence[bool]) -> int:
+def residual_bytes(jaxpr: AnyJaxpr, is_weight: Sequence[bool]) -> int:
     """Bytes of arrays that forward equations make and backward ones read.
 
     What depends on parameters alone does not count: neither copies of weights in
@@ -29,12 +30,14 @@ def residual_bytes(jaxpr: Any, is_weight: Sequence[bool]) -> int:
     return _bytes(jaxpr, tuple(is_weight), OUTSIDE, Passes())
 
 
-def _bytes(jaxpr: Any, is_weight: tuple[bool, ...], outer: Pass, passes: Passes) -> int:
+def _bytes(
+    jaxpr: AnyJaxpr, is_weight: tuple[bool, ...], outer: Pass, passes: Passes
+) -> int:
     inner = _compat.open_jaxpr(jaxpr)
     weights = flagged(jaxpr, is_weight)
-    made: set[Any] = set()  # By forward equations.
+    made: set[Var] = set()  # By forward equations.
     base: dict[Any, Any] = {}
-    kept: set[Any] = set()
+    kept: set[Var] = set()
     within = 0
     for eqn in inner.eqns:
         here = passes.at(outer, eqn)
@@ -53,8 +56,8 @@ def _bytes(jaxpr: Any, is_weight: tuple[bool, ...], outer: Pass, passes: Passes)
             inside = zip(construct.bodies, inner_flags(construct, weights), strict=True)
             for body, flags in inside:
                 within = max(within, _bytes(body, flags, here, passes))
-    return sum(math.prod(v.aval.shape) * _itemsize(v) for v in kept) + within
+    return sum(math.prod(aval_of(v).shape) * _itemsize(v) for v in kept) + within
 
 
-def _itemsize(v: Any) -> int:
-    return getattr(v.aval.dtype, "itemsize", 0)
+def _itemsize(v: Var) -> int:
+    return getattr(aval_of(v).dtype, "itemsize", 0)

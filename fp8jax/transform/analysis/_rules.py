@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from jax.extend.core import JaxprEqn
+
 from fp8jax import _compat, numerics, ops
 from fp8jax.transform.analysis._flow import Flow, FlowRule
 from fp8jax.transform.analysis._loop_rules import loop_rule
@@ -23,6 +25,7 @@ from fp8jax.transform.analysis._values import (
 from fp8jax.transform.ir import (
     CONSTRUCTS,
     Construct,
+    aval_of,
     dimension_numbers,
     jaxprs_of,
     output_channels,
@@ -69,7 +72,7 @@ _LEFT: dict[str, str] = {
 
 
 def elementwise(
-    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
+    flow: Flow, eqn: JaxprEqn, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
     """What is known of any primitive: results depend on all operands."""
     value = joined(operands)
@@ -89,7 +92,7 @@ def elementwise(
 
 
 def opaque(
-    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
+    flow: Flow, eqn: JaxprEqn, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
     """A primitive we do not enter: products in its jaxprs are only reported."""
     number = flow.number("unknown", scope.position)
@@ -101,7 +104,9 @@ def opaque(
     return elementwise(flow, eqn, operands, scope)
 
 
-def _view(flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope) -> list[Value]:
+def _view(
+    flow: Flow, eqn: JaxprEqn, operands: Sequence[Value], scope: Scope
+) -> list[Value]:
     values = []
     for i, x in enumerate(operands[: len(eqn.outvars)]):
         number = flow.number(*signature(eqn), i, x.number)
@@ -110,22 +115,22 @@ def _view(flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope) -> list
 
 
 def _broadcast(
-    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
+    flow: Flow, eqn: JaxprEqn, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
-    if eqn.invars[0].aval.size == eqn.outvars[0].aval.size:
+    if aval_of(eqn.invars[0]).size == aval_of(eqn.outvars[0]).size:
         return _view(flow, eqn, operands, scope)
     return elementwise(flow, eqn, operands, scope)
 
 
 def _slice(
-    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
+    flow: Flow, eqn: JaxprEqn, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
     flow.readers.gathered(eqn, operands)
     return _numbered(flow, eqn, operands, joined(operands))
 
 
 def _dot_general(
-    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
+    flow: Flow, eqn: JaxprEqn, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
     _record(flow, eqn, operands, scope, dimension_numbers=dimension_numbers(eqn))
     flow.readers.multiplied(eqn, operands)
@@ -133,9 +138,9 @@ def _dot_general(
 
 
 def _ragged_dot(
-    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
+    flow: Flow, eqn: JaxprEqn, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
-    lhs, rhs = (v.aval for v in eqn.invars[:2])
+    lhs, rhs = (aval_of(v) for v in eqn.invars[:2])
     ragged = ragged_of(eqn)
     # Each of m rows meets one group's matrix; the group dimension leads.
     flops = 2 * lhs.size * rhs.shape[-1] if ragged is None else None
@@ -144,16 +149,16 @@ def _ragged_dot(
 
 
 def _convolution(
-    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
+    flow: Flow, eqn: JaxprEqn, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
-    per_output = eqn.invars[1].aval.size // max(output_channels(eqn), 1)
-    flops = 2 * eqn.outvars[0].aval.size * per_output
+    per_output = aval_of(eqn.invars[1]).size // max(output_channels(eqn), 1)
+    flops = 2 * aval_of(eqn.outvars[0]).size * per_output
     _record(flow, eqn, operands, scope, flops=flops)
     return _product(flow, eqn, operands, scope)
 
 
 def _construct(
-    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
+    flow: Flow, eqn: JaxprEqn, operands: Sequence[Value], scope: Scope
 ) -> Sequence[Value]:
     """An equation that runs jaxprs, as the table of constructs has it."""
     if ops.mark_of(eqn) is not None:
@@ -176,13 +181,17 @@ def _construct(
 
 
 def _marked(
-    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
+    flow: Flow, eqn: JaxprEqn, operands: Sequence[Value], scope: Scope
 ) -> Sequence[Value]:
     """One of our own functions: never rewritten, or it would be quantized twice."""
-    fp8 = [i for i, v in enumerate(eqn.invars) if v.aval.dtype in numerics.FP8_DTYPES]
+    fp8 = [
+        i for i, v in enumerate(eqn.invars) if aval_of(v).dtype in numerics.FP8_DTYPES
+    ]
     if len(fp8) == 2:
         blocked = _blocked_side([(eqn.invars[i], eqn.invars[i + 1]) for i in fp8])
-        ragged = of_marked([eqn.invars[i].aval for i in fp8], eqn.outvars[0].aval)
+        ragged = of_marked(
+            [aval_of(eqn.invars[i]) for i in fp8], aval_of(eqn.outvars[0])
+        )
         known = {"primitive": MARKED, "blocked": blocked, "ragged": ragged}
         _record(flow, eqn, operands, scope, pair=fp8, **known)
         return _product(flow, eqn, operands, scope)
@@ -195,7 +204,7 @@ def _marked(
 def _blocked_side(pairs: Sequence[tuple[Any, Any]]) -> Side | None:
     """Of two pairs of codes and scales, the one with fewer scale rows than rows."""
     for side, (data, scale) in zip(SIDES, pairs, strict=True):
-        rows, scales = data.aval.shape[:-1], scale.aval.shape[:-1]
+        rows, scales = aval_of(data).shape[:-1], aval_of(scale).shape[:-1]
         if len(rows) == len(scales) > 0 and scales[-1] < rows[-1]:
             return side
     return None
@@ -239,7 +248,7 @@ def _in_branch(flow: Flow, index: Value, branch: int, x: Value) -> Value:
 
 
 def _product(
-    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
+    flow: Flow, eqn: JaxprEqn, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
     values = elementwise(flow, eqn, operands, scope)
     near = flow.readers.product(scope.position)
@@ -249,7 +258,7 @@ def _product(
 
 
 def _numbered(
-    flow: Flow, eqn: Any, operands: Sequence[Value], value: Value
+    flow: Flow, eqn: JaxprEqn, operands: Sequence[Value], value: Value
 ) -> list[Value]:
     key = (*signature(eqn), *(v.number for v in operands))
     numbers = [flow.number(i, *key) for i in range(len(eqn.outvars))]
@@ -258,7 +267,7 @@ def _numbered(
 
 def _record(
     flow: Flow,
-    eqn: Any,
+    eqn: JaxprEqn,
     operands: Sequence[Value],
     scope: Scope,
     pair: Sequence[int] = (0, 1),
@@ -274,9 +283,9 @@ def _record(
         primitive=primitive or primitive_of(eqn),
         lhs=operands[left],
         rhs=operands[right],
-        lhs_aval=eqn.invars[left].aval,
-        rhs_aval=eqn.invars[right].aval,
-        out_aval=eqn.outvars[0].aval,
+        lhs_aval=aval_of(eqn.invars[left]),
+        rhs_aval=aval_of(eqn.invars[right]),
+        out_aval=aval_of(eqn.outvars[0]),
         **known,
     )
 

@@ -9,13 +9,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax.extend import core
+from jax.extend.core import JaxprEqn
 
 from fp8jax import _compat, ops
 from fp8jax.transform.analysis._values import SIDES, Side
 from fp8jax.transform.call import Dequantize
 from fp8jax.transform.ir import (
+    AnyJaxpr,
+    Atom,
     Calls,
     Position,
+    aval_of,
     construct_of,
     equations,
     is_cast,
@@ -61,7 +65,7 @@ class StoredOperands:
     inflated: frozenset[int]
 
     @classmethod
-    def of(cls, program: Any, calls: Calls) -> "StoredOperands":
+    def of(cls, program: AnyJaxpr, calls: Calls) -> "StoredOperands":
         """Those of a whole program.
 
         Args:
@@ -71,7 +75,9 @@ class StoredOperands:
         of_dots: dict[Position, Mapping[Side, Stored]] = {}
         inflated: set[int] = set()
 
-        def visit(jaxpr: Any, position: Position, leaves: Mapping[Any, int]) -> None:
+        def visit(
+            jaxpr: AnyJaxpr, position: Position, leaves: Mapping[Any, int]
+        ) -> None:
             stored: dict[Any, Stored] = {}
             for i, eqn in enumerate(equations(jaxpr)):
                 call = calls.of(eqn)
@@ -107,13 +113,13 @@ class StoredOperands:
         return cls(of_dots, frozenset(inflated))
 
 
-def _in(x: Any, variables: Mapping[Any, Any]) -> bool:
+def _in(x: Atom, variables: Mapping[Any, Any]) -> bool:
     return isinstance(x, core.Var) and x in variables
 
 
-def _view(eqn: Any, x: Stored) -> Stored | None:
+def _view(eqn: JaxprEqn, x: Stored) -> Stored | None:
     """The result as a stored weight, if the equation but looks at one."""
-    if is_cast(eqn) and eqn.outvars[0].aval.dtype in ops.INPUT_DTYPES:
+    if is_cast(eqn) and aval_of(eqn.outvars[0]).dtype in ops.INPUT_DTYPES:
         return x
     if permutation(eqn) == (1, 0):
         return dataclasses.replace(x, transposed=not x.transposed)

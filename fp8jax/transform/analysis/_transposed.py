@@ -7,14 +7,20 @@ to transpose could not write in place, and copied the weight and its moments eac
 
 import collections
 from collections.abc import Iterable
-from typing import Any
 
 from jax.extend import core
+from jax.extend.core import JaxprEqn
 
-from fp8jax.transform.ir import dimension_numbers, is_product, permutation
+from fp8jax.transform.ir import (
+    AnyJaxpr,
+    aval_of,
+    dimension_numbers,
+    is_product,
+    permutation,
+)
 
 
-def read_transposed(jaxpr: Any, products: Iterable[int]) -> set[int]:
+def read_transposed(jaxpr: AnyJaxpr, products: Iterable[int]) -> set[int]:
     """The numbers of those `dot_general`s that every reader wants with sides exchanged.
 
     Args:
@@ -39,11 +45,11 @@ def read_transposed(jaxpr: Any, products: Iterable[int]) -> set[int]:
     return found
 
 
-def _exchanged_sides(dot: Any) -> tuple[int, ...]:
+def _exchanged_sides(dot: JaxprEqn) -> tuple[int, ...]:
     """The order that puts the dimensions of rhs first; () if that changes nothing."""
     (lhs_dims, _), (lhs_batch, _) = dimension_numbers(dot)
-    rank = dot.outvars[0].aval.ndim
-    free = dot.invars[0].aval.ndim - len(lhs_dims) - len(lhs_batch)
+    rank = aval_of(dot.outvars[0]).ndim
+    free = aval_of(dot.invars[0]).ndim - len(lhs_dims) - len(lhs_batch)
     if lhs_batch or free in (0, rank):
         return ()
     return (*range(free, rank), *range(free))

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
+from jax.core import AbstractValue
+from jax.extend.core import JaxprEqn
 
 from fp8jax.transform.analysis._liveness import Read, is_dead
 from fp8jax.transform.analysis._phases import OUTSIDE, Pass, Passes, Phase
@@ -71,7 +73,7 @@ def joined(values: Sequence[Value]) -> Value:
     )
 
 
-def is_inexact(aval: Any) -> bool:
+def is_inexact(aval: AbstractValue) -> bool:
     """Whether values of this type are floats, which have derivatives."""
     return jnp.issubdtype(getattr(aval, "dtype", jnp.int32), jnp.inexact)
 
@@ -102,7 +104,7 @@ class Scope:
     read: Read = ()
     is_dead: bool = False
 
-    def at(self, index: int, eqn: Any, passes: Passes, read: Read) -> "Scope":
+    def at(self, index: int, eqn: JaxprEqn, passes: Passes, read: Read) -> "Scope":
         """The scope of equation `index` of the jaxpr that this scope is about.
 
         Args:

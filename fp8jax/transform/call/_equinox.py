@@ -5,12 +5,13 @@ whether it is off. Equinox's own `filter_*` functions leave those as they are.
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 
-def is_of_equinox(fn: Any) -> bool:
+def is_of_equinox(fn: Callable[..., Any]) -> bool:
     """Whether a function is one of Equinox's own, such as a `filter_pmap` of yours."""
     return type(fn).__module__.split(".")[0] == "equinox"
 

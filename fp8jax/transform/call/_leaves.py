@@ -7,7 +7,7 @@ kernel"`. Dots are named by their weight's path without the argument's name.
 import dataclasses
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -56,7 +56,9 @@ class Leaf:
         return (self.argument,)
 
 
-def leaves_of(names: Sequence[str], args: Sequence[Any], kwargs: Any) -> list[Leaf]:
+def leaves_of(
+    names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[Leaf]:
     """The leaves of a call's arguments, in the order of `jax.tree.leaves`.
 
     Args:
@@ -71,7 +73,7 @@ def leaves_of(names: Sequence[str], args: Sequence[Any], kwargs: Any) -> list[Le
     return found
 
 
-def positional_names(fn: Any, count: int) -> list[str]:
+def positional_names(fn: Callable[..., Any], count: int) -> list[str]:
     """Names of a function's first `count` positional arguments."""
     try:
         parameters = list(inspect.signature(fn).parameters.values())

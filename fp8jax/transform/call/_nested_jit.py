@@ -2,12 +2,11 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 from fp8jax import _compat
 from fp8jax.transform.call._outer_jit import OuterJit
 from fp8jax.transform.call._parameters import name_of
-from fp8jax.transform.ir import called_name
+from fp8jax.transform.ir import AnyJaxpr, called_name
 
 
 @contextlib.contextmanager
@@ -26,7 +25,7 @@ def refusing_compiler_options(outer: OuterJit) -> Iterator[None]:
         ) from error
 
 
-def lost_donation(jaxpr: Any, outer: OuterJit) -> tuple[str, ...]:
+def lost_donation(jaxpr: AnyJaxpr, outer: OuterJit) -> tuple[str, ...]:
     """What the function, called without the transform, would donate, in words.
 
     JAX donates no arguments of a jit within a program. Where the user jitted the whole,

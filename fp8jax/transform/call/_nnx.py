@@ -5,7 +5,7 @@ Flax is never imported here: where it is not, there are no modules either.
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -125,7 +125,7 @@ class PureFunction:
             )
         return output, _states(new_state, len(nodes))
 
-    def leaves(self, args: Sequence[Any], kwargs: Any) -> list[Leaf]:
+    def leaves(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Leaf]:
         """The leaves of this function's arguments, named as those of `fn`."""
         args, kwargs = jax.tree.map(
             lambda x: x.state if _is_node_state(x) else x,

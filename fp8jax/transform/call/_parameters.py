@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, TypeVar
+
+_T = TypeVar("_T", int, str)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,11 @@ NONE = Chosen()
 
 
 def chosen(
-    kind: str, argnums: Any, argnames: Any, fn: Callable[..., Any], bound: int
+    kind: str,
+    argnums: int | Collection[int],
+    argnames: str | Collection[str],
+    fn: Callable[..., Any],
+    bound: int,
 ) -> Chosen:
     """What `fp8_transform` was told of arguments.
 
@@ -102,16 +108,19 @@ def completed(chosen: Chosen, fn: Callable[..., Any]) -> Chosen:
     )
 
 
-def name_of(fn: Any) -> str:
+def name_of(fn: Callable[..., Any]) -> str:
     """A function's name, for messages and the compiled program."""
     while isinstance(fn, functools.partial):
         fn = fn.func
     return getattr(fn, "__name__", "fp8_transform")
 
 
-def _several(kind: str, what: str, given: Any, type_: type) -> list[Any]:
-    is_one = isinstance(given, str) or not isinstance(given, Collection)
-    values = [given] if is_one else list(given)
+def _several(
+    kind: str, what: str, given: _T | Collection[_T], type_: type[_T]
+) -> list[_T]:
+    values: list[Any] = [given]
+    if isinstance(given, Collection) and not isinstance(given, str):
+        values = list(given)
     if not all(isinstance(value, type_) for value in values):
         raise ValueError(
             f"fp8_transform takes {kind}_{what} of {type_.__name__}, got {given!r}."

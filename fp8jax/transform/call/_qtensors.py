@@ -35,7 +35,7 @@ def has_qtensors(tree: Any) -> bool:
 
 
 def as_arrays(
-    tree: Any, dtype: Any
+    tree: Any, dtype: jax.typing.DTypeLike
 ) -> tuple[Any, list[Dequantize], Callable[[Any], Any]]:
     """A tree with arrays of `dtype` for its QTensors.
 

@@ -24,7 +24,7 @@ from fp8jax.transform.ir._equations import (
     signature,
 )
 from fp8jax.transform.ir._jaxprs import called, jaxprs_of, shardings_of, with_jaxprs
-from fp8jax.transform.ir._positions import Position, rewrite_at
+from fp8jax.transform.ir._positions import Position, Replacer, rewrite_at
 from fp8jax.transform.ir._splice import (
     casts_of_types,
     copied,
@@ -37,6 +37,7 @@ from fp8jax.transform.ir._splice import (
 )
 from fp8jax.transform.ir._stacks import Stacks
 from fp8jax.transform.ir._table import CONSTRUCTS
+from fp8jax.transform.ir._types import AnyJaxpr, Atom, aval_of
 from fp8jax.transform.ir._views import Views, chain_of, name_of, views_in
 from fp8jax.transform.ir._walk import (
     construct_of,
@@ -50,14 +51,18 @@ __all__ = [
     "CONSTRUCTS",
     "PRODUCT",
     "RAGGED",
+    "AnyJaxpr",
+    "Atom",
     "Calls",
     "Construct",
     "Input",
     "Position",
+    "Replacer",
     "Result",
     "Stacks",
     "Views",
     "asks_what_is_differentiated",
+    "aval_of",
     "called",
     "called_name",
     "casts_of_types",

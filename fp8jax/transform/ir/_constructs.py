@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax.extend import core
+from jax.extend.core import JaxprEqn, Var
 
 from fp8jax import _compat
 from fp8jax.transform.ir._crossings import Input, Result
 from fp8jax.transform.ir._jaxprs import jaxprs_of, with_jaxprs
 from fp8jax.transform.ir._table import CONSTRUCTS, RuleKind
+from fp8jax.transform.ir._types import AnyJaxpr, Atom
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,13 +33,13 @@ class Construct:
         inputs, results: how values cross.
     """
 
-    eqn: Any
-    bodies: tuple[Any, ...]
+    eqn: JaxprEqn
+    bodies: tuple[AnyJaxpr, ...]
     inputs: tuple[Input, ...]
     results: tuple[Result, ...]
 
     @classmethod
-    def of(cls, eqn: Any) -> "Construct | None":
+    def of(cls, eqn: JaxprEqn) -> "Construct | None":
         """The equation taken apart; None if it is in no table, and so opaque."""
         form = CONSTRUCTS.get(eqn.primitive.name)
         bodies = tuple(jaxprs_of(eqn)) if form is not None else ()
@@ -95,6 +97,12 @@ class Construct:
         """Mesh axes over which its body is one device's program; None of most."""
         return None if self.mesh is None else _compat.manual_axes(self.eqn.params)
 
+    @property
+    def sliced(self) -> dict[Var, Atom]:
+        """Of a variable of a scan's body, the array of which it is a slice."""
+        slices = [x for x in self.inputs if x.kind == "slice"]
+        return {x.inner[0]: x.operand for x in slices if x.inner[0] is not None}
+
     def returns(self, body: int) -> bool:
         """Whether a body returns the results; the condition of a loop does not."""
         return CONSTRUCTS[self.eqn.primitive.name].returns(body)
@@ -118,15 +126,15 @@ class Construct:
         assert construct is not None, "it is of the same primitive"
         return construct
 
-    def constant(self, operand: Any, inner: Any, body: int = 0) -> Input:
+    def constant(self, operand: Atom, inner: Var, body: int = 0) -> Input:
         """A new input that one body reads as it is."""
         return Input(operand, self._only(inner, body))
 
-    def slices(self, operand: Any, inner: Any) -> Input:
+    def slices(self, operand: Atom, inner: Var) -> Input:
         """A new input of which a scan's body reads a slice per iteration."""
         return Input(operand, (inner,), "slice")
 
-    def result(self, *inner: Any) -> Result:
+    def result(self, *inner: Atom) -> Result:
         """A new result: what each body returns, stacked where the construct iterates.
 
         In a loop of unknown length there is no such result: carry it.
@@ -136,7 +144,7 @@ class Construct:
             return Result(core.Var(aval), inner)
         return Result(core.Var(_compat.stacked_aval(aval, self.length)), inner, "stack")
 
-    def _only(self, inner: Any, body: int) -> tuple[Any, ...]:
+    def _only(self, inner: Var, body: int) -> tuple[Any, ...]:
         return tuple(inner if i == body else None for i, _ in enumerate(self.bodies))
 
     def with_body(self, body: int, **parts: Any) -> "Construct":
@@ -149,7 +157,7 @@ class Construct:
         """The same, its bodies with the variables that inputs and results name."""
         return dataclasses.replace(self, eqn=self.equation()).reopened()
 
-    def equation(self) -> Any:
+    def equation(self) -> JaxprEqn:
         """The equation of these bodies, inputs and results; `eqn` if they are its own.
 
         A body whose variables are what they were stays the object that it is, so that
@@ -180,7 +188,7 @@ def _is_same(xs: Sequence[Any], ys: Sequence[Any]) -> bool:
     return len(xs) == len(ys) and all(x is y for x, y in zip(xs, ys, strict=True))
 
 
-def _with_variables(body: Any, invars: list[Any], outvars: list[Any]) -> Any:
+def _with_variables(body: AnyJaxpr, invars: list[Any], outvars: list[Any]) -> Any:
     inner = _compat.open_jaxpr(body)
     if _is_same(invars, inner.invars) and _is_same(outvars, inner.outvars):
         return body

@@ -4,6 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from jax.extend.core import Var
+
+from fp8jax.transform.ir._types import Atom
+
 # Of an input: the same in every iteration, carried from one to the next, or a slice of
 # an array per iteration. The index of a `cond`, which no branch has, is the choice.
 InputKind = Literal["choice", "constant", "carry", "slice"]
@@ -22,8 +26,8 @@ class Input:
         params: what the equation's parameters say of this operand alone.
     """
 
-    operand: Any
-    inner: tuple[Any, ...]
+    operand: Atom
+    inner: tuple[Var | None, ...]
     kind: InputKind = "constant"
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -39,7 +43,7 @@ class Result:
         params: what the equation's parameters say of this result alone.
     """
 
-    outvar: Any
-    inner: tuple[Any, ...]
+    outvar: Var
+    inner: tuple[Atom | None, ...]
     kind: ResultKind = "value"
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)

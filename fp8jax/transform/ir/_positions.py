@@ -7,19 +7,24 @@ parameters need parsing.
 
 import collections
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
+
+from jax.extend.core import JaxprEqn
 
 from fp8jax import _compat
 from fp8jax.transform.ir._jaxprs import jaxprs_of, with_jaxprs
+from fp8jax.transform.ir._types import AnyJaxpr
 
+# Of an equation and what is said of it, the equations that take its place.
+Replacer: TypeAlias = Callable[[JaxprEqn, Any], list[JaxprEqn]]
 Position = tuple[int, ...]  # equation, sub-jaxpr, equation, ..., equation
 
 
 def rewrite_at(
-    jaxpr: Any,
+    jaxpr: AnyJaxpr,
     plan: Mapping[Position, Hashable],
-    replacer: Callable[[Any, Mapping[int, Any]], Callable[[Any, Any], list[Any]]],
-) -> Any:
+    replacer: Callable[[AnyJaxpr, Mapping[int, Any]], Replacer],
+) -> AnyJaxpr:
     """`jaxpr` with some equations replaced.
 
     Args:
@@ -37,7 +42,7 @@ def rewrite_at(
     # result, or XLA compiles every layer by itself.
     done: dict[Hashable, Any] = {}
 
-    def visit(jaxpr: Any, plan: tuple[tuple[Position, Hashable], ...]) -> Any:
+    def visit(jaxpr: AnyJaxpr, plan: tuple[tuple[Position, Hashable], ...]) -> AnyJaxpr:
         if not plan:
             return jaxpr
         key = (id(jaxpr), plan)
@@ -54,10 +59,10 @@ def rewrite_at(
         return done[key]
 
     def visit_eqn(
-        eqn: Any,
+        eqn: JaxprEqn,
         entries: list[tuple[Position, Hashable]],
-        replace: Callable[[Any, Any], list[Any]],
-    ) -> list[Any]:
+        replace: Replacer,
+    ) -> list[JaxprEqn]:
         if not entries[0][0]:
             new = replace(eqn, entries[0][1])
             made = {v for e in new for v in e.outvars}

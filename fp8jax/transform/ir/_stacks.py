@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.extend.core import JaxprEqn, Var
 
 from fp8jax import _compat
 from fp8jax.transform.ir._constructs import Construct
@@ -27,14 +28,14 @@ class Stacks:
 
     def found_in(self, scan: Construct, weights: Collection[Any]) -> list[Any]:
         """Those among an equation's results, of weights; none if it is no scan."""
-        slices = {x.inner[0]: x.operand for x in scan.inputs if x.kind == "slice"}
+        slices = scan.sliced
         views = views_in(equations(scan.bodies[0])) if slices else {}
         found = []
         for x in scan.results:
             if x.kind != "stack" or not isinstance(x.inner[0], core.Var):
                 continue
             root, chain = chain_of(x.inner[0], views)
-            stack = slices.get(root)
+            stack = slices.get(root) if isinstance(root, core.Var) else None
             if isinstance(stack, core.Var) and stack in weights:
                 before = self._found.get(stack, (stack, []))
                 self._found[x.outvar] = before[0], [*before[1], *chain]
@@ -42,7 +43,7 @@ class Stacks:
         return found
 
     def views_of(
-        self, stack: Any, chain: Sequence[Any], scan: Any
+        self, stack: Var, chain: Sequence[JaxprEqn], scan: JaxprEqn
     ) -> tuple[list[Any], Any]:
         """Views of each slice of an array, as equations in the place of a scan.
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+from jax.extend.core import JaxprEqn
 
 from fp8jax import _compat
 from fp8jax.transform.ir._crossings import Input, InputKind, Result, ResultKind
@@ -79,7 +80,7 @@ class Form:
     rule: RuleKind | None = None
     is_plain: Callable[[dict[str, Any]], bool] = lambda params: False
 
-    def open(self, eqn: Any, bodies: Sequence[Any]) -> _Opened:
+    def open(self, eqn: JaxprEqn, bodies: Sequence[Any]) -> _Opened:
         kinds, n_carry = self.kinds(eqn, len(bodies))
         told = _entries(eqn.params, _OF_INPUTS, len(eqn.invars))
         left = [iter(body.invars) for body in bodies]
@@ -124,23 +125,25 @@ class Form:
         }
 
 
-def _of_call(eqn: Any, bodies: int) -> Any:
+def _of_call(eqn: JaxprEqn, bodies: int) -> Any:
     return [("constant", {0})] * len(eqn.invars), 0
 
 
-def _of_cond(eqn: Any, branches: int) -> Any:
+def _of_cond(eqn: JaxprEqn, branches: int) -> Any:
     inputs = [("constant", set(range(branches)))] * (len(eqn.invars) - 1)
     return [("choice", set()), *inputs], 0
 
 
-def _of_scan(eqn: Any, bodies: int) -> Any:
+def _of_scan(eqn: JaxprEqn, bodies: int) -> Any:
     consts, carry = _compat.scan_counts(eqn.params)
     slices = len(eqn.invars) - consts - carry
     kinds = ["constant"] * consts + ["carry"] * carry + ["slice"] * slices
     return [(kind, {0}) for kind in kinds], carry
 
 
-def _scan_counts(params: Any, inputs: Any, results: Any) -> dict[str, Any]:
+def _scan_counts(
+    params: dict[str, Any], inputs: Sequence[Input], results: Sequence[Result]
+) -> dict[str, Any]:
     kinds = [x.kind for x in inputs]
     consts, carry = kinds.count("constant"), kinds.count("carry")
     stacks = sum(x.kind == "stack" for x in results)
@@ -151,7 +154,7 @@ def _scan_counts(params: Any, inputs: Any, results: Any) -> dict[str, Any]:
 _BODY, _CONDITION = 0, 1
 
 
-def _of_while(eqn: Any, bodies: int) -> Any:
+def _of_while(eqn: JaxprEqn, bodies: int) -> Any:
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     carry = len(eqn.invars) - n_cond - n_body
     kinds: list[tuple[InputKind, set[int]]] = [("constant", {_CONDITION})] * n_cond
@@ -159,7 +162,9 @@ def _of_while(eqn: Any, bodies: int) -> Any:
     return kinds, carry
 
 
-def _while_counts(params: Any, inputs: Any, results: Any) -> dict[str, Any]:
+def _while_counts(
+    params: Mapping[str, Any], inputs: Sequence[Input], results: Sequence[Result]
+) -> dict[str, Any]:
     constants = [x for x in inputs if x.kind == "constant"]
     of_body = sum(x.inner[_BODY] is not None for x in constants)
     return {"body_nconsts": of_body, "cond_nconsts": len(constants) - of_body}
@@ -200,6 +205,6 @@ CONSTRUCTS: dict[str, Form] = {
 }
 
 
-def is_construct(eqn: Any) -> bool:
+def is_construct(eqn: JaxprEqn) -> bool:
     """Whether the equation's primitive is in the table."""
     return eqn.primitive.name in CONSTRUCTS

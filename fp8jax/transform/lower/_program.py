@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from fp8jax.transform.ir import Calls, Position
+from fp8jax.transform.ir import AnyJaxpr, Calls, Position
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Program:
             constructs that keep theirs.
     """
 
-    jaxpr: Any
+    jaxpr: AnyJaxpr
     is_weight: tuple[bool, ...] = ()
     replacements: Mapping[Position, Any] = dataclasses.field(default_factory=dict)
     measures: bool = False
@@ -32,6 +32,6 @@ class Program:
     is_rule: bool = False
     collected: tuple[int | None, ...] = ()
 
-    def of(self, jaxpr: Any) -> "Program":
+    def of(self, jaxpr: AnyJaxpr) -> "Program":
         """The same with another jaxpr."""
         return self if jaxpr is self.jaxpr else dataclasses.replace(self, jaxpr=jaxpr)

@@ -5,23 +5,24 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import JaxprEqn
 
 from fp8jax import ops
 from fp8jax.ops import marked
 from fp8jax.transform.analysis import ragged_of
-from fp8jax.transform.ir import product_options
+from fp8jax.transform.ir import aval_of, product_options
 from fp8jax.transform.plan import LayerDot, QuantizedDot
 
 
 def ragged_call(
-    eqn: Any, what: QuantizedDot | LayerDot
+    eqn: JaxprEqn, what: QuantizedDot | LayerDot
 ) -> "RaggedProduct | RaggedLayer":
     """The marked call that stands in for the product, of its operands."""
     if isinstance(what, LayerDot):
         return RaggedLayer(what, *product_options(eqn))
     ragged = ragged_of(eqn)
     assert ragged is not None, "others are left as they are"
-    return RaggedProduct(what, ragged.form, np.dtype(eqn.outvars[0].aval.dtype))
+    return RaggedProduct(what, ragged.form, np.dtype(aval_of(eqn.outvars[0]).dtype))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,12 +7,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import JaxprEqn
 
 from fp8jax import ops
 from fp8jax.ops import marked
 from fp8jax.quant import QTensor, QuantSpec, quantize
 from fp8jax.recipes import Recipe
-from fp8jax.transform.ir import dimension_numbers
+from fp8jax.transform.ir import aval_of, dimension_numbers
 from fp8jax.transform.plan import StaticDot
 
 
@@ -92,11 +93,11 @@ class _Multiply:
 
 
 def static_equations(
-    eqn: Any,
+    eqn: JaxprEqn,
     what: StaticDot,
-    calls: Callable[..., tuple[list[Any], list[Any]]],
+    calls: Callable[..., tuple[list[JaxprEqn], list[Any]]],
     codes: dict[Hashable, list[Any]],
-) -> list[Any]:
+) -> list[JaxprEqn]:
     """The equations that stand in for a `dot_general` of a stored weight.
 
     Args:
@@ -108,7 +109,7 @@ def static_equations(
     """
     lhs, rhs = eqn.invars
     numbers = dimension_numbers(eqn)
-    layout = ops.plan(lhs.aval.shape, rhs.aval.shape, numbers, "fp8_transform")
+    layout = ops.plan(aval_of(lhs).shape, aval_of(rhs).shape, numbers, "fp8_transform")
     first = what.first == "lhs"
     x, operand = (lhs, layout.lhs) if first else (rhs, layout.rhs)
     stored = what.stored
@@ -119,7 +120,7 @@ def static_equations(
         stored.tile,
         turned=(what.contraction == 1) != stored.transposed,
         weight_first=not first,
-        out_dtype=np.dtype(eqn.outvars[0].aval.dtype),
+        out_dtype=np.dtype(aval_of(eqn.outvars[0]).dtype),
         implementation=what.implementation,
     )
     eqns = []

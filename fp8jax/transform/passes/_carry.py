@@ -8,8 +8,10 @@ import dataclasses
 from typing import Any
 
 from jax.extend import core
+from jax.extend.core import JaxprEqn
 
 from fp8jax.transform.ir import (
+    AnyJaxpr,
     Calls,
     Construct,
     chain_of,
@@ -29,8 +31,8 @@ def carry(program: Program) -> Program:
     """The same program, with early quantizations in forward scans, where possible."""
 
     @memoized
-    def visit(jaxpr: Any) -> Any:
-        eqns: list[Any] = []
+    def visit(jaxpr: AnyJaxpr) -> AnyJaxpr:
+        eqns: list[JaxprEqn] = []
         made_by: dict[Any, int] = {}  # Results of scans: which equation's.
         for old in equations(jaxpr):
             eqn = with_bodies(old, visit)
@@ -57,13 +59,13 @@ class _Early:
         eqns: views of the slice, and the call.
     """
 
-    stacked: Any
-    slice: Any
-    eqns: tuple[Any, ...]
+    stacked: core.Var
+    slice: core.Var
+    eqns: tuple[JaxprEqn, ...]
 
 
 def _early_calls(scan: Construct, calls: Calls) -> list[_Early]:
-    stacked = {x.inner[0]: x.operand for x in scan.inputs if x.kind == "slice"}
+    stacked = scan.sliced
     eqns = equations(scan.bodies[0])
     views = views_in(eqns)
     found = []
@@ -71,18 +73,23 @@ def _early_calls(scan: Construct, calls: Calls) -> list[_Early]:
         call = calls.of(eqn)
         if isinstance(call, Quantize) and call.is_early:
             x, chain = chain_of(eqn.invars[0], views)
-            if isinstance(stacked.get(x), core.Var):
-                found.append(_Early(stacked[x], x, (*chain, eqn)))
+            if not isinstance(x, core.Var):
+                continue
+            if isinstance(stack := stacked.get(x), core.Var):
+                found.append(_Early(stack, x, (*chain, eqn)))
     return found
 
 
-def _carried(forward_eqn: Any, backward_eqn: Any, early: _Early) -> tuple[Any, Any]:
+def _carried(
+    forward_eqn: JaxprEqn, backward_eqn: JaxprEqn, early: _Early
+) -> tuple[JaxprEqn, JaxprEqn]:
     """Both scans, with the call in the forward one's body."""
     forward, backward = Construct.of(forward_eqn), Construct.of(backward_eqn)
     assert forward is not None, "its result is a scan's"
     assert backward is not None, "it reads a slice"
     call = early.eqns[-1]
     (kept,) = (x.inner[0] for x in forward.results if x.outvar is early.stacked)
+    assert kept is not None, "a scan's body returns what is stacked"
     before, after = equations(forward.bodies[0]), equations(backward.bodies[0])
     # Where the value was made, or the scan's own place if it came in from outside.
     places = [eqn for eqn in before if any(kept is v for v in eqn.outvars)]

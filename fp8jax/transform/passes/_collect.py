@@ -13,13 +13,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
+from jax.extend.core import JaxprEqn
 
 from fp8jax import _compat
 from fp8jax.quant import MOMENTS, sum_moments
 from fp8jax.transform.ir import (
+    AnyJaxpr,
+    Atom,
     Construct,
     Input,
     Result,
+    aval_of,
     casts_of_types,
     construct_of,
     equations,
@@ -39,7 +43,7 @@ def collect(program: Program) -> Program:
         return program
 
     @memoized
-    def visit(jaxpr: Any) -> tuple[Any, Where]:
+    def visit(jaxpr: AnyJaxpr) -> tuple[Any, Where]:
         inner = _compat.open_jaxpr(jaxpr)
         # Where types are explicit, a call's own result is of no explicit type yet.
         cast = casts_of_types(inner.eqns)
@@ -55,7 +59,7 @@ def collect(program: Program) -> Program:
         where = [None if v is None else results.index(v) for v in found]
         return _compat.with_parts(jaxpr, eqns=eqns, outvars=outvars), where
 
-    def visit_eqn(eqn: Any) -> tuple[list[Any], Found]:
+    def visit_eqn(eqn: JaxprEqn) -> tuple[list[JaxprEqn], Found]:
         if isinstance(program.calls.of(eqn), COLLECTED):
             return [eqn], [eqn.outvars[0]]
         construct = construct_of(eqn)
@@ -87,7 +91,7 @@ def _new_results(construct: Construct, body: int) -> list[Any]:
     return _compat.open_jaxpr(construct.bodies[body]).outvars[len(construct.results) :]
 
 
-def _with_results(construct: Construct, more: Sequence[Result]) -> Any:
+def _with_results(construct: Construct, more: Sequence[Result]) -> JaxprEqn:
     results = (*construct.results, *more)
     return dataclasses.replace(construct, results=results).equation()
 
@@ -96,7 +100,7 @@ def _outside(more: Sequence[Result], where: Where) -> Found:
     return [None if i is None else more[i].outvar for i in where]
 
 
-def _of_loop(loop: Construct, wheres: Sequence[Where]) -> tuple[list[Any], Found]:
+def _of_loop(loop: Construct, wheres: Sequence[Where]) -> tuple[list[JaxprEqn], Found]:
     """The loop of unknown length carries the moments of all iterations so far."""
     eqn, before, eqns = loop.eqn, [], equations(loop.bodies[0])
     inputs, more = [], []
@@ -119,7 +123,9 @@ def _of_loop(loop: Construct, wheres: Sequence[Where]) -> tuple[list[Any], Found
     ]
 
 
-def _of_branches(cond: Construct, wheres: Sequence[Where]) -> tuple[list[Any], Found]:
+def _of_branches(
+    cond: Construct, wheres: Sequence[Where]
+) -> tuple[list[JaxprEqn], Found]:
     """Each branch has zeros for what the others measure: nothing was counted there."""
     results = [_new_results(cond, i) for i, _ in enumerate(cond.bodies)]
     bodies = [equations(body) for body in cond.bodies]
@@ -142,11 +148,11 @@ def _of_branches(cond: Construct, wheres: Sequence[Where]) -> tuple[list[Any], F
     return [_with_results(cond, more)], found
 
 
-def _zeros_like(v: Any, place: Any) -> tuple[list[Any], list[Any]]:
+def _zeros_like(v: Atom, place: JaxprEqn) -> tuple[list[JaxprEqn], list[Any]]:
     """Equations for zeros of a variable's type, and them."""
 
     def zeros() -> jax.Array:
-        x = jnp.zeros(v.aval.shape, v.aval.dtype)
+        x = jnp.zeros(aval_of(v).shape, aval_of(v).dtype)
         varying = tuple(_compat.varying_axes(v.aval))
         return lax.pcast(x, varying, to="varying") if varying else x
 
@@ -165,7 +171,9 @@ def _summed(construct: Construct) -> Construct:
     for v in _new_results(construct, 0):
         varying = _compat.varying_axes(v.aval)
 
-        def sum_over_devices(x: jax.Array, varying: Any = varying) -> jax.Array:
+        def sum_over_devices(
+            x: jax.Array, varying: frozenset[str] = varying
+        ) -> jax.Array:
             missing = tuple(axis for axis in axes if axis not in varying)
             if missing and varying:
                 x = lax.pcast(x, missing, to="varying")

@@ -5,12 +5,15 @@ they meet. The outer body then has the same codes twice, and a loop would slice 
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeGuard
 
 from jax.extend import core
+from jax.extend.core import Var
 
 from fp8jax import _compat
 from fp8jax.transform.ir import (
+    AnyJaxpr,
+    Atom,
     Construct,
     construct_of,
     memoized,
@@ -25,7 +28,7 @@ def dedupe(program: Program) -> Program:
     """The same program, no scan or call in it with the same codes twice."""
 
     @memoized
-    def visit(jaxpr: Any, is_codes: tuple[bool, ...]) -> Any:
+    def visit(jaxpr: AnyJaxpr, is_codes: tuple[bool, ...]) -> AnyJaxpr:
         inner = _compat.open_jaxpr(jaxpr)
         codes = {v for v, known in zip(inner.invars, is_codes, strict=True) if known}
         eqns = []
@@ -44,7 +47,7 @@ def dedupe(program: Program) -> Program:
     return program.of(visit(program.jaxpr, nothing))
 
 
-def _is_known(x: Any, codes: set[Any]) -> bool:
+def _is_known(x: Atom, codes: set[core.Var]) -> TypeGuard[core.Var]:
     return isinstance(x, core.Var) and x in codes
 
 
@@ -53,7 +56,7 @@ def _has_them(construct: Construct) -> bool:
     return construct.takes_inputs and len(construct.bodies) == 1
 
 
-def _codes_in(construct: Construct, codes: set[Any]) -> list[tuple[bool, ...]]:
+def _codes_in(construct: Construct, codes: set[Var]) -> list[tuple[bool, ...]]:
     """For each body, which of its inputs are codes."""
     known = _has_them(construct)
     return [
@@ -66,17 +69,19 @@ def _codes_in(construct: Construct, codes: set[Any]) -> list[tuple[bool, ...]]:
     ]
 
 
-def _without_second(construct: Construct, codes: set[Any]) -> Construct:
+def _without_second(construct: Construct, codes: set[Var]) -> Construct:
     """Without operands that are others' codes again."""
     if not _has_them(construct):
         return construct
     first: dict[Any, Any] = {}
-    env: dict[Any, Any] = {}  # Of a variable of the body, the one with the same codes.
+    env: dict[Var, Atom] = {}  # Of a variable of the body, the one with the same codes.
     for x in construct.inputs:
         if x.kind != "carry" and _is_known(x.operand, codes):
-            same = first.setdefault((x.operand, x.kind), x.inner[0])
-            if same is not x.inner[0]:
-                env[x.inner[0]] = same
+            (inner,) = x.inner
+            assert inner is not None, "codes cross into its one body"
+            same = first.setdefault((x.operand, x.kind), inner)
+            if same is not inner:
+                env[inner] = same
     if not env:
         return construct
     body = _compat.open_jaxpr(construct.bodies[0])
@@ -84,7 +89,9 @@ def _without_second(construct: Construct, codes: set[Any]) -> Construct:
         construct.with_body(0, eqns=[reading(eqn, env) for eqn in body.eqns]),
         inputs=tuple(x for x in construct.inputs if x.inner[0] not in env),
         results=tuple(
-            dataclasses.replace(x, inner=(read(x.inner[0], env),))
+            dataclasses.replace(
+                x, inner=tuple(read(v, env) for v in x.inner if v is not None)
+            )
             for x in construct.results
         ),
     )

@@ -7,9 +7,10 @@ slices of the codes, forward as backward.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from jax.extend import core
+from jax.extend.core import JaxprEqn, Var
 
 from fp8jax.transform.analysis import (
     Flags,
@@ -18,6 +19,8 @@ from fp8jax.transform.analysis import (
     inner_flags,
 )
 from fp8jax.transform.ir import (
+    AnyJaxpr,
+    Atom,
     Calls,
     Construct,
     Input,
@@ -43,10 +46,10 @@ def hoist(program: Program) -> Program:
     calls = program.calls
 
     @memoized
-    def visit(jaxpr: Any, flags: Flags) -> Any:
+    def visit(jaxpr: AnyJaxpr, flags: Flags) -> AnyJaxpr:
         weights = flagged(jaxpr, flags)
         stacks = Stacks()
-        eqns: list[Any] = []
+        eqns: list[JaxprEqn] = []
         for eqn in equations(jaxpr):
             construct, before = construct_of(eqn), []
             if construct is not None:
@@ -67,13 +70,15 @@ def hoist(program: Program) -> Program:
     return program.of(visit(program.jaxpr, program.is_weight))
 
 
-def _is_in(x: Any, variables: Mapping[Any, Any] | set[Any]) -> bool:
+def _is_in(
+    x: Atom, variables: Mapping[core.Var, Any] | set[core.Var]
+) -> TypeGuard[core.Var]:
     return isinstance(x, core.Var) and x in variables
 
 
 def _constants_before(
-    construct: Construct, weights: set[Any], calls: Calls
-) -> tuple[list[Any], Construct]:
+    construct: Construct, weights: set[Var], calls: Calls
+) -> tuple[list[JaxprEqn], Construct]:
     """Equations of the first body that read nothing but constants, and what is left.
 
     Of a call all operands are constants: what it makes of weights leaves it. A branch
@@ -81,7 +86,7 @@ def _constants_before(
     """
     if construct.chooses or not construct.takes_inputs:
         return [], construct
-    sources = {
+    sources: dict[Any, Atom] = {
         x.inner[0]: x.operand
         for x in construct.inputs
         if x.kind == "constant" and (construct.iterates or _is_in(x.operand, weights))
@@ -107,14 +112,11 @@ def _constants_before(
 
 
 def _slices_before(
-    scan: Construct, weights: set[Any], stacks: Stacks, calls: Calls
-) -> tuple[list[Any], Construct]:
+    scan: Construct, weights: set[Var], stacks: Stacks, calls: Calls
+) -> tuple[list[JaxprEqn], Construct]:
     """As `_constants_before`, of slices of stacked weights."""
-    sources = {
-        x.inner[0]: x.operand
-        for x in scan.inputs
-        if x.kind == "slice" and _is_in(x.operand, weights)
-    }
+    stacked = scan.sliced.items()
+    sources = {v: x for v, x in stacked if _is_in(x, weights)}
     body, place = equations(scan.bodies[0]), moved_to(scan.eqn)
     views = views_in(body)
     values: dict[Any, Any] = {}
@@ -136,7 +138,7 @@ def _slices_before(
 
 
 def _given(
-    construct: Construct, inputs: Sequence[Input], moved: Sequence[Any]
+    construct: Construct, inputs: Sequence[Input], moved: Sequence[JaxprEqn]
 ) -> Construct:
     """A construct whose first body is given what some of its equations made."""
     if not moved:

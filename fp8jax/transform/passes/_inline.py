@@ -9,12 +9,14 @@ already, for there the rule means nothing any more: in the forward half of its o
 say, which may call the function itself, as those in JAX's documentation do.
 """
 
-from typing import Any
+from jax.extend.core import Var
 
 from fp8jax import _compat, ops
 from fp8jax.transform.ir import (
     PRODUCT,
     RAGGED,
+    AnyJaxpr,
+    Atom,
     construct_of,
     equations,
     jaxprs_of,
@@ -37,7 +39,7 @@ def inline(program: Program) -> Program:
     """
 
     @memoized
-    def has_products(jaxpr: Any) -> bool:
+    def has_products(jaxpr: AnyJaxpr) -> bool:
         return any(
             primitive_of(eqn) in (PRODUCT, RAGGED)
             or (ops.mark_of(eqn) is None and any(map(has_products, jaxprs_of(eqn))))
@@ -45,10 +47,10 @@ def inline(program: Program) -> Program:
         )
 
     @memoized
-    def visit(jaxpr: Any, differentiated: bool) -> Any:
+    def visit(jaxpr: AnyJaxpr, differentiated: bool) -> AnyJaxpr:
         if not has_products(jaxpr):
             return jaxpr
-        env: dict[Any, Any] = {}
+        env: dict[Var, Atom] = {}
         eqns = []
         for old in equations(jaxpr):
             eqn = reading(old, env)

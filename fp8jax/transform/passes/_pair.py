@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+from jax.extend.core import JaxprEqn, Var
+
 from fp8jax import _compat
 from fp8jax.transform.analysis import (
     OUTSIDE,
@@ -17,6 +19,8 @@ from fp8jax.transform.analysis import (
     inner_flags,
 )
 from fp8jax.transform.ir import (
+    AnyJaxpr,
+    Atom,
     Calls,
     Views,
     construct_of,
@@ -59,7 +63,7 @@ def pair(program: Program) -> Program:
     """The same program, with equal quantizations merged and others paired."""
     calls, passes = program.calls, Passes()
 
-    def visit(jaxpr: Any, flags: Flags, outer: Pass) -> Any:
+    def visit(jaxpr: AnyJaxpr, flags: Flags, outer: Pass) -> AnyJaxpr:
         weights = flagged(jaxpr, flags)
         old = equations(jaxpr)
         views = views_in(old)
@@ -78,8 +82,8 @@ def pair(program: Program) -> Program:
                 made = _made(eqn, way, weights, here.phase)
                 found[_value(made, views)].append(made)
             eqns.append(eqn)
-        new: dict[int, list[Any]] = {}  # By `id` of the equation, what it becomes.
-        env: dict[Any, Any] = {}
+        new: dict[int, list[JaxprEqn]] = {}  # By `id` of the equation, what it becomes.
+        env: dict[Var, Atom] = {}
         for several in found.values():
             _together(several, calls, new, env)
         eqns = [made for eqn in eqns for made in new.get(id(eqn), [eqn])]
@@ -92,7 +96,7 @@ def pair(program: Program) -> Program:
     return program.of(visited(program.jaxpr, program.is_weight, OUTSIDE))
 
 
-def _made(eqn: Any, way: Quantize, weights: set[Any], phase: Phase) -> _Made:
+def _made(eqn: JaxprEqn, way: Quantize, weights: set[Var], phase: Phase) -> _Made:
     return _Made(
         eqn,
         dataclasses.replace(way, is_early=False),
@@ -112,8 +116,8 @@ def _value(made: _Made, views: Views) -> Hashable:
 def _together(
     several: Sequence[_Made],
     calls: Calls,
-    new: dict[int, list[Any]],
-    env: dict[Any, Any],
+    new: dict[int, list[JaxprEqn]],
+    env: dict[Var, Atom],
 ) -> None:
     """Fills in what becomes of the quantizations of one matrix, and of their codes."""
     first_of: dict[Quantize, _Made] = {}

@@ -6,17 +6,22 @@ function it becomes one call of `ops.dot_general`, which brings its gradients al
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from jax.extend.core import JaxprEqn
 
 from fp8jax import _compat, ops
 from fp8jax.quant import QuantSpec
 from fp8jax.transform.analysis import SIDES, Side, read_transposed
 from fp8jax.transform.ir import (
+    AnyJaxpr,
+    Atom,
     Calls,
+    Replacer,
+    aval_of,
     dimension_numbers,
     is_product,
     name_of,
@@ -57,7 +62,7 @@ def replace(program: Program) -> Program:
     call whose result is collected.
     """
 
-    def replacer(jaxpr: Any, planned: _Planned) -> Callable[[Any, Any], list[Any]]:
+    def replacer(jaxpr: AnyJaxpr, planned: _Planned) -> Replacer:
         return _InJaxpr(jaxpr, planned, program.calls, program.measures).replace
 
     return program.of(rewrite_at(program.jaxpr, program.replacements, replacer))
@@ -68,7 +73,7 @@ class _InJaxpr:
 
     def __init__(
         self,
-        jaxpr: Any,
+        jaxpr: AnyJaxpr,
         planned: _Planned,
         calls: Calls,
         statistics: bool,
@@ -90,7 +95,7 @@ class _InJaxpr:
                 x, quantize = _operand(eqn, what, what.first)
                 self._early.add(self._key(x, quantize, eqn))
 
-    def replace(self, eqn: Any, what: Decision | RuleCall) -> list[Any]:
+    def replace(self, eqn: JaxprEqn, what: Decision | RuleCall) -> list[JaxprEqn]:
         if isinstance(what, RuleCall):
             return self._ruled(eqn, what)
         if isinstance(what, StaticDot):
@@ -101,14 +106,14 @@ class _InJaxpr:
             eqns = self._shared(eqn, what)
         else:
             eqns = self._alone(eqn, what)
-        (result,), out = eqns[-1].outvars, eqn.outvars[0].aval
-        same = (result.aval.shape, result.aval.dtype) == (out.shape, out.dtype)
-        same &= _compat.varying_axes(result.aval) == _compat.varying_axes(out)
-        same &= not _compat.is_explicit(out) or result.aval.sharding == out.sharding
-        assert same, f"{result.aval} cannot stand in for {out}"
+        (result,), out = eqns[-1].outvars, aval_of(eqn.outvars[0])
+        same = (aval_of(result).shape, aval_of(result).dtype) == (out.shape, out.dtype)
+        same &= _compat.varying_axes(aval_of(result)) == _compat.varying_axes(out)
+        same &= not _compat.is_explicit(out) or aval_of(result).sharding == out.sharding
+        assert same, f"{aval_of(result)} cannot stand in for {out}"
         return [*eqns[:-1], eqns[-1].replace(outvars=eqn.outvars)]
 
-    def _ruled(self, eqn: Any, what: RuleCall) -> list[Any]:
+    def _ruled(self, eqn: JaxprEqn, what: RuleCall) -> list[JaxprEqn]:
         """Equations of a function with a gradient rule, and of what it measures."""
         eqns, results = self._calls(what, eqn, *eqn.invars)
         assert eqns[-1].outvars == results, "one call gives all results"
@@ -118,12 +123,12 @@ class _InJaxpr:
             eqns += self._calls(Collect(), eqn, moments)[0]
         return eqns
 
-    def _alone(self, eqn: Any, what: QuantizedDot | LayerDot) -> list[Any]:
+    def _alone(self, eqn: JaxprEqn, what: QuantizedDot | LayerDot) -> list[JaxprEqn]:
         """Equations of a product that is one call."""
         if isinstance(what, LayerDot):
             call = Layer(what, dimension_numbers(eqn), *product_options(eqn))
         else:
-            dtype = np.dtype(eqn.outvars[0].aval.dtype)
+            dtype = np.dtype(aval_of(eqn.outvars[0]).dtype)
             exchanged = eqn.outvars[0] in self._exchanged
             call = Product(what, _layout(eqn), dtype, exchanged)
         product, _ = self._calls(call, eqn, *eqn.invars)
@@ -138,7 +143,7 @@ class _InJaxpr:
         measured, _ = self._calls(measure, eqn, *eqn.invars, out_spec=spec)
         return [*measured, *product]
 
-    def _shared(self, eqn: Any, what: QuantizedDot) -> list[Any]:
+    def _shared(self, eqn: JaxprEqn, what: QuantizedDot) -> list[JaxprEqn]:
         """Equations of a product of codes that other products use, too."""
         codes = [self._quantized(side, what, eqn) for side in SIDES]
         eqns = [made for new, _ in codes for made in new]
@@ -151,7 +156,7 @@ class _InJaxpr:
             what.role,
             _layout(eqn),
             (what.lhs_spec.tile, what.rhs_spec.tile),
-            np.dtype(eqn.outvars[0].aval.dtype),
+            np.dtype(aval_of(eqn.outvars[0]).dtype),
             what.implementation,
             exchanged=eqn.outvars[0] in self._exchanged,
         )
@@ -159,8 +164,8 @@ class _InJaxpr:
         return eqns + self._calls(multiply, eqn, *operands)[0]
 
     def _quantized(
-        self, side: Side, what: QuantizedDot, place: Any
-    ) -> tuple[list[Any], list[Any]]:
+        self, side: Side, what: QuantizedDot, place: JaxprEqn
+    ) -> tuple[list[JaxprEqn], list[Any]]:
         """Equations for the codes and scales of an operand, and both."""
         x, quantize = _operand(place, what, side)
         key = self._key(x, quantize, place)
@@ -172,8 +177,8 @@ class _InJaxpr:
         return eqns, self._codes[key]
 
     def _measured(
-        self, side: Side, what: QuantizedDot, place: Any
-    ) -> tuple[list[Any], list[Any]]:
+        self, side: Side, what: QuantizedDot, place: JaxprEqn
+    ) -> tuple[list[JaxprEqn], list[Any]]:
         """Equations for the moments of an operand that is quantized, and them."""
         x, quantize = _operand(place, what, side)
         key = self._key(x, quantize, place)
@@ -183,12 +188,12 @@ class _InJaxpr:
             eqns, self._codes[key, Moments] = made
         return eqns, self._codes[key, Moments]
 
-    def _key(self, x: Any, quantize: Quantize, place: Any) -> Hashable:
+    def _key(self, x: Atom, quantize: Quantize, place: JaxprEqn) -> Hashable:
         """The same for operands that are quantized to the same codes."""
         return name_of(x, self._views), quantize, place.ctx
 
 
-def _operand(eqn: Any, what: QuantizedDot, side: Side) -> tuple[Any, Quantize]:
+def _operand(eqn: JaxprEqn, what: QuantizedDot, side: Side) -> tuple[Any, Quantize]:
     """A product's operand, and how it is quantized."""
     lhs, rhs = _quantizations(eqn, (what.lhs_spec, what.rhs_spec), what.implementation)
     x, y = eqn.invars
@@ -196,7 +201,7 @@ def _operand(eqn: Any, what: QuantizedDot, side: Side) -> tuple[Any, Quantize]:
 
 
 def _quantizations(
-    eqn: Any, specs: tuple[QuantSpec, ...], implementation: str | None
+    eqn: JaxprEqn, specs: tuple[QuantSpec, ...], implementation: str | None
 ) -> tuple[Quantize, Quantize]:
     layout, (lhs_spec, rhs_spec) = _layout(eqn), specs
     return (
@@ -205,6 +210,6 @@ def _quantizations(
     )
 
 
-def _layout(eqn: Any) -> ops.Layout:
-    lhs, rhs = (x.aval.shape for x in eqn.invars)
+def _layout(eqn: JaxprEqn) -> ops.Layout:
+    lhs, rhs = (aval_of(x).shape for x in eqn.invars)
     return ops.plan(lhs, rhs, dimension_numbers(eqn), "fp8_transform")

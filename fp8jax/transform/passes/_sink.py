@@ -8,12 +8,16 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.extend.core import JaxprEqn, Var
 
 from fp8jax import _compat
 from fp8jax.transform.call import Dequantize
 from fp8jax.transform.ir import (
+    AnyJaxpr,
+    Atom,
     Calls,
     Construct,
+    aval_of,
     construct_of,
     entries_of,
     equations,
@@ -36,9 +40,11 @@ def sink(program: Program) -> Program:
     calls = program.calls
 
     @memoized
-    def visit(jaxpr: Any) -> Any:
-        made: dict[Any, Any] = {}  # The array's variable: the equation that makes it.
-        results: dict[Any, Any] = {}  # Of calls that are written out.
+    def visit(jaxpr: AnyJaxpr) -> AnyJaxpr:
+        made: dict[
+            Var, JaxprEqn
+        ] = {}  # The array's variable: the equation that makes it.
+        results: dict[Var, Atom] = {}  # Of calls that are written out.
         eqns, left = [], equations(jaxpr)
         while left:
             eqn = reading(left.pop(0), results)
@@ -63,18 +69,20 @@ def sink(program: Program) -> Program:
     return program.of(visit(program.jaxpr))
 
 
-def _reads(eqn: Any, made: dict[Any, Any]) -> bool:
+def _reads(eqn: JaxprEqn, made: dict[Var, JaxprEqn]) -> bool:
     return any(isinstance(x, core.Var) and x in made for x in eqn.invars)
 
 
-def _of_entries(eqn: Any, made: dict[Any, Any], calls: Calls) -> list[Any]:
+def _of_entries(
+    eqn: JaxprEqn, made: dict[Var, JaxprEqn], calls: Calls
+) -> list[JaxprEqn]:
     """Equations for entries of a stack that is made of codes; none if it is not so."""
     source: Any = eqn.invars[0] if eqn.invars else None
     if not isinstance(source, core.Var) or source not in made:
         return []
     call, inputs = calls.of(made[source]), made[source].invars
     assert call is not None
-    stack: Any = source.aval
+    stack: Any = aval_of(source)
     take = entries_of(eqn, before=stack.ndim - 2)
     if take is None:
         return []
@@ -82,15 +90,17 @@ def _of_entries(eqn: Any, made: dict[Any, Any], calls: Calls) -> list[Any]:
     def entries(data: jax.Array, scale: jax.Array, *indices: jax.Array) -> jax.Array:
         return call(take(data, *indices), take(scale, *indices))
 
-    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inputs]
-    at = [x.aval for x in eqn.invars[1:]]
+    avals = [jax.ShapeDtypeStruct(aval_of(v).shape, aval_of(v).dtype) for v in inputs]
+    at = [aval_of(x) for x in eqn.invars[1:]]
     traced = _compat.open_jaxpr(jax.make_jaxpr(entries)(*avals, *at))
     eqns, _ = splice(traced, [*inputs, *eqn.invars[1:]], moved_to(eqn))
     calls.add(eqns[-1], call)
     return [*eqns[:-1], eqns[-1].replace(outvars=eqn.outvars)]
 
 
-def _with_codes(construct: Construct, made: dict[Any, Any], calls: Calls) -> Construct:
+def _with_codes(
+    construct: Construct, made: dict[Var, JaxprEqn], calls: Calls
+) -> Construct:
     """A construct that takes codes and scales where it took an array."""
     taken = {
         x: made[x.operand]
@@ -126,16 +136,17 @@ def _with_codes(construct: Construct, made: dict[Any, Any], calls: Calls) -> Con
     return dataclasses.replace(construct, inputs=tuple(inputs)).settled()
 
 
-def _dequantization(eqn: Any, is_sliced: bool, calls: Calls) -> tuple[Any, list[Any]]:
+def _dequantization(
+    eqn: JaxprEqn, is_sliced: bool, calls: Calls
+) -> tuple[Any, list[Any]]:
     """That of what a body sees, as an equation, and the variables that it reads."""
     call = calls.of(eqn)
     assert isinstance(call, Dequantize)
-    avals = [
-        jax.ShapeDtypeStruct(v.aval.shape[is_sliced:], v.aval.dtype) for v in eqn.invars
-    ]
+    given = map(aval_of, eqn.invars)
+    avals = [jax.ShapeDtypeStruct(x.shape[is_sliced:], x.dtype) for x in given]
     traced = _compat.open_jaxpr(jax.make_jaxpr(call)(*avals))
     # Equal calls are traced once: each has variables of its own.
-    variables = [core.Var(v.aval) for v in traced.invars]
+    variables = [core.Var(aval_of(v)) for v in traced.invars]
     (made,), _ = splice(traced, variables, lambda _: {})
     calls.add(made, call)
     return made, variables

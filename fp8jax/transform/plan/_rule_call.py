@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.extend.core import JaxprEqn
 
 from fp8jax import _compat
 from fp8jax.quant import MOMENTS, sum_moments
@@ -51,7 +52,7 @@ class RuleCall:
         return tuple(dict.fromkeys(known))
 
     @classmethod
-    def of(cls, eqn: Any) -> "RuleCall":
+    def of(cls, eqn: JaxprEqn) -> "RuleCall":
         """The function that an equation calls, its rule traced.
 
         Raises:
@@ -60,10 +61,10 @@ class RuleCall:
         takes, gives = map(_differentiable, (eqn.invars, eqn.outvars))
         pullbacks = []
 
-        def forward(*operands: Any) -> Any:
+        def forward(*operands: jax.Array) -> Any:
             primals, others = _parted(operands, takes)
 
-            def run(*primals: Any) -> Any:
+            def run(*primals: jax.Array) -> Any:
                 results = _compat.bind(eqn, *_merged(primals, others, takes))
                 return _parted(results, gives)
 
@@ -72,7 +73,9 @@ class RuleCall:
             pullbacks.append(structure)
             return _merged(results, rest, gives), residuals
 
-        def backward(residuals: Any, cotangents: Any) -> Any:
+        def backward(
+            residuals: Sequence[jax.Array], cotangents: Sequence[jax.Array]
+        ) -> Any:
             return jax.tree.unflatten(pullbacks[-1], residuals)(tuple(cotangents))
 
         forward_jaxpr = jax.make_jaxpr(forward)(*(x.aval for x in eqn.invars))
@@ -98,7 +101,9 @@ class RuleCall:
             residuals, moments = rest[:n_residuals], rest[n_residuals:]
             return results + self._totals("forward", moments), residuals
 
-        def backward(residuals: Any, cotangents: Any) -> Any:
+        def backward(
+            residuals: Sequence[jax.Array], cotangents: Sequence[jax.Array]
+        ) -> Any:
             given, _ = _parted(cotangents[:n_results], self.gives)
             made = core.jaxpr_as_fun(self.backward)(*residuals, *given)
             nothing = [None] * self.takes.count(False)
