@@ -11,7 +11,7 @@ from jax import lax
 from fp8jax import _compat, ops
 from fp8jax.recipes import blocked_wgrad, deepseek_v3
 from fp8jax.transform import fp8_transform
-from fp8jax.transform._transposed import read_transposed
+from fp8jax.transform.analysis._transposed import read_transposed
 from fp8jax.transform.ir import jaxprs_of
 
 MATRICES = (((1,), (0,)), ((), ()))

@@ -1,6 +1,8 @@
 """Jaxprs: constructs, walks, dead code. Nothing here knows of FP8."""
 
-from fp8jax.transform.ir._constructs import CONSTRUCTS, Construct, Input, Result
+from fp8jax.transform.ir._calls import Calls
+from fp8jax.transform.ir._constructs import Construct
+from fp8jax.transform.ir._crossings import Input, Result
 from fp8jax.transform.ir._dead_code import without_dead_code
 from fp8jax.transform.ir._equations import (
     PRODUCT,
@@ -29,6 +31,7 @@ from fp8jax.transform.ir._equations import (
 )
 from fp8jax.transform.ir._jaxprs import called, jaxprs_of, shardings_of, with_jaxprs
 from fp8jax.transform.ir._order import in_order
+from fp8jax.transform.ir._positions import Position, Replacer, rewrite_at
 from fp8jax.transform.ir._splice import (
     casts_of_types,
     copied,
@@ -37,7 +40,11 @@ from fp8jax.transform.ir._splice import (
     read,
     reading,
     splice,
+    written_out,
 )
+from fp8jax.transform.ir._stacks import Stacks
+from fp8jax.transform.ir._table import CONSTRUCTS
+from fp8jax.transform.ir._types import AnyJaxpr, Atom, aval_of
 from fp8jax.transform.ir._views import Views, chain_of, name_of, views_in
 from fp8jax.transform.ir._walk import (
     construct_of,
@@ -51,11 +58,18 @@ __all__ = [
     "CONSTRUCTS",
     "PRODUCT",
     "RAGGED",
+    "AnyJaxpr",
+    "Atom",
+    "Calls",
     "Construct",
     "Input",
+    "Position",
+    "Replacer",
     "Result",
+    "Stacks",
     "Views",
     "asks_what_is_differentiated",
+    "aval_of",
     "broadcast_dimensions",
     "called",
     "called_name",
@@ -88,6 +102,7 @@ __all__ = [
     "ragged_numbers",
     "read",
     "reading",
+    "rewrite_at",
     "shardings_of",
     "signature",
     "splice",
@@ -97,4 +112,5 @@ __all__ = [
     "with_jaxprs",
     "without_barrier",
     "without_dead_code",
+    "written_out",
 ]

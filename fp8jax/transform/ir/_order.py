@@ -2,12 +2,11 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
-from jax.extend import core
+from jax.extend.core import JaxprEqn, Var
 
 
-def in_order(eqns: Sequence[Any]) -> list[Any]:
+def in_order(eqns: Sequence[JaxprEqn]) -> list[JaxprEqn]:
     """The same equations, moved up only as far as others need their results.
 
     Those with side effects keep their order.
@@ -18,7 +17,7 @@ def in_order(eqns: Sequence[Any]) -> list[Any]:
     maker = {v: eqn for eqn in eqns for v in eqn.outvars}
     effects = [eqn for eqn in eqns if eqn.effects]
     before = {id(b): a for a, b in itertools.pairwise(effects)}
-    out: list[Any] = []
+    out: list[JaxprEqn] = []
     done: set[int] = set()
     # A stack of its own: chains of equations are longer than Python's is deep.
     for last in eqns:
@@ -28,7 +27,8 @@ def in_order(eqns: Sequence[Any]) -> list[Any]:
             if id(eqn) in done:
                 stack.pop()
                 continue
-            needed = [maker[x] for x in eqn.invars if _is_in(x, maker)]
+            operands = (x for x in eqn.invars if isinstance(x, Var))
+            needed = [maker[x] for x in operands if x in maker]
             if id(eqn) in before:
                 needed.append(before[id(eqn)])
             missing = [x for x in needed if id(x) not in done]
@@ -39,7 +39,3 @@ def in_order(eqns: Sequence[Any]) -> list[Any]:
             done.add(id(eqn))
             out.append(eqn)
     return out
-
-
-def _is_in(x: Any, variables: dict[Any, Any]) -> bool:
-    return isinstance(x, core.Var) and x in variables

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from fp8jax.transform._calls import QuantizeMap
 from fp8jax.transform.ir import equations
+from fp8jax.transform.lower import QuantizeMap
 from tests.transform.passes.small import (
     LENGTH,
     D,
