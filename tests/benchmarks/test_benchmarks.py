@@ -288,9 +288,18 @@ def test_sanitizer_that_is_not_there_is_asked_for(monkeypatch, tmp_path, capsys)
 
 
 def test_sanitized_program_compares_every_kernel(monkeypatch, capsys):
+    def by_xla(name):
+        # Compiled as a whole, not step by step.
+        def run(*args, accumulate=None, **static):
+            if accumulate is not None:
+                args = *args, accumulate
+            return sanitize._by_xla(name, *args, **static)
+
+        return run
+
     def multiply(*args, config, **static):
         del config
-        return xla.gemm(*args, **static)
+        return by_xla("gemm")(*args, **static)
 
     monkeypatch.setattr(sanitize, "every_gemm_config", lambda *_: [None])
     # One row, and rows in several groups.
@@ -298,13 +307,13 @@ def test_sanitized_program_compares_every_kernel(monkeypatch, capsys):
     kernels = dir(sanitize.mosaic_gpu)
     replaced = [n for n in kernels if n.startswith(("quantize", "grouped"))]
     for name in ("gemm", "gemm_swiglu", *replaced):
-        monkeypatch.setattr(sanitize.mosaic_gpu, name, getattr(xla, name))
+        monkeypatch.setattr(sanitize.mosaic_gpu, name, by_xla(name))
     monkeypatch.setattr(sanitize.mosaic_gpu, "multiply", multiply)
 
     def multiply_rows(*args, config, out_dtype):
         assert config.cluster == 2
         tiles = {"lhs_tile": (1, 128), "rhs_tile": (128, 128)}
-        return xla.grouped_gemm(*args, **tiles, out_dtype=out_dtype)
+        return by_xla("grouped_gemm")(*args, **tiles, out_dtype=out_dtype)
 
     monkeypatch.setattr(sanitize.mosaic_gpu, "multiply_rows", multiply_rows)
 
@@ -327,7 +336,7 @@ def test_sanitized_program_compares_every_kernel(monkeypatch, capsys):
     monkeypatch.setattr(
         sanitize.mosaic_gpu,
         "grouped_gemm_k",
-        lambda *args, **static: xla.grouped_gemm_k(*args, **static) + 1,
+        lambda *args, **static: by_xla("grouped_gemm_k")(*args, **static) + 1,
     )
     with pytest.raises(AssertionError, match=r"grouped_gemm_k \w+ of .*"):
         run_all()
