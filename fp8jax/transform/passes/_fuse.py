@@ -200,22 +200,47 @@ def _fits(root: _Root) -> bool:
 
 def _groups(roots: Sequence[_Root], graph: Graph) -> list[_Group]:
     """The roots that are fused, those that read the same matrices together."""
+    groups = []
+    for together in _related(roots, graph):
+        group = _group(together, graph)
+        if group is not None:
+            groups.append(group)
+        elif len(together) > 1:
+            groups += _greedy(together, graph)
+    return groups
+
+
+def _related(roots: Sequence[_Root], graph: Graph) -> list[list[_Root]]:
+    """Roots of one kind that are connected by matrices that their chains read."""
+    related: list[tuple[list[_Root], set[Var]]] = []
+    for root in roots:
+        chain = chain_to([root.value], graph, {id(eqn) for eqn in root.eqns})
+        if chain is None:
+            continue
+        members, matrices = [root], set(chain.matrices)
+        apart = []
+        for others, theirs in related:
+            if others[0].kind == root.kind and not theirs.isdisjoint(matrices):
+                members, matrices = others + members, matrices | theirs
+            else:
+                apart.append((others, theirs))
+        related = [*apart, (members, matrices)]
+    return [members for members, _ in related]
+
+
+def _greedy(roots: Sequence[_Root], graph: Graph) -> list[_Group]:
+    """Groups of roots that no single call can make: each joins the first that may."""
     groups: list[_Group] = []
     for root in roots:
-        alone = _group([root], graph)
-        if alone is None:
-            continue
         for i, group in enumerate(groups):
-            if group.roots[0].kind != root.kind or set(group.chain.matrices).isdisjoint(
-                alone.chain.matrices
-            ):
-                continue
             together = _group([*group.roots, root], graph)
             if together is not None:
                 groups[i] = together
                 break
         else:
-            groups.append(alone)
+            alone = _group([root], graph)
+            if alone is not None:
+                groups.append(alone)
     return groups
 
 
