@@ -98,7 +98,7 @@ def static_equations(
     calls: Callable[..., tuple[list[JaxprEqn], list[Any]]],
     codes: dict[Hashable, list[Any]],
 ) -> list[JaxprEqn]:
-    """The equations that stand in for a `dot_general` of a stored weight.
+    """Makes the equations that stand in for a `dot_general` of a stored weight.
 
     Args:
         eqn: the product.

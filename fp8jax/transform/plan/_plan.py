@@ -58,7 +58,7 @@ def make_plan(
     weights: int,
     stored: StoredOperands,
 ) -> Plan:
-    """Decides on every product.
+    """Decides what becomes of every product.
 
     Args:
         assignments: the roles.
@@ -110,7 +110,7 @@ def with_doubts(
     policy: Policy,
     told: bool,
 ) -> Plan:
-    """The plan of a whole step, and its report, with what to doubt about them.
+    """Adds to a whole step's plan what there is to doubt about it.
 
     Args:
         plan: without.
@@ -127,7 +127,7 @@ def with_doubts(
 
 
 def doubting(plan: Plan, doubts: tuple[str, ...]) -> Plan:
-    """The plan, and its report, with more to warn of."""
+    """Adds doubts to the plan and to its report."""
     report = dataclasses.replace(plan.report, notes=(*plan.report.notes, *doubts))
     return dataclasses.replace(plan, report=report, doubts=(*plan.doubts, *doubts))
 
