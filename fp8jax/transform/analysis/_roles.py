@@ -181,7 +181,8 @@ def _wgrads(
     layers = {a.dot.position: a for a in assigned if a.role in ("fprop", "recompute")}
     taken = {a.dot.position for a in assigned if a.role == "dgrad"}
     found: dict[Position, Assignment] = {}
-    for gradient in gradients(dots):
+    # Apart, so that none of an expert's products stands for one that may be in FP8.
+    for gradient in (*gradients(dots), *gradients(dots, batched=True)):
         layer = layers.get(gradient.forward.position)
         position = gradient.dot.position
         # The gradient of the other operand is no wgrad, and what is known as dgrad, by
