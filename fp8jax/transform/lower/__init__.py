@@ -15,7 +15,7 @@ from fp8jax.transform.lower._calls import (
 )
 from fp8jax.transform.lower._program import Program
 from fp8jax.transform.lower._ragged import ragged_call
-from fp8jax.transform.lower._stored_calls import static_equations
+from fp8jax.transform.lower._stored_calls import stored_equations
 
 __all__ = [
     "COLLECTED",
@@ -31,5 +31,5 @@ __all__ = [
     "QuantizeBoth",
     "Statistics",
     "ragged_call",
-    "static_equations",
+    "stored_equations",
 ]

@@ -40,14 +40,14 @@ from fp8jax.transform.lower import (
     Quantize,
     Statistics,
     ragged_call,
-    static_equations,
+    stored_equations,
 )
 from fp8jax.transform.plan import (
     Decision,
     LayerDot,
     QuantizedDot,
     RuleCall,
-    StaticDot,
+    StoredDot,
     specs_of,
 )
 
@@ -99,8 +99,8 @@ class _InJaxpr:
     def replace(self, eqn: JaxprEqn, what: Decision | RuleCall) -> list[JaxprEqn]:
         if isinstance(what, RuleCall):
             return self._ruled(eqn, what)
-        if isinstance(what, StaticDot):
-            return static_equations(eqn, what, self._calls, self._codes)
+        if isinstance(what, StoredDot):
+            return stored_equations(eqn, what, self._calls, self._codes)
         if not is_product(eqn):
             # Rows in groups are quantized within the call: groups share no codes yet.
             eqns, _ = self._calls(ragged_call(eqn, what), eqn, *eqn.invars)

@@ -36,7 +36,7 @@ class LayerDot:
 
 
 @dataclasses.dataclass(frozen=True)
-class StaticDot:
+class StoredDot:
     """A product of an activation, quantized online, and a stored weight.
 
     Attributes:
@@ -76,12 +76,12 @@ class StaticDot:
         return pair if self.weight == "rhs" else (stored, self.spec)
 
 
-Decision = QuantizedDot | LayerDot | StaticDot
+Decision = QuantizedDot | LayerDot | StoredDot
 
 
 def specs_of(replacement: Decision | None) -> tuple[QuantSpec, ...]:
     """The specs of both operands, if the product itself is in FP8; else ()."""
-    if isinstance(replacement, StaticDot):
+    if isinstance(replacement, StoredDot):
         return replacement.specs
     if isinstance(replacement, QuantizedDot):
         return replacement.lhs_spec, replacement.rhs_spec
