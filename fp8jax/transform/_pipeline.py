@@ -13,11 +13,13 @@ from fp8jax.transform.passes._carry import carry
 from fp8jax.transform.passes._clean import clean
 from fp8jax.transform.passes._collect import collect
 from fp8jax.transform.passes._dedupe import dedupe
+from fp8jax.transform.passes._fuse import fuse
 from fp8jax.transform.passes._hoist import hoist
 from fp8jax.transform.passes._inline import inline
 from fp8jax.transform.passes._pair import pair
 from fp8jax.transform.passes._replace import replace
 from fp8jax.transform.passes._sink import sink
+from fp8jax.transform.passes._unblock import unblock
 
 PASSES: dict[str, Callable[[Program], Program]] = {
     # Nested jitted functions that hold products are written out where they are called.
@@ -32,6 +34,10 @@ PASSES: dict[str, Callable[[Program], Program]] = {
     "hoist": hoist,
     # Equal quantizations are made once, and those of one matrix two ways in one call.
     "pair": pair,
+    # What is computed elementwise only to be quantized is computed by the quantization.
+    "fuse": fuse,
+    # Backward scans read slices of what the forward pass stacked where they lie.
+    "unblock": unblock,
     # What a scan or a call was given twice, it is given once.
     "dedupe": dedupe,
     # What products' quantizations cost, with `stats=`, comes out of nested jaxprs.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
 from fp8jax.transform.ir._types import aval_of
@@ -123,6 +124,38 @@ def entries_of(eqn: JaxprEqn, before: int) -> Callable[..., jax.Array] | None:
     return None
 
 
+def broadcast_dimensions(eqn: JaxprEqn) -> tuple[int, ...] | None:
+    """Of a `broadcast_in_dim`, which of the result's its operand's are; else None."""
+    if eqn.primitive.name != "broadcast_in_dim" or len(eqn.invars) > 1:
+        return None
+    return tuple(int(dim) for dim in eqn.params["broadcast_dimensions"])
+
+
+def power_of(eqn: JaxprEqn) -> int | None:
+    """Of an `integer_pow`, the power."""
+    return int(eqn.params["y"]) if eqn.primitive.name == "integer_pow" else None
+
+
+def has_default_accuracy(eqn: JaxprEqn) -> bool:
+    """Whether the equation asks for no accuracy of its own, as exponentials may."""
+    return eqn.params.get("accuracy") is None
+
+
+def keeps_all_bits(eqn: JaxprEqn) -> bool:
+    """Whether the equation is a `reduce_precision` to what its operand has."""
+    if eqn.primitive.name != "reduce_precision":
+        return False
+    info = jnp.finfo(aval_of(eqn.invars[0]).dtype)
+    return eqn.params["exponent_bits"] == info.nexp and (
+        eqn.params["mantissa_bits"] == info.nmant
+    )
+
+
+def is_placement(eqn: JaxprEqn) -> bool:
+    """Whether the equation gives its operand as it is, placed on devices."""
+    return eqn.primitive.name in ("mesh_cast", "reshard", "sharding_constraint")
+
+
 def is_cast(eqn: JaxprEqn) -> bool:
     """Whether the equation gives its operand in another dtype."""
     return eqn.primitive.name == "convert_element_type"
@@ -145,6 +178,11 @@ def is_differentiated(eqn: JaxprEqn) -> bool:
     """Whether the equation is the backward pass of a remat."""
     # Remat alone has the parameter, and of the forward pass it says False.
     return eqn.params.get("differentiated", False)
+
+
+def without_barrier(remat: JaxprEqn) -> JaxprEqn:
+    """A remat that XLA may merge with what is around it."""
+    return remat.replace(params={**remat.params, "prevent_cse": False})
 
 
 def called_name(eqn: JaxprEqn) -> str:

@@ -11,8 +11,10 @@ from fp8jax.transform.lower._calls import (
     Product,
     Quantize,
     QuantizeBoth,
+    QuantizeMap,
     Statistics,
 )
+from fp8jax.transform.lower._chains import Chain, Graph, chain_to, may_be_in_chain
 from fp8jax.transform.lower._program import Program
 from fp8jax.transform.lower._ragged import ragged_call
 from fp8jax.transform.lower._stored_calls import stored_equations
@@ -20,7 +22,9 @@ from fp8jax.transform.lower._stored_calls import stored_equations
 __all__ = [
     "COLLECTED",
     "MAKING_CODES",
+    "Chain",
     "Collect",
+    "Graph",
     "Layer",
     "Measure",
     "Moments",
@@ -29,7 +33,10 @@ __all__ = [
     "Program",
     "Quantize",
     "QuantizeBoth",
+    "QuantizeMap",
     "Statistics",
+    "chain_to",
+    "may_be_in_chain",
     "ragged_call",
     "stored_equations",
 ]

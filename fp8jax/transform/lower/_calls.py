@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fp8jax import ops
+from fp8jax._elementwise import Elementwise
 from fp8jax.ops import marked
-from fp8jax.quant import QTensor, QuantSpec, moments
+from fp8jax.quant import QTensor, QuantSpec, moments, quantize_map
 from fp8jax.transform.analysis import Role, Side
 from fp8jax.transform.plan import LayerDot, QuantizedDot
 
@@ -81,6 +82,55 @@ class QuantizeBoth:
             x, one.operand, one.spec, other.spec, one.implementation
         )
         return tuple(a for q in both for a in (q.data, q.scale))
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeMap:
+    """A marked call that makes codes of values that it computes elementwise.
+
+    Attributes:
+        function: of the values, as matrices.
+        shape: of those matrices.
+        ways: for each of its results, how it is quantized: along one side or both.
+    """
+
+    function: Elementwise
+    shape: tuple[int, int]
+    ways: tuple[tuple[Quantize, ...], ...]
+
+    @property
+    def specs(self) -> tuple[tuple[QuantSpec | None, QuantSpec | None], ...]:
+        """Of each result and of its transpose, None where it is not quantized."""
+        by_side = [{way.operand.contraction: way for way in ways} for ways in self.ways]
+        return tuple(
+            (ways[1].spec if 1 in ways else None, ways[0].spec if 0 in ways else None)
+            for ways in by_side
+        )
+
+    @property
+    def implementation(self) -> str | None:
+        return self.ways[0][0].implementation
+
+    def __call__(self, *inputs: jax.Array) -> tuple[jax.Array, ...]:
+        return marked("quantize_map", self._run)(*inputs)
+
+    def _run(self, *inputs: jax.Array) -> tuple[jax.Array, ...]:
+        rows, columns = self.shape
+        shapes = {"matrix": self.shape, "rows": (rows, 1), "columns": (1, columns)}
+        arrays = [
+            x.reshape(shapes[kind]) if x.ndim else jnp.full(shapes[kind], x)
+            for x, kind in zip(inputs, self.function.kinds, strict=True)
+        ]
+        found = quantize_map(
+            self.function, arrays, self.specs, implementation=self.implementation
+        )
+        codes: list[jax.Array] = []
+        for (along, across), ways in zip(found, self.ways, strict=True):
+            for way in ways:
+                q = along if way.operand.contraction == 1 else across
+                assert q is not None, "each way was asked for"
+                codes += [q.data, q.scale]
+        return tuple(codes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,4 +292,8 @@ class Measure:
 
 
 COLLECTED = Statistics, Collect, Measure  # Calls whose results are collected.
-MAKING_CODES = Quantize, QuantizeBoth  # Calls whose results are codes and scales.
+MAKING_CODES = (
+    Quantize,
+    QuantizeBoth,
+    QuantizeMap,
+)  # Calls whose results are codes and scales.
