@@ -76,9 +76,7 @@ def static_weight_dot(
     def plain(x: jax.Array | QTensor, kernel: QTensor) -> jax.Array:
         return summed_product(_values(x, out_dtype), _values(kernel, out_dtype))
 
-    return typed_as(
-        plain, without_derivative(name, plain if 0 in x.shape else product), x, kernel
-    )
+    return _of_codes(name, plain, product, x, kernel)
 
 
 def _dot(
@@ -160,8 +158,7 @@ def static_weight_rms_norm(
         h = _values(h, out_dtype)
         return tuple(summed_product(h, _values(w, out_dtype)) for w in kernels)
 
-    run = without_derivative(name, plain if 0 in x.shape else products)
-    return typed_as(plain, run, x, scale, *kernels)
+    return _of_codes(name, plain, products, x, scale, *kernels)
 
 
 def _rms_norm_dots(
@@ -252,9 +249,7 @@ def static_weight_swiglu(
         h = summed_product(rows, weights[0]) * summed_product(rows, weights[1])
         return summed_product(h, weights[2])
 
-    return typed_as(
-        plain, without_derivative(name, plain if 0 in x.shape else product), x, *kernels
-    )
+    return _of_codes(name, plain, product, x, *kernels)
 
 
 def _gated(
@@ -346,6 +341,22 @@ def _quantized(
     if isinstance(x, QTensor):
         return x
     return quantize(x, spec, implementation=implementation)
+
+
+def _of_codes(
+    name: str, plain: Callable[..., Any], product: Callable[..., Any], *args: Any
+) -> Any:
+    """`product(*args)`, of the type that `plain(*args)` has, and without a derivative.
+
+    Args:
+        name: of the caller, for errors.
+        plain: the same of dequantized operands. It also serves an x without elements,
+            which no kernel takes.
+        product: of codes.
+        args: the activation, then what it meets.
+    """
+    run = plain if 0 in args[0].shape else product
+    return typed_as(plain, without_derivative(name, run), *args)
 
 
 def without_derivative(name: str, product: Callable[..., Any]) -> Callable[..., Any]:

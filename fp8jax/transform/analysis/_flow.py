@@ -19,7 +19,7 @@ FlowRule = Callable[["Flow", Any, Sequence[Value], Scope], Sequence[Value]]
 
 
 class Flow:
-    """One walk over a jaxpr: what each product's operands depend on.
+    """Follows values through a jaxpr, to tell what each product's operands are made of.
 
     Attributes:
         closure: `Value.leaves` of arrays that are no arguments.
@@ -74,10 +74,12 @@ class Flow:
         return Value(1 << leaf, number, number)
 
     def constant(self, x: Any) -> Value:
-        """The value of something that is no argument: a literal or a closed-over array.
+        """The value of a literal or of a closed-over array.
 
         Scalars depend on nothing, so that a rescaled weight stays a weight.
         """
+        # Equal literals are one value wherever they stand. An array may be large, and
+        # is told by the object.
         if np.ndim(x) == 0 and not isinstance(x, core.Var):
             number = self.number("literal", str(x), str(getattr(x, "dtype", type(x))))
             return Value(0, number, number)
@@ -107,6 +109,7 @@ class Flow:
                 return self.constant(atom.val)
             return env[atom]
 
+        # An open jaxpr names its constants without having them: then by the variable.
         consts = _compat.jaxpr_consts(jaxpr) or inner.constvars
         env.update(zip(inner.constvars, map(self.constant, consts), strict=True))
         env.update(zip(inner.invars, inputs, strict=True))
@@ -116,6 +119,7 @@ class Flow:
             rule = self._rules.get(primitive_of(eqn), self._default)
             operands = [value_of(v) for v in eqn.invars]
             here = scope.at(i, eqn, self._passes, is_read)
+            # After names, values: what a backward pass computes again has its names.
             here = here.in_phase(self.phases.of(here.phase, operands))
             env.update(zip(eqn.outvars, rule(self, eqn, operands, here), strict=True))
         return [value_of(v) for v in inner.outvars]

@@ -1,4 +1,4 @@
-"""Which product is what in a train step: fprop, dgrad, wgrad, recomputation, other."""
+"""Tells what each product is in a step: fprop, dgrad, wgrad, recomputation, other."""
 
 import collections
 import dataclasses
@@ -67,6 +67,7 @@ def differentiated_leaves(
         a backward product may be the gradient of: of one of several.
     """
     operands: dict[Position, set[Value]] = collections.defaultdict(set)
+    # One backward product may be the gradient of several: of the layers that share it.
     for gradient in gradients(dots):
         operand = gradient.forward.operand(gradient.side)
         operands[gradient.dot.position].add(operand)
@@ -77,6 +78,7 @@ def differentiated_leaves(
             leaf = operand.only_leaf
             if leaf is not None and leaf < len(is_float) and is_float[leaf]:
                 leaves |= 1 << leaf
+        # One value, though it may be read as several: a weight used twice is sure.
         if len({operand.root for operand in several}) == 1:
             sure |= leaves
         else:
@@ -97,7 +99,7 @@ def forward_leaves(dots: Sequence[Dot]) -> int:
 def assign(
     dots: Sequence[Dot], weights: int, leaf_sizes: Sequence[int]
 ) -> list[Assignment]:
-    """The role of every product.
+    """Assigns a role to every product.
 
     Args:
         dots: of the whole function.
@@ -113,8 +115,10 @@ def assign(
             return _marked(dot, len(leaf_sizes))
         if second_order:
             return Assignment(dot, "other", reason=SECOND_ORDER)
+        # Wgrads among them are found below: they have no parameter for an operand.
         if phase == "backward":
             return _dgrad(dot, weights, leaf_sizes)
+        # In a forward function all is outside: its callers differentiate it.
         if phase == "outside" and whole_step:
             return Assignment(dot, "other", reason=OUTSIDE)
         role = "recompute" if phase == "recompute" else "fprop"
@@ -130,6 +134,7 @@ def _marked(dot: Dot, n_leaves: int) -> Assignment:
     role: Role = "recompute" if dot.scope.phase == "recompute" else "fprop"
     if dot.scope.phase == "backward":
         role = "wgrad" if dot.blocked is None else "dgrad"
+    # Tiles of one row on both sides do not tell which one is the weight.
     if dot.blocked is None:
         return Assignment(dot, role)
     leaf = dot.operand(dot.blocked).only_leaf
@@ -155,6 +160,8 @@ def _forward(
 
 
 def _dgrad(dot: Dot, weights: int, leaf_sizes: Sequence[int]) -> Assignment:
+    # Without a cotangent beside it, a parameter in the backward pass is multiplied in
+    # what a hand-written rule computes again.
     sides: list[Side] = [
         side
         for side in SIDES
@@ -174,9 +181,12 @@ def _wgrads(
     layers = {a.dot.position: a for a in assigned if a.role in ("fprop", "recompute")}
     taken = {a.dot.position for a in assigned if a.role == "dgrad"}
     found: dict[Position, Assignment] = {}
-    for gradient in gradients(dots):
+    # Apart, so that none of an expert's products stands for one that may be in FP8.
+    for gradient in (*gradients(dots), *gradients(dots, batched=True)):
         layer = layers.get(gradient.forward.position)
         position = gradient.dot.position
+        # The gradient of the other operand is no wgrad, and what is known as dgrad, by
+        # the parameter in it, stays that.
         if layer is None or layer.side != gradient.side or position in taken:
             continue
         assert layer.weight is not None, "layers have weights"
@@ -200,5 +210,6 @@ def _is_weight(dot: Dot, side: Side, weights: int) -> bool:
 
 
 def _largest(leaves: int, leaf_sizes: Sequence[int]) -> int:
+    # Of a fused weight and its bias or scale, the weight names the layer.
     members = [i for i, _ in enumerate(leaf_sizes) if leaves >> i & 1]
     return max(members, key=lambda i: leaf_sizes[i])

@@ -44,7 +44,7 @@ _BLOCK = 128
 
 
 def fuse(program: Program) -> Program:
-    """The same program, with chains where their codes are made.
+    """Moves chains to where their codes are made.
 
     A value that something else reads, too, is left: it exists anyway. The numbers are
     those of the chain's steps, each rounded to its dtype.
@@ -55,6 +55,7 @@ def fuse(program: Program) -> Program:
     def visit(jaxpr: AnyJaxpr) -> AnyJaxpr:
         eqns = [with_bodies(eqn, visit) for eqn in equations(jaxpr)]
         outvars = _compat.open_jaxpr(jaxpr).outvars
+        # Only where chains are found are calls written out: elsewhere they stay shared.
         if any(_ways(eqn, calls) for eqn in eqns):
             fused = _fused(eqns, outvars, calls)
             if fused is not None:
@@ -80,7 +81,7 @@ class _Root:
 
     @property
     def kind(self) -> Hashable:
-        """The same for those that one call can make."""
+        """A key that roots share whose codes one call can make."""
         way, eqn = self.ways[0], self.eqns[0]
         return aval_of(self.value).shape, way.other_tiles, way.implementation, eqn.ctx
 
@@ -128,7 +129,7 @@ def _fused(
 def _with_calls_written_out(
     old: Sequence[JaxprEqn],
 ) -> tuple[list[JaxprEqn], dict[Var, Atom]]:
-    """The equations without calls of functions that chains may pass through.
+    """Writes out calls of functions that chains may pass through.
 
     Returns:
         The equations, and what stands for the results of those calls.
@@ -159,7 +160,7 @@ def _inner(eqn: JaxprEqn) -> list[JaxprEqn]:
 
 
 def _ways(eqn: JaxprEqn, calls: Calls) -> tuple[Quantize, ...]:
-    """How an equation quantizes its operand; () of all others."""
+    """How an equation quantizes its operand; () if it does not."""
     way = calls.of(eqn)
     if isinstance(way, QuantizeBoth):
         return way.one, way.other
@@ -191,6 +192,7 @@ def _fits(root: _Root) -> bool:
         len(set(sides)) == len(sides)
         and {(way.matrix, way.other_tiles) for way in root.ways}
         == {(first.matrix, first.other_tiles)}
+        # The kernel reads the matrix as it lies: nothing may be moved before.
         and first.operand.permutation == tuple(range(len(shape)))
         and first.operand.shape == matrix
         and all(side and side % _BLOCK == 0 for side in matrix)
@@ -211,7 +213,10 @@ def _groups(roots: Sequence[_Root], graph: Graph) -> list[_Group]:
 
 
 def _related(roots: Sequence[_Root], graph: Graph) -> list[list[_Root]]:
-    """Roots of one kind that are connected by matrices that their chains read."""
+    """Roots of one kind that are connected by matrices that their chains read.
+
+    Without a matrix in common one call would read no less than two do.
+    """
     related: list[tuple[list[_Root], set[Var]]] = []
     for root in roots:
         chain = chain_to([root.value], graph, {id(eqn) for eqn in root.eqns})
@@ -248,9 +253,11 @@ def _group(roots: Sequence[_Root], graph: Graph) -> _Group | None:
     """A call for these roots; None if no kernel takes the chain, or order forbids."""
     eqns = {id(eqn) for root in roots for eqn in root.eqns}
     chain = chain_to([root.value for root in roots], graph, eqns)
+    # What is made of the group's own codes cannot stand before the call as well.
     if chain is None or any(graph.depends(x, eqns) for x in chain.inputs):
         return None
     group = _Group(tuple(roots), chain)
     call = group.call
     how = call.specs, call.implementation
+    # Asked now: once the equations are gone, a refusal would have no way back.
     return group if maps_like_quantize(call.function, call.shape, *how) else None

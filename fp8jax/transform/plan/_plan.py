@@ -16,7 +16,7 @@ from fp8jax.transform.analysis import (
 )
 from fp8jax.transform.call import Leaf
 from fp8jax.transform.ir import Position
-from fp8jax.transform.plan._decisions import Decision, LayerDot, QuantizedDot, StaticDot
+from fp8jax.transform.plan._decisions import Decision, LayerDot, QuantizedDot, StoredDot
 from fp8jax.transform.plan._doubts import doubts, inputs
 from fp8jax.transform.plan._kernels import Verdict, implementation_of, on_devices
 from fp8jax.transform.plan._obstacles import another_form, layer_obstacles, unsupported
@@ -24,7 +24,7 @@ from fp8jax.transform.plan._policy import Policy
 from fp8jax.transform.plan._report import Report
 from fp8jax.transform.plan._rows import first_side, row_of
 from fp8jax.transform.plan._rule_call import RuleCall
-from fp8jax.transform.plan._stored_plan import notes_on, static_dot
+from fp8jax.transform.plan._stored_plan import notes_on, stored_dot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def make_plan(
     weights: int,
     stored: StoredOperands,
 ) -> Plan:
-    """Decides on every product.
+    """Decides what becomes of every product.
 
     Args:
         assignments: the roles.
@@ -76,15 +76,15 @@ def make_plan(
     for a in assignments:
         of_dot = stored.of_dots.get(a.dot.position)
         if of_dot and not whole_step:
-            verdict = Verdict(*static_dot(a, of_dot, leaves, policy, unsupported))
+            verdict = Verdict(*stored_dot(a, of_dot, leaves, policy, unsupported))
         else:
             verdict = _decide(a, leaves, policy, obstacles, whole_step, data)
         verdict = on_devices(verdict, a.dot, spread, kernel_of)
         if verdict.replacement is not None:
             replacements[a.dot.position] = verdict.replacement
         rows.append(row := row_of(a, leaves, verdict, kernel_of))
-        is_static = isinstance(verdict.replacement, StaticDot)
-        if row.tiles and not is_static and a.dot.ragged is None:
+        is_stored = isinstance(verdict.replacement, StoredDot)
+        if row.tiles and not is_stored and a.dot.ragged is None:
             measured.append((row.path, row.role))
     matched = {
         policy.rule_for(leaves[layer].path, role, *_features(a))
@@ -110,7 +110,7 @@ def with_doubts(
     policy: Policy,
     told: bool,
 ) -> Plan:
-    """The plan of a whole step, and its report, with what to doubt about them.
+    """Adds to a whole step's plan what there is to doubt about it.
 
     Args:
         plan: without.
@@ -127,7 +127,7 @@ def with_doubts(
 
 
 def doubting(plan: Plan, doubts: tuple[str, ...]) -> Plan:
-    """The plan, and its report, with more to warn of."""
+    """Adds doubts to the plan and to its report."""
     report = dataclasses.replace(plan.report, notes=(*plan.report.notes, *doubts))
     return dataclasses.replace(plan, report=report, doubts=(*plan.doubts, *doubts))
 
