@@ -7,12 +7,13 @@ blocks they are neither: only their inputs are read.
 
 import dataclasses
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from jax.extend.core import JaxprEqn, Var
 
 from fp8jax import _compat
 from fp8jax.quant import maps_like_quantize
+from fp8jax.transform.analysis import OUTSIDE, Pass, Passes
 from fp8jax.transform.ir import (
     AnyJaxpr,
     Atom,
@@ -25,7 +26,6 @@ from fp8jax.transform.ir import (
     memoized,
     read,
     reading,
-    with_bodies,
     with_equations,
     written_out,
 )
@@ -46,23 +46,34 @@ _BLOCK = 128
 def fuse(program: Program) -> Program:
     """Moves chains to where their codes are made.
 
-    A value that something else reads, too, is left: it exists anyway. The numbers are
+    A value that something else reads, too, is left: it exists anyway. So is one that
+    a forward pass keeps for a backward pass beside it. The numbers are
     those of the chain's steps, each rounded to its dtype.
     """
-    calls = program.calls
+    calls, passes = program.calls, Passes()
 
-    @memoized
-    def visit(jaxpr: AnyJaxpr) -> AnyJaxpr:
-        eqns = [with_bodies(eqn, visit) for eqn in equations(jaxpr)]
+    def visit(jaxpr: AnyJaxpr, outer: Pass) -> AnyJaxpr:
+        def in_backward(eqn: JaxprEqn) -> bool:
+            return passes.at(outer, eqn).phase in ("recompute", "backward")
+
+        eqns = []
+        for eqn in equations(jaxpr):
+            here = passes.at(outer, eqn)
+            construct = construct_of(eqn)
+            if construct is not None:
+                contexts = [here] * len(construct.bodies)
+                eqn = construct.visited(visited, contexts).equation()
+            eqns.append(eqn)
         outvars = _compat.open_jaxpr(jaxpr).outvars
         # Only where chains are found are calls written out: elsewhere they stay shared.
         if any(_ways(eqn, calls) for eqn in eqns):
-            fused = _fused(eqns, outvars, calls)
+            fused = _fused(eqns, outvars, calls, in_backward)
             if fused is not None:
                 return with_equations(jaxpr, *fused)
         return with_equations(jaxpr, eqns)
 
-    return program.of(visit(program.jaxpr))
+    visited = memoized(visit, key=lambda outer: outer.phase)
+    return program.of(visited(program.jaxpr, OUTSIDE))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,12 +116,15 @@ class _Group:
 
 
 def _fused(
-    old: Sequence[JaxprEqn], outvars: Sequence[Atom], calls: Calls
+    old: Sequence[JaxprEqn],
+    outvars: Sequence[Atom],
+    calls: Calls,
+    in_backward: Callable[[JaxprEqn], bool],
 ) -> tuple[list[JaxprEqn], list[Atom]] | None:
     """Equations and results with chains in calls; None if there are none."""
     eqns, env = _with_calls_written_out(old)
     outvars = [read(x, env) for x in outvars]
-    graph = Graph(eqns, outvars)
+    graph = Graph(eqns, outvars, in_backward)
     groups = _groups(_roots(eqns, graph, calls), graph)
     if not groups:
         return None
@@ -178,7 +192,8 @@ def _roots(eqns: Sequence[JaxprEqn], graph: Graph, calls: Calls) -> list[_Root]:
         ways = tuple(way for eqn in several for way in _ways(eqn, calls))
         root = _Root(value, tuple(several), ways)
         alone = not graph.is_read_beside(value, {id(eqn) for eqn in several})
-        if alone and value in graph.maker and _fits(root):
+        made_here = value in graph.maker and value not in graph.kept
+        if alone and made_here and _fits(root):
             found.append(root)
     return found
 
