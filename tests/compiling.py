@@ -41,13 +41,17 @@ def lies_in(item: pytest.Item, places: tuple[str, ...]) -> bool:
 
 
 def share(config: pytest.Config) -> None:
-    """What one worker or subprocess compiled, the others load: of this session."""
-    if jax.config.jax_compilation_cache_dir:
-        return
-    folder = tempfile.TemporaryDirectory(prefix="fp8jax-tests-")
-    config.add_cleanup(folder.cleanup)
+    """What one worker or subprocess compiled, the others load: of this session.
+
+    And of the next, if the environment names a folder that stays.
+    """
+    folder = jax.config.jax_compilation_cache_dir
+    if folder is None:
+        made = tempfile.TemporaryDirectory(prefix="fp8jax-tests-")
+        config.add_cleanup(made.cleanup)
+        folder = made.name
     for name, value in {
-        "jax_compilation_cache_dir": folder.name,
+        "jax_compilation_cache_dir": folder,
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }.items():
