@@ -18,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import fp8jax
 from fp8jax import matmul, numerics, ops, quant
+from fp8jax._elementwise import Elementwise, Step
 from fp8jax.quant import BLOCK_128X128, TILE_1X128, TILE_128X1, QTensor
 
 SIDE = 128
@@ -29,6 +30,8 @@ W = fp8jax.quantize(X / 8, BLOCK_128X128)
 EXPERTS = fp8jax.quantize(jnp.stack([X / 8, X / 8]), BLOCK_128X128)
 SIZES = jnp.array([SIDE // 2, SIDE // 2], jnp.int32)
 FP32 = fp8jax.QuantSpec(scale="fp32")
+F32 = np.dtype(np.float32)
+TWICE = Elementwise(("matrix",), (F32,), (Step("add", (0, 0), F32),), (1,))
 
 
 def codes(x: jax.Array, tile: tuple[int, int] = (1, 128)) -> QTensor:
@@ -135,6 +138,10 @@ REFUSES: dict[str, Use] = {
     "quant.quantize_grouped": (
         lambda x: quant.quantize_grouped(x, SIZES),
         "quantize_grouped",
+    ),
+    "quant.quantize_map": (
+        lambda x: quant.quantize_map(TWICE, [x], [(TILE_1X128, None)]),
+        "quantize_map",
     ),
     "quant.quantize_rms_norm": (
         lambda x: quant.quantize_rms_norm(x, X[0]),
@@ -296,6 +303,7 @@ NOTHING_TO_DIFFERENTIATE = {
     *("ops.takes_own_product", "ops.without_derivative"),
     *("quant.BLOCK_128X128", "quant.MOMENTS", "quant.QTensor", "quant.QuantSpec"),
     *("quant.TILE_128X1", "quant.TILE_1X128", "quant.grouped_columns"),
+    "quant.maps_like_quantize",
     *("transform.Report", "transform.Row", "transform.plot_statistics"),
 }
 ROOMS = ("quant", "matmul", "numerics", "ops", "transform", "checkpoint", "linen")
