@@ -165,8 +165,9 @@ def _check_dgate(got, inputs):
     gate, up, dh = (np.asarray(x).astype(np.float64) for x in inputs)
     sigmoid = 1 / (1 + np.exp(-gate))
     one, other = dh * up * sigmoid, gate * dh * up * (sigmoid * (1 - sigmoid))
-    # A bfloat16 is rounded by up to 2^-8 of it: sigmoid, dh * up and one; of 1 - sigmoid
-    # as much of 1, not of itself; and the sum. E4M3 by 2^-4, of the scale 2^-10 at least.
+    # A bfloat16 is rounded by up to 2^-8 of it: sigmoid, dh * up and one; of
+    # 1 - sigmoid as much of 1, not of itself; and the sum. E4M3 is by 2^-4 of it, or by
+    # 2^-10 of the scale.
     bound = 2.0**-8 * (
         3 * np.abs(one) + 6 * np.abs(other) + np.abs(gate * dh * up * sigmoid)
     ) + 2.0**-8 * np.abs(one + other)
