@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax.quant import QTensor
+from fp8jax.transform._gradients import operands_of
 from fp8jax.transform._roles import differentiated_leaves, forward_leaves, is_whole_step
-from fp8jax.transform._values import Dot
+from fp8jax.transform._values import Dot, other_side
 
 Weights: TypeAlias = Callable[[str], bool] | int | str | Collection[int | str] | None
 
@@ -34,6 +35,7 @@ class Leaf:
         size: elements.
         is_float: whether it can be differentiated.
         is_stored: whether it holds the codes or the scales of a QTensor.
+        is_key: whether it is the state of a random number generator.
     """
 
     argument: str
@@ -43,6 +45,7 @@ class Leaf:
     size: int
     is_float: bool
     is_stored: bool = False
+    is_key: bool = False
 
     @property
     def full_path(self) -> str:
@@ -110,6 +113,7 @@ def _leaves(name: str, number: int | None, arg: Any) -> list[Leaf]:
                     size=math.prod(_aval(x).shape),
                     is_float=jnp.issubdtype(_aval(x).dtype, jnp.floating),
                     is_stored=is_stored,
+                    is_key=_is_key(_aval(x)),
                 )
             )
     return found
@@ -117,6 +121,12 @@ def _leaves(name: str, number: int | None, arg: Any) -> list[Leaf]:
 
 def _aval(x: Any) -> Any:
     return x if hasattr(x, "shape") and hasattr(x, "dtype") else jax.typeof(x)
+
+
+def _is_key(x: Any) -> bool:
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return True
+    return x.dtype == jnp.uint32 and x.shape[-1:] == (2,)  # As by `jax.random.PRNGKey`.
 
 
 def _class_names(x: Any) -> set[str]:
@@ -177,7 +187,13 @@ def weights_after(weights: Weights, count: int) -> Weights:
     return [w + count if isinstance(w, int) else w for w in weights]
 
 
-def weight_mask(weights: Weights, leaves: Sequence[Leaf], dots: Sequence[Dot]) -> int:
+def weight_mask(
+    weights: Weights,
+    leaves: Sequence[Leaf],
+    dots: Sequence[Dot],
+    updated: int,
+    returned: int,
+) -> int:
     """Which leaves are parameters, as `Value.leaves`.
 
     What `weights` says; else the leaves that the step differentiates and their
@@ -185,14 +201,24 @@ def weight_mask(weights: Weights, leaves: Sequence[Leaf], dots: Sequence[Dot]) -
     else those in `params`, or of type `nnx.Param`; else, if the function is a forward
     pass, those of the first argument, if that is a container.
 
+    Args:
+        weights: what the user said.
+        leaves: of the arguments.
+        dots: of the function.
+        updated: `Value.leaves` of what gradients go into.
+        returned: `Value.leaves` of those of which a result may be the gradient.
+
     Raises:
         ValueError: If `weights` names an argument that the call lacks.
     """
     if weights is not None:
         return _mask(_named(weights, leaves))
     if is_whole_step(dots):
-        sure, unsure = differentiated_leaves(dots, [leaf.is_float for leaf in leaves])
+        is_float = [leaf.is_float for leaf in leaves]
+        sure, unsure = differentiated_leaves(dots, is_float, updated)
+        unsure = unsure & returned or unsure
         found = sure | _of_families(sure, unsure, leaves)
+        found &= ~_inputs(found, leaves, dots)
         if found:
             return found | _siblings(found, leaves, forward_leaves(dots))
     stored = [leaf.is_stored for leaf in leaves]
@@ -208,11 +234,24 @@ def _of_families(sure: int, unsure: int, leaves: Sequence[Leaf]) -> int:
     """Of leaves whose gradient may be another's, those beside a leaf that is sure.
 
     A teacher's first layer meets the student's input and has its sizes, and a batch of
-    real images meets the weight that generated ones meet. All of them, if none is sure.
+    real images meets the weight that generated ones meet. If none is sure, those in
+    containers, or else all of them.
     """
     families = {leaf.family for i, leaf in enumerate(leaves) if sure >> i & 1}
-    near = [not families or leaf.family in families for leaf in leaves]
-    return unsure & _mask(near)
+    if families:
+        return unsure & _mask([leaf.family in families for leaf in leaves])
+    return unsure & _mask([bool(leaf.keys) for leaf in leaves]) or unsure
+
+
+def _inputs(found: int, leaves: Sequence[Leaf], dots: Sequence[Dot]) -> int:
+    """Of leaves with a gradient, arrays that meet one in a container: data, then."""
+    bare = _mask([not leaf.keys for leaf in leaves]) & found
+    inputs = 0
+    for dot, side in operands_of(dots) if bare else ():
+        x, weight = dot.operand(side), dot.operand(other_side(side))
+        if dot.scope.phase == "forward" and weight.versions & found & ~bare:
+            inputs |= 0 if x.others else x.versions & bare
+    return inputs
 
 
 def _siblings(found: int, leaves: Sequence[Leaf], examined: int) -> int:

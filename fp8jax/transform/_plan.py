@@ -207,8 +207,9 @@ def _layer_obstacles(assignments: Sequence[Assignment]) -> dict[int, str]:
         if a.weight is None or a.role not in ("fprop", "recompute"):
             continue
         # A weight used twice is in reach if one of its products is.
-        if obstacles.get(a.weight, "unknown"):
-            obstacles[a.weight] = unsupported(a.dot)
+        for layer in _layers(a):
+            if obstacles.get(layer, "unknown"):
+                obstacles[layer] = unsupported(a.dot)
     return obstacles
 
 

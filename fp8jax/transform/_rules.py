@@ -7,6 +7,7 @@ from typing import Any
 
 from fp8jax import _compat, numerics, ops
 from fp8jax.transform._interpreter import Flow, FlowRule
+from fp8jax.transform._lineage import alternative, changed, picked, spread, updated
 from fp8jax.transform._loop_rules import loop_rule
 from fp8jax.transform._ragged_form import of_marked, ragged_of
 from fp8jax.transform._values import (
@@ -58,7 +59,7 @@ _VIEWS = (
     "squeeze",
     "transpose",
 )
-_SLICES = ("dynamic_slice", "gather", "slice", "split")
+_SLICES = ("dynamic_slice", "gather", "slice", "split", "unstack")
 # Why what a rule stands beside stays as it is: the rule would not agree with it.
 _LEFT: dict[str, str] = {
     "derivative": HAND_WRITTEN,
@@ -71,16 +72,37 @@ _LEFT: dict[str, str] = {
 def elementwise(
     flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
+    """What is known of most primitives: results are operands, changed."""
+    value = changed(eqn, operands, _joined(operands, eqn, scope))
+    if scope.phase == "backward":
+        value = spread(value)
+    elif scope.phase == "outside":
+        flow.updated |= updated(eqn, operands)
+    return _seen(flow, eqn, operands, value)
+
+
+def _mixed(
+    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
+) -> list[Value]:
     """What is known of any primitive: results depend on all operands."""
+    return _seen(flow, eqn, operands, _joined(operands, eqn, scope))
+
+
+def _joined(operands: Sequence[Value], eqn: Any, scope: Scope) -> Value:
     value = joined(operands)
     # Integers have no derivatives: a loop's counter is none, where it counts backward.
     is_integer = not any(is_inexact(v.aval) for v in eqn.outvars)
     is_forward = scope.phase in ("forward", "recompute")
-    value = dataclasses.replace(
+    cotangent = value.cotangent or (scope.phase == "backward" and not is_integer)
+    return dataclasses.replace(
         value,
-        cotangent=value.cotangent or (scope.phase == "backward" and not is_integer),
+        cotangent=cotangent,
         residual=is_forward or (is_integer and not value.cotangent),
+        others=0 if cotangent else value.others,
     )
+
+
+def _seen(flow: Flow, eqn: Any, operands: Sequence[Value], value: Value) -> list[Value]:
     if any(hasattr(v.aval, "inner_aval") for v in eqn.invars):
         # What is read from a mutable array may come from anywhere.
         value = dataclasses.replace(value, leaves=value.leaves | flow.closure)
@@ -92,13 +114,16 @@ def opaque(
     flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
     """A primitive we do not enter: products in its jaxprs are only reported."""
+    jaxprs = jaxprs_of(eqn)
+    if not jaxprs:
+        return elementwise(flow, eqn, operands, scope)
     number = flow.number("unknown", scope.position)
     unknown = dataclasses.replace(joined(operands), number=number, root=number)
     reason = f"inside {primitive_of(eqn)}: not handled, left as it is"
-    for i, jaxpr in enumerate(jaxprs_of(eqn)):
+    for i, jaxpr in enumerate(jaxprs):
         inputs = [unknown] * len(_compat.open_jaxpr(jaxpr).invars)
         flow.walk(jaxpr, inputs, scope.inside(i, blocked=reason))
-    return elementwise(flow, eqn, operands, scope)
+    return _mixed(flow, eqn, operands, scope)
 
 
 def _view(flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope) -> list[Value]:
@@ -114,14 +139,22 @@ def _broadcast(
 ) -> list[Value]:
     if eqn.invars[0].aval.size == eqn.outvars[0].aval.size:
         return _view(flow, eqn, operands, scope)
-    return elementwise(flow, eqn, operands, scope)
+    return [*map(spread, elementwise(flow, eqn, operands, scope))]
+
+
+def _random(
+    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
+) -> list[Value]:
+    # Noise on a weight leaves it the weight.
+    return [*map(spread, elementwise(flow, eqn, operands, scope))]
 
 
 def _slice(
     flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
     flow.readers.gathered(eqn, operands)
-    return _numbered(flow, eqn, operands, joined(operands))
+    value = picked(joined(operands), operands[0], operands[1:])
+    return _numbered(flow, eqn, operands, value)
 
 
 def _dot_general(
@@ -188,7 +221,7 @@ def _marked(
         return _product(flow, eqn, operands, scope)
     jaxprs = jaxprs_of(eqn)
     if len(jaxprs) != 1 or len(eqn.invars) == 1:
-        return elementwise(flow, eqn, operands, scope)
+        return _mixed(flow, eqn, operands, scope)
     return flow.walk(jaxprs[0], operands, scope.inside(blocked=OURS))
 
 
@@ -225,7 +258,9 @@ def _chosen(flow: Flow, index: Value, values: Sequence[Value]) -> Value:
     ordered = sorted(informed, key=lambda v: v.number)
     number = flow.number("chosen", index.number, *(v.number for v in values))
     flow.chosen[number] = (index.number, tuple(values))
-    return dataclasses.replace(joined([index, *ordered]), number=number, root=number)
+    parts = any(v.parts for v in ordered)
+    value = alternative(joined([index, *ordered]), ordered, parts)
+    return dataclasses.replace(value, number=number, root=number)
 
 
 def _in_branch(flow: Flow, index: Value, branch: int, x: Value) -> Value:
@@ -241,7 +276,7 @@ def _in_branch(flow: Flow, index: Value, branch: int, x: Value) -> Value:
 def _product(
     flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
-    values = elementwise(flow, eqn, operands, scope)
+    values = _mixed(flow, eqn, operands, scope)
     near = flow.readers.product(scope.position)
     return [
         dataclasses.replace(value, product=True, near=near, part=0) for value in values
@@ -288,6 +323,7 @@ RULES: dict[str, FlowRule] = {
     "broadcast_in_dim": _broadcast,
     "conv_general_dilated": _convolution,
     "dot_general": _dot_general,
+    "random_bits": _random,
     "ragged_dot": _ragged_dot,
     "ragged_dot_general": _ragged_dot,
 }

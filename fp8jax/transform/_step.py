@@ -43,8 +43,9 @@ from fp8jax.transform._rules import RULES, opaque
 from fp8jax.transform._statistics import named_statistics
 from fp8jax.transform._stored import Dequantize, StoredOperands
 from fp8jax.transform._stored_calls import as_arrays
-from fp8jax.transform._values import Dot, Scope
+from fp8jax.transform._values import Dot
 from fp8jax.transform._warn import warn
+from fp8jax.transform._weights import Parameters
 from fp8jax.transform.ir import equations
 
 NO_DERIVATIVE = (
@@ -213,13 +214,15 @@ class Step:
         leaves = self._describe(args, kwargs)
         flow = _flow(jaxpr, len(leaves))
         dots = [flow.dots[position] for position in sorted(flow.dots)]
-        mask = weight_mask(self._weights, leaves, dots)
+        evidence = flow.updated, flow.returned
+        mask = weight_mask(self._weights, leaves, dots, *evidence)
         sizes = [leaf.size for leaf in leaves]
+        keys = sum(1 << i for i, leaf in enumerate(leaves) if leaf.is_key)
 
         def decide(
             dots: Sequence[Dot], whole_step: bool, programs: Sequence[Any]
         ) -> Plan:
-            found = assign(dots, mask, sizes)
+            found = assign(dots, Parameters.of(mask, dots, sizes, keys))
             told = map(_spread_of, self.outer.shardings)
             in_program = map(spread_of_program, (jaxpr, *programs))
             spread = max(key.spread, *told, *in_program)
@@ -243,7 +246,7 @@ def _flow(jaxpr: Any, n_leaves: int) -> Flow:
     """A program, walked: a second time by its names alone, if that has to be."""
     for trusts_names in (False, True):
         flow = Flow(RULES, opaque, 1 << n_leaves, trusts_names)
-        flow.walk(jaxpr, [flow.input(i) for i in range(n_leaves)], Scope())
+        flow.run(jaxpr)
         # Where a result of the forward pass is the cotangent, as in `vjp(f, x)[1](y)`,
         # all of the backward pass looks like a recomputation.
         if not flow.phases.overrules or is_whole_step([*flow.dots.values()]):

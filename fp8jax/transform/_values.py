@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -34,6 +34,10 @@ class Value:
         cotangent: whether the backward pass went into it.
         residual: whether it was made in the forward pass, or made again as it was, or
             of integers alone.
+        ended: whether that pass is over: an optimizer, say, made it of gradients.
+        versions: leaves of which it is a version, scaled, masked, stacked or updated.
+        others: leaves that went into all of its elements otherwise, gradients aside.
+        parts: whether versions are side by side in it.
         near: products that it comes from without another one in between, as bits; no
             part of what makes two values equal.
         part: of a log-sum-exp: 1 for exponentials, 2 for their sum; likewise.
@@ -46,9 +50,20 @@ class Value:
     product: bool = False
     cotangent: bool = False
     residual: bool = False
+    ended: bool = False
+    versions: int = 0
+    others: int = 0
+    parts: bool = False
     near: int = dataclasses.field(default=0, compare=False)
     part: int = dataclasses.field(default=0, compare=False)
     one_hot: bool = dataclasses.field(default=False, compare=False)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether it is repeated numbers of arguments, a version of none."""
+        return bool(self.leaves) and not (
+            self.versions or self.others or self.cotangent
+        )
 
     @property
     def only_leaf(self) -> int | None:
@@ -58,16 +73,25 @@ class Value:
         return self.leaves.bit_length() - 1
 
 
+def union(leaves: Iterable[int]) -> int:
+    """All that are in one of these sets of bits."""
+    return functools.reduce(operator.or_, leaves, 0)
+
+
 def joined(values: Sequence[Value]) -> Value:
     """Depends on all of them; is none of them."""
+    leaves = union(v.leaves for v in values)
+    cotangent = any(v.cotangent for v in values)
     return Value(
-        leaves=functools.reduce(operator.or_, (v.leaves for v in values), 0),
+        leaves=leaves,
         number=-1,
         root=-1,
         product=any(v.product for v in values),
-        cotangent=any(v.cotangent for v in values),
+        cotangent=cotangent,
         residual=all(v.residual for v in values),
-        near=functools.reduce(operator.or_, (v.near for v in values), 0),
+        ended=any(v.ended for v in values),
+        others=0 if cotangent else leaves,
+        near=union(v.near for v in values),
         part=max((v.part for v in values), default=0),
     )
 
