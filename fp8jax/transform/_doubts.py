@@ -10,6 +10,7 @@ import collections
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 
+from fp8jax.transform._frozen import is_layer
 from fp8jax.transform._gradients import gradient_sizes, operands_of, sizes_of
 from fp8jax.transform._leaves import Leaf
 from fp8jax.transform._policy import Policy
@@ -103,13 +104,7 @@ def _is_layer(a: Assignment, leaf: int, leaves: Sequence[Leaf], policy: Policy) 
     dot = a.dot
     sides: list[Side] = ["lhs", "rhs"]
     sides = [side for side in sides if dot.operand(side).only_leaf == leaf]
-    if len(sides) != 1 or dot.dimension_numbers is None:
-        return False
-    (lhs, rhs), _ = dot.dimension_numbers
-    x = other_side(sides[0])
-    contracted, last = (lhs, rhs)[x == "rhs"], dot.aval(x).ndim - 1
-    # A matrix from the left mixes rows, as a graph's adjacency does: it is data.
-    if last not in contracted:
+    if len(sides) != 1 or not is_layer(dot, other_side(sides[0])):
         return False
     k, n = dot.contraction, dot.free(sides[0])
     return policy.gemm(leaves[leaf].path, "fprop", k, n)[0] is not None

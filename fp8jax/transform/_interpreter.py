@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
-from fp8jax import _compat
+from fp8jax import _compat, ops
 from fp8jax.transform._lineage import begun, outside
 from fp8jax.transform._liveness import Read, reads
 from fp8jax.transform._phase_flow import PhasesByFlow
-from fp8jax.transform._phases import Passes
+from fp8jax.transform._phases import Passes, Phase
 from fp8jax.transform._readers import Readers
 from fp8jax.transform._values import Dot, HandWritten, Position, Scope, Value
 from fp8jax.transform.ir import jaxprs_of, primitive_of, with_jaxprs
@@ -200,12 +200,20 @@ class Flow:
                     if isinstance(v, core.Var) and env[v].ended:
                         env[v] = begun(env[v])
             operands = [value_of(v) for v in eqn.invars]
-            here = here.in_phase(self.phases.of(here.phase, operands))
+            here = here.in_phase(self._phase_of(here.phase, eqn, operands))
             results = rule(self, eqn, operands, here)
             if here.phase == "outside":
                 results = [*map(outside, results)]
             env.update(zip(eqn.outvars, results, strict=True))
         return [value_of(v) for v in inner.outvars]
+
+    def _phase_of(self, phase: Phase, eqn: Any, operands: Sequence[Value]) -> Phase:
+        # What dequantizes a weight in a backward body reads no cotangent, and is not
+        # where the backward pass begins.
+        is_ours = phase == "backward" and ops.mark_of(eqn) is not None
+        if is_ours and not any(x.cotangent for x in operands):
+            return "recompute"
+        return self.phases.of(phase, operands)
 
 
 def _type_of(v: Any) -> tuple[Any, Any]:

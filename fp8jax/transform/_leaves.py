@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax.quant import QTensor
+from fp8jax.transform._frozen import frozen_leaves
 from fp8jax.transform._gradients import operands_of
-from fp8jax.transform._roles import differentiated_leaves, forward_leaves, is_whole_step
+from fp8jax.transform._roles import differentiated_leaves, is_whole_step
 from fp8jax.transform._values import Dot, other_side
+from fp8jax.transform._weights import Parameters
 
 Weights: TypeAlias = Callable[[str], bool] | int | str | Collection[int | str] | None
 
@@ -196,10 +198,11 @@ def weight_mask(
 ) -> int:
     """Which leaves are parameters, as `Value.leaves`.
 
-    What `weights` says; else the leaves that the step differentiates and their
-    siblings; else, in a forward pass, QTensors, beside which arrays stay as they are;
-    else those in `params`, or of type `nnx.Param`; else, if the function is a forward
-    pass, those of the first argument, if that is a container.
+    What `weights` says; else the leaves that the step differentiates, frozen ones
+    that gradients pass on the way, and the siblings of both; else, in a forward pass,
+    QTensors, beside which arrays stay as they are; else those in `params`, or of type
+    `nnx.Param`; else, if the function is a forward pass, those of the first argument,
+    if that is a container.
 
     Args:
         weights: what the user said.
@@ -220,7 +223,7 @@ def weight_mask(
         found = sure | _of_families(sure, unsure, leaves)
         found &= ~_inputs(found, leaves, dots)
         if found:
-            return found | _siblings(found, leaves, forward_leaves(dots))
+            return found | _siblings(found, leaves, dots)
     stored = [leaf.is_stored for leaf in leaves]
     if any(stored) and not is_whole_step(dots):
         return _mask(stored)
@@ -237,7 +240,7 @@ def _of_families(sure: int, unsure: int, leaves: Sequence[Leaf]) -> int:
     real images meets the weight that generated ones meet. If none is sure, those in
     containers, or else all of them.
     """
-    families = {leaf.family for i, leaf in enumerate(leaves) if sure >> i & 1}
+    families = _families(sure, leaves)
     if families:
         return unsure & _mask([leaf.family in families for leaf in leaves])
     return unsure & _mask([bool(leaf.keys) for leaf in leaves]) or unsure
@@ -254,11 +257,35 @@ def _inputs(found: int, leaves: Sequence[Leaf], dots: Sequence[Dot]) -> int:
     return inputs
 
 
-def _siblings(found: int, leaves: Sequence[Leaf], examined: int) -> int:
-    """Leaves beside those found, less the ones seen to have no gradient."""
-    families = {leaf.family for i, leaf in enumerate(leaves) if found >> i & 1}
-    near = [leaf.is_float and leaf.family in families for leaf in leaves]
-    return _mask(near) & ~examined
+def _siblings(found: int, leaves: Sequence[Leaf], dots: Sequence[Dot]) -> int:
+    """Leaves beside trained parameters, and frozen ones with those beside them."""
+    parameters = parameters_of(found, dots, leaves)
+    frozen = frozen_leaves(dots, parameters) & ((1 << len(leaves)) - 1)
+    frozen |= _mask([leaf.is_stored for leaf in leaves])
+    near = _families(found, leaves)
+    near |= _families(frozen, leaves) - _families(parameters.data, leaves)
+    # Codes of a base may be integers, as those of its other layers are.
+    stored = {(leaf.family, leaf.is_float) for leaf in _chosen(frozen, leaves)}
+    beside = [
+        leaf.family in near
+        and (leaf.is_float or (leaf.family, leaf.is_float) in stored)
+        for leaf in leaves
+    ]
+    return _mask(beside) & ~parameters.data
+
+
+def parameters_of(mask: int, dots: Sequence[Dot], leaves: Sequence[Leaf]) -> Parameters:
+    """The parameters among leaves, with what is data beside them."""
+    keys = _mask([leaf.is_key for leaf in leaves])
+    return Parameters.of(mask, dots, [leaf.size for leaf in leaves], keys)
+
+
+def _families(chosen: int, leaves: Sequence[Leaf]) -> set[tuple[str, ...]]:
+    return {leaf.family for leaf in _chosen(chosen, leaves)}
+
+
+def _chosen(chosen: int, leaves: Sequence[Leaf]) -> list[Leaf]:
+    return [leaf for i, leaf in enumerate(leaves) if chosen >> i & 1]
 
 
 def _named(weights: Any, leaves: Sequence[Leaf]) -> list[bool]:

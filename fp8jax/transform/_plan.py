@@ -109,9 +109,11 @@ def make_plan(
     kernel_of = functools.cache(_implementation)  # It traces a GEMM each time.
     for a in assignments:
         of_dot = stored.of_dots.get(a.dot.position)
-        if of_dot and not whole_step:
+        verdict = _Verdict(None)
+        if of_dot and a.role != "wgrad":
             verdict = _Verdict(*static_dot(a, of_dot, leaves, policy, unsupported))
-        else:
+        # Codes of other tiles are made anew in a step, whose gradients read them, too.
+        if not of_dot or (whole_step and verdict.replacement is None):
             verdict = _decide(a, leaves, policy, obstacles, whole_step, data)
         verdict = _on_devices(verdict, a.dot, spread, kernel_of)
         if verdict.replacement is not None:

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from fp8jax.transform._gradients import gradients, operands_of
+from fp8jax.transform._gradients import gradients
 from fp8jax.transform._phases import is_second_order
 from fp8jax.transform._values import (
     MARKED,
@@ -97,16 +97,6 @@ def _trained(x: Value, updated: int) -> tuple[int, int]:
     # What else it was made of, as a mask or what a norm's gain scales, has none.
     sure = x.versions & updated
     return (sure, 0) if sure or x.others else (0, x.versions)
-
-
-def forward_leaves(dots: Sequence[Dot]) -> int:
-    """Leaves that, cast or sliced at most, some forward product multiplies by."""
-    found = 0
-    for dot, side in operands_of(dots):
-        leaf = dot.operand(side).only_leaf
-        if leaf is not None and dot.scope.phase in ("forward", "recompute"):
-            found |= 1 << leaf
-    return found
 
 
 def assign(dots: Sequence[Dot], parameters: Parameters) -> list[Assignment]:

@@ -26,6 +26,7 @@ from fp8jax.transform._leaves import (
     Leaf,
     Weights,
     leaves_of,
+    parameters_of,
     positional_names,
     weight_mask,
 )
@@ -45,7 +46,6 @@ from fp8jax.transform._stored import Dequantize, StoredOperands
 from fp8jax.transform._stored_calls import as_arrays
 from fp8jax.transform._values import Dot
 from fp8jax.transform._warn import warn
-from fp8jax.transform._weights import Parameters
 from fp8jax.transform.ir import equations
 
 NO_DERIVATIVE = (
@@ -216,19 +216,19 @@ class Step:
         dots = [flow.dots[position] for position in sorted(flow.dots)]
         evidence = flow.updated, flow.returned
         mask = weight_mask(self._weights, leaves, dots, *evidence)
-        sizes = [leaf.size for leaf in leaves]
-        keys = sum(1 << i for i, leaf in enumerate(leaves) if leaf.is_key)
 
         def decide(
             dots: Sequence[Dot], whole_step: bool, programs: Sequence[Any]
         ) -> Plan:
-            found = assign(dots, Parameters.of(mask, dots, sizes, keys))
+            found = assign(dots, parameters_of(mask, dots, leaves))
             told = map(_spread_of, self.outer.shardings)
             in_program = map(spread_of_program, (jaxpr, *programs))
             spread = max(key.spread, *told, *in_program)
             rules = found_rules(flow.readers, found, leaves)
             policy = dataclasses.replace(self._policy, found=rules)
-            plan = make_plan(found, leaves, policy, whole_step, spread, mask, stored)
+            # Of a gradient rule's program, positions are its own.
+            known = StoredOperands({}, frozenset()) if programs else stored
+            plan = make_plan(found, leaves, policy, whole_step, spread, mask, known)
             is_told = self._weights is not None
             return with_doubts(plan, found, leaves, policy, is_told)
 
