@@ -10,7 +10,7 @@ import collections
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 
-from fp8jax.transform._frozen import is_layer
+from fp8jax.transform._frozen import multiplies_features
 from fp8jax.transform._gradients import gradient_sizes, operands_of, sizes_of
 from fp8jax.transform._leaves import Leaf
 from fp8jax.transform._policy import Policy
@@ -102,11 +102,10 @@ def overlooked(
 def _is_layer(a: Assignment, leaf: int, leaves: Sequence[Leaf], policy: Policy) -> bool:
     """Whether a product would be a layer in FP8, were the leaf its weight."""
     dot = a.dot
-    sides: list[Side] = ["lhs", "rhs"]
-    sides = [side for side in sides if dot.operand(side).only_leaf == leaf]
-    if len(sides) != 1 or not is_layer(dot, other_side(sides[0])):
+    if not multiplies_features(dot, leaf):
         return False
-    k, n = dot.contraction, dot.free(sides[0])
+    side: Side = "lhs" if dot.lhs.only_leaf == leaf else "rhs"
+    k, n = dot.contraction, dot.free(side)
     return policy.gemm(leaves[leaf].path, "fprop", k, n)[0] is not None
 
 

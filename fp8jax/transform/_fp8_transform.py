@@ -16,7 +16,9 @@ from fp8jax.transform import _nnx, _stages
 from fp8jax.transform._arguments import CallKey, Static
 from fp8jax.transform._custom_rules import check_custom_rules
 from fp8jax.transform._leaves import Weights, check_weights, weights_after
+from fp8jax.transform._modules import has_modules
 from fp8jax.transform._outer_jit import OuterJit, outer_jit
+from fp8jax.transform._parameters import name_of
 from fp8jax.transform._pipeline import check_without
 from fp8jax.transform._policy import Policy
 from fp8jax.transform._report import Report
@@ -185,6 +187,9 @@ class Fp8Function:
         self._without_modules: set[CallKey] = set()
         self._nnx_steps: dict[Hashable, Step] = {}
 
+    def __repr__(self) -> str:
+        return f"fp8_transform({name_of(self.__wrapped__)})"
+
     def __get__(self, instance: Any, owner: type | None = None) -> "Fp8Function":
         """The method of an instance; what is traced and compiled is for all of them."""
         if instance is None:
@@ -269,7 +274,7 @@ class Fp8Function:
         key = call[0]
         if key in self._without_modules:
             return self._step, call, None
-        if not _nnx.has_modules((args, kwargs)):
+        if not has_modules((args, kwargs)):
             self._without_modules.add(key)
             return self._step, call, None
         modules = _nnx.NnxCall.of(*self._step.options.with_statics(args, kwargs))

@@ -9,7 +9,7 @@ multiplied by parameters themselves, and a matrix that mixes rows, as a graph's.
 from collections.abc import Sequence
 
 from fp8jax.transform._gradients import gradients
-from fp8jax.transform._values import Dot, Side, other_side
+from fp8jax.transform._values import SIDES, Dot, Side, other_side
 from fp8jax.transform._weights import Parameters
 
 
@@ -42,3 +42,9 @@ def is_layer(dot: Dot, side: Side) -> bool:
         return False
     contracted = dot.dimension_numbers[0][side == "rhs"]
     return dot.aval(side).ndim - 1 in contracted
+
+
+def multiplies_features(dot: Dot, leaf: int) -> bool:
+    """Whether a leaf is one operand, and the other one's features are contracted."""
+    sides: list[Side] = [side for side in SIDES if dot.operand(side).only_leaf == leaf]
+    return len(sides) == 1 and is_layer(dot, other_side(sides[0]))

@@ -11,24 +11,9 @@ from typing import Any
 import jax
 
 from fp8jax.transform._leaves import Leaf, leaves_of, positional_names
+from fp8jax.transform._modules import is_module, is_module_or_state
 from fp8jax.transform._outer_jit import OuterJit
 from fp8jax.transform._parameters import Chosen, name_of
-
-
-def has_modules(tree: Any) -> bool:
-    """Whether a pytree holds an NNX module, optimizer, or variable of its own."""
-    return any(map(_is_module, jax.tree.leaves(tree, is_leaf=_is_module_or_state)))
-
-
-def _is_module(x: Any) -> bool:
-    nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and isinstance(x, (nnx.Pytree, nnx.Module, nnx.Variable))
-
-
-def _is_module_or_state(x: Any) -> bool:
-    # Variables in a State are values: it came out of nnx.split.
-    nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and (_is_module(x) or isinstance(x, nnx.State))
 
 
 @jax.tree_util.register_dataclass
@@ -62,12 +47,12 @@ class NnxCall:
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "NnxCall":
         nnx: Any = sys.modules["flax.nnx"]
         arguments = args, kwargs
-        leaves, treedef = jax.tree.flatten(arguments, is_leaf=_is_module_or_state)
-        nodes = tuple(x for x in leaves if _is_module(x))
+        leaves, treedef = jax.tree.flatten(arguments, is_leaf=is_module_or_state)
+        nodes = tuple(x for x in leaves if is_module(x))
         # All at once: what two of them share is an array of the first.
         graphdef, state = nnx.split(nodes)
         states = iter(_states(state, len(nodes)))
-        leaves = [next(states) if _is_module(x) else x for x in leaves]
+        leaves = [next(states) if is_module(x) else x for x in leaves]
         args, kwargs = jax.tree.unflatten(treedef, leaves)
         return cls(graphdef, args, kwargs, nodes)
 

@@ -12,6 +12,7 @@ from fp8jax import _compat, ops
 from fp8jax.quant import QuantSpec
 from fp8jax.recipes import GEMM_NAMES, GemmName, GemmSpec, Recipe, Residual
 from fp8jax.transform._doubts import doubts, inputs
+from fp8jax.transform._frozen import multiplies_features
 from fp8jax.transform._leaves import Leaf
 from fp8jax.transform._policy import Policy
 from fp8jax.transform._report import Report, Row, describe_tiles
@@ -309,11 +310,17 @@ def _decide(
 
 
 def _why_other(a: Assignment, leaves: Sequence[Leaf], data: Collection[int]) -> str:
-    suspects = [i for i in a.suspects if i not in data]
-    paths = [leaves[i].full_path for i in suspects if leaves[i].is_float]
-    if not paths:
+    suspects = [
+        i
+        for i in a.suspects
+        if i not in data and leaves[i].is_float and multiplies_features(a.dot, i)
+    ]
+    # Of two arrays, one in a container is a parameter rather than one that is alone.
+    suspects = [i for i in suspects if leaves[i].keys] or suspects
+    if len(suspects) != 1:
         return a.reason
-    return f"{a.reason}; is {' or '.join(paths)} one? Then name it in weights="
+    path = leaves[suspects[0]].full_path
+    return f"{a.reason}; is {path} one? Then name it in weights="
 
 
 def _layer(a: Assignment, recipe: Recipe, reason: str, policy: Policy) -> _Verdict:

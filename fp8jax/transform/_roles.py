@@ -26,6 +26,11 @@ OUTSIDE = "outside differentiation: an optimizer's product, or an evaluation"
 SECOND_ORDER = "second-order differentiation: left as it is"
 TWO_WEIGHTS = "both operands are made of parameters: which one is the weight is unclear"
 UNKNOWN_WEIGHTS = "no argument is known to hold parameters: pass weights="
+CLOSED_OVER = (
+    "by an array that the function closes over, a constant of the program: if it is a "
+    "weight, make its model or the tree of parameters an argument"
+)
+CLOSED_OVER_BACKWARD = "gradient of a product by an array that the function closes over"
 UNCLEAR = "ambiguous: gradient of several layers that have different rules"
 
 
@@ -123,6 +128,8 @@ def assign(dots: Sequence[Dot], parameters: Parameters) -> list[Assignment]:
         return _forward(dot, parameters, role)
 
     assigned = [role_of(dot) for dot in dots]
+    if any(a.reason == CLOSED_OVER for a in assigned):
+        assigned = [_of_closed_over(a) for a in assigned]
     wgrads = _wgrads(dots, assigned)
     return [wgrads.get(a.dot.position, a) for a in assigned]
 
@@ -150,6 +157,8 @@ def _forward(dot: Dot, parameters: Parameters, role: Role) -> Assignment:
         return _layer(dot, role, sides[0], parameters)
     if sides or len(pure) == 2:
         return Assignment(dot, "other", reason=TWO_WEIGHTS)
+    if any(parameters.is_closed_over(dot.operand(side)) for side in SIDES):
+        return Assignment(dot, "other", reason=CLOSED_OVER)
     found = [dot.operand(side).only_leaf for side in SIDES]
     suspects = tuple(x for x in found if x is not None and x < len(parameters.sizes))
     reason = NO_WEIGHT if parameters.mask else UNKNOWN_WEIGHTS
@@ -171,6 +180,12 @@ def _layer(dot: Dot, role: Role, side: Side, parameters: Parameters) -> Assignme
     """The assignment of a product by a weight, on this side."""
     layers = parameters.layers(dot.operand(side))
     return Assignment(dot, role, layers[0], side, layers)
+
+
+def _of_closed_over(a: Assignment) -> Assignment:
+    """The assignment, where the arrays in a closure are the ones to look at."""
+    unknown = a.reason == UNKNOWN_WEIGHTS and a.dot.scope.phase == "backward"
+    return dataclasses.replace(a, reason=CLOSED_OVER_BACKWARD) if unknown else a
 
 
 def _wgrads(

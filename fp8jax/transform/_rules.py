@@ -105,7 +105,8 @@ def _joined(operands: Sequence[Value], eqn: Any, scope: Scope) -> Value:
 def _seen(flow: Flow, eqn: Any, operands: Sequence[Value], value: Value) -> list[Value]:
     if any(hasattr(v.aval, "inner_aval") for v in eqn.invars):
         # What is read from a mutable array may come from anywhere.
-        value = dataclasses.replace(value, leaves=value.leaves | flow.closure)
+        leaves, others = value.leaves | flow.closure, value.others | flow.closure
+        value = dataclasses.replace(value, leaves=leaves, others=others)
     value = flow.readers.computed(eqn, operands, value)
     return _numbered(flow, eqn, operands, value)
 

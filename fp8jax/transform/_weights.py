@@ -35,6 +35,10 @@ class Parameters:
         scalars = sum(1 << i for i, size in enumerate(sizes) if size <= 1)
         return cls(mask, _data(dots, mask) & ~(mask | scalars | keys), tuple(sizes))
 
+    def is_closed_over(self, x: Value) -> bool:
+        """Whether a value depends on arrays that are no arguments, and on no other."""
+        return x.leaves == 1 << len(self.sizes) and not x.cotangent
+
     def is_pure(self, x: Value) -> bool:
         """Whether a value depends on parameters alone."""
         return x.leaves != 0 and not x.leaves & ~self.mask and not x.cotangent
