@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from fp8jax.transform._frozen import multiplies_features
 from fp8jax.transform._gradients import gradient_sizes, operands_of, sizes_of
 from fp8jax.transform._leaves import Leaf
+from fp8jax.transform._names import names_of
 from fp8jax.transform._policy import Policy
 from fp8jax.transform._roles import Assignment, Role
 from fp8jax.transform._values import Dot, Position, Side, other_side
@@ -106,7 +107,7 @@ def _is_layer(a: Assignment, leaf: int, leaves: Sequence[Leaf], policy: Policy) 
         return False
     side: Side = "lhs" if dot.lhs.only_leaf == leaf else "rhs"
     k, n = dot.contraction, dot.free(side)
-    return policy.gemm(leaves[leaf].path, "fprop", k, n)[0] is not None
+    return policy.gemm(names_of(a, leaves[leaf]), "fprop", k, n)[0] is not None
 
 
 def doubts(

@@ -38,6 +38,7 @@ class Leaf:
         is_float: whether it can be differentiated.
         is_stored: whether it holds the codes or the scales of a QTensor.
         is_key: whether it is the state of a random number generator.
+        shows_argument: whether reports name the argument, too.
     """
 
     argument: str
@@ -48,6 +49,7 @@ class Leaf:
     is_float: bool
     is_stored: bool = False
     is_key: bool = False
+    shows_argument: bool = False
 
     @property
     def full_path(self) -> str:
@@ -56,6 +58,11 @@ class Leaf:
     @property
     def path(self) -> str:
         return "/".join(self.keys) or self.argument
+
+    @property
+    def shown(self) -> str:
+        """What reports and statistics call it."""
+        return self.full_path if self.shows_argument else self.path
 
     @property
     def family(self) -> tuple[str, ...]:
@@ -138,7 +145,7 @@ def _class_names(x: Any) -> set[str]:
 
 
 def _is_node(x: Any) -> bool:
-    return _is_variable(x) or isinstance(x, QTensor)
+    return _is_variable(x) or _is_box(x) or isinstance(x, QTensor)
 
 
 def _arrays(node: Any) -> list[tuple[Any, bool]]:
@@ -152,6 +159,12 @@ def _arrays(node: Any) -> list[tuple[Any, bool]]:
 
 def _is_variable(x: Any) -> bool:
     return not _class_names(x).isdisjoint({"Variable", "VariableState"})
+
+
+def _is_box(x: Any) -> bool:
+    """Whether it is one of Linen's boxes, of an array and its partitioning."""
+    names = {(cls.__module__, cls.__name__) for cls in type(x).__mro__}
+    return ("flax.core.meta", "AxisMetadata") in names
 
 
 def _is_param(x: Any) -> bool:

@@ -1,5 +1,6 @@
 """Which products change, and how; and the report that says so."""
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,6 +15,7 @@ from fp8jax.recipes import GEMM_NAMES, GemmName, GemmSpec, Recipe, Residual
 from fp8jax.transform._doubts import doubts, inputs
 from fp8jax.transform._frozen import multiplies_features
 from fp8jax.transform._leaves import Leaf
+from fp8jax.transform._names import names_of
 from fp8jax.transform._policy import Policy
 from fp8jax.transform._report import Report, Row, describe_tiles
 from fp8jax.transform._roles import UNCLEAR, Assignment, Role
@@ -104,6 +106,7 @@ def make_plan(
         weights: `Value.leaves` of the parameters.
         stored: where QTensors are used.
     """
+    leaves = _told_apart(leaves, assignments)
     obstacles = _layer_obstacles(assignments)
     replacements, rows, measured = {}, [], []
     data = inputs(assignments, leaves)
@@ -124,7 +127,7 @@ def make_plan(
         if row.tiles and not is_static and a.dot.ragged is None:
             measured.append((row.path, row.role))
     matched = {
-        policy.rule_for(leaves[layer].path, role, *_features(a))
+        policy.rule_for(names_of(a, leaves[layer]), role, *_features(a))
         for a in assignments
         for layer in _layers(a)
         for role in ((_gemm_name(a.role),) if whole_step else GEMM_NAMES)
@@ -298,12 +301,14 @@ def _decide(
         if obstacle:
             choices.add((None, f"as its layer: {obstacle}"))
             continue
-        gemm = policy.gemm(leaves[layer].path, _gemm_name(a.role), *_features(a))
+        gemm = policy.gemm(
+            names_of(a, leaves[layer]), _gemm_name(a.role), *_features(a)
+        )
         choices.add(gemm)
     if len(choices) > 1:
         return _Verdict(None, UNCLEAR)
     gemm, reason = choices.pop()
-    layer = leaves[a.weight].path, *_features(a)
+    layer = names_of(a, leaves[a.weight]), *_features(a)
     if not whole_step:
         return _layer(a, policy.layer(*layer), reason, policy)
     return _quantized(a, gemm, reason, policy, policy.residual(*layer))
@@ -386,7 +391,26 @@ def _path(a: Assignment, leaves: Sequence[Leaf]) -> str:
     if a.weight is None:
         return a.dot.scope.stack
     layers = a.layers or (a.weight,)
-    return " | ".join(dict.fromkeys(leaves[layer].path for layer in layers))
+    return " | ".join(dict.fromkeys(leaves[layer].shown for layer in layers))
+
+
+def _told_apart(
+    leaves: Sequence[Leaf], assignments: Sequence[Assignment]
+) -> Sequence[Leaf]:
+    """Leaves by paths that are no other weight's: with the argument's name, if need be.
+
+    A generator's and a critic's weights may have the same one, a policy's and a value
+    net's.
+    """
+    weights = {layer for a in assignments for layer in _layers(a)}
+    owners: dict[str, set[str]] = collections.defaultdict(set)
+    for i in weights:
+        owners[leaves[i].path].add(leaves[i].argument)
+    shared = {path for path, arguments in owners.items() if len(arguments) > 1}
+    return [
+        dataclasses.replace(leaf, shows_argument=i in weights and leaf.path in shared)
+        for i, leaf in enumerate(leaves)
+    ]
 
 
 def specs_of(replacement: Replacement | StaticDot | None) -> tuple[QuantSpec, ...]:

@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from fp8jax import _compat
-from fp8jax.recipes import GemmName, first_match
+from fp8jax.recipes import GemmName
 from fp8jax.transform._leaves import Leaf
+from fp8jax.transform._names import names_of
 from fp8jax.transform._policy import Policy
 from fp8jax.transform._roles import Assignment
 from fp8jax.transform._stored import (
@@ -51,10 +52,10 @@ def static_dot(
     contracted = dot.dimension_numbers[0][SIDES.index(a.side)]
     if len(contracted) != 1 or dot.aval(a.side).ndim != 2:
         return left("no product of two matrices")
-    path, free = leaves[a.weight].path, dot.free(a.side)
+    names, free = names_of(a, leaves[a.weight]), dot.free(a.side)
     gemm: GemmName = "dgrad" if is_dgrad else "fprop"
     features = (free, dot.contraction) if is_dgrad else (dot.contraction, free)
-    rule = first_match(policy.rules, path, gemm, *features)
+    rule = policy.users_rule_for(names, gemm, *features)
     recipe = policy.recipe if rule is None else rule.recipe
     spec = None if recipe is None else getattr(recipe, gemm)
     if recipe is None or spec is None:
