@@ -6,8 +6,26 @@ from typing import Any
 import jax
 import numpy as np
 
+from fp8jax._described import described
 from fp8jax.transform._equinox import is_of_equinox
 from fp8jax.transform._modules import has_modules
+
+
+def check_function(fn: Any) -> None:
+    """Raises ValueError, on behalf of `fp8_transform`, for what is no function."""
+    kinds = {(cls.__module__, cls.__name__) for cls in type(fn).__mro__}
+    if ("flax.linen.module", "Module") in kinds:
+        name = type(fn).__name__
+        raise ValueError(
+            f"fp8_transform takes a function, got a Linen module, {name}, which is "
+            "none of its variables: give it the module's apply, as "
+            "fp8_transform(module.apply)(variables, x)."
+        )
+    if not callable(fn):
+        raise ValueError(
+            f"fp8_transform takes a function, got {described(fn)}: arrays are "
+            "arguments of what it returns, fp8_transform(function)(params, ...)."
+        )
 
 
 def is_model(fn: Any) -> bool:

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fp8jax import ops
+from fp8jax._described import described
 from fp8jax.recipes import Recipe, Rule, check_recipe, deepseek_v3
 from fp8jax.transform import _nnx, _stages
 from fp8jax.transform._arguments import CallKey, Static
+from fp8jax.transform._bound import check_function
 from fp8jax.transform._custom_rules import check_custom_rules
 from fp8jax.transform._leaves import Weights, check_weights, weights_after
 from fp8jax.transform._modules import has_modules
@@ -136,14 +138,14 @@ def fp8_transform(  # pyright: ignore[reportInconsistentOverload]
     if fn is _NOT_GIVEN:
         options = {k: v for k, v in locals().items() if k != "fn"}  # As they came.
         return functools.partial(fp8_transform, **options)
-    if not callable(fn):
-        raise ValueError(f"fp8_transform takes a function, got {fn!r}.")
+    check_function(fn)
     if recipe is not None:
         check_recipe("fp8_transform", recipe)
     rules = tuple(rules) if isinstance(rules, Sequence) else (rules,)
     if not all(isinstance(rule, Rule) for rule in rules):
         raise ValueError(
-            f"fp8_transform takes rules=[fp8jax.recipes.Rule(...), ...], got {rules!r}."
+            f"fp8_transform takes rules=[fp8jax.recipes.Rule(...), ...], got "
+            f"{described(rules)}."
         )
     check_weights(weights)
     if not isinstance(min_dim, int) or min_dim < 0:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from fp8jax._described import described
 from fp8jax.quant import QTensor
 from fp8jax.transform._frozen import frozen_leaves
 from fp8jax.transform._gradients import operands_of
@@ -189,7 +190,7 @@ def check_weights(weights: Weights) -> None:
     raise ValueError(
         "fp8_transform takes weights=None, a predicate on paths like "
         "'state/params/up/kernel', or the numbers or names of the arguments that are "
-        f"parameters, got {weights!r}."
+        f"parameters, got {described(weights)}."
     )
 
 

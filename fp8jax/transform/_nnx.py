@@ -4,6 +4,7 @@ Flax is never imported here: where it is not, there are no modules either.
 """
 
 import dataclasses
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -90,6 +91,20 @@ class PureFunction:
     @property
     def __name__(self) -> str:
         return name_of(self.fn)
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return self.fn
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the function, for the names of arguments in JAX's errors."""
+        try:
+            parameters = inspect.signature(self.fn).parameters.values()
+        except ValueError as error:
+            raise AttributeError("no signature") from error
+        first = inspect.Parameter("graphdef", inspect.Parameter.POSITIONAL_ONLY)
+        return inspect.Signature([first, *parameters])
 
     def __call__(
         self, graphdef: Any, *args: Any, **kwargs: Any

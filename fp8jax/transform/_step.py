@@ -183,8 +183,8 @@ class Step:
 
         stored_calls: list[Dequantize] = []
 
-        def flat(arrays: list[Any]) -> Any:
-            arguments = key.arguments(arrays)
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            arguments = key.arguments(jax.tree.leaves((args, kwargs)))
             dtype = self._policy.weight_dtype
             (args, kwargs), made, put_back = as_arrays(arguments, dtype)
             stored_calls[:] = made
@@ -193,14 +193,17 @@ class Step:
 
         try:
             with _compat.remat_as_jaxpr(), refusing_compiler_options(self.outer):
-                arrays = jax.tree.leaves((args, kwargs))
-                jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(arrays)
-        except jax.errors.JAXTypeError as error:
-            error.add_note(
-                f"fp8_transform({self._name}) traces the function, as jax.jit does: "
-                "what it needs as a Python value goes into static_argnums= or "
-                "static_argnames=."
-            )
+                # For JAX's errors: function and arguments by the user's names.
+                functools.update_wrapper(traced, self.outer.fn, updated=())
+                trace = jax.make_jaxpr(traced, return_shape=True)
+                jaxpr, out = trace(*args, **kwargs)
+        except TypeError as error:
+            if isinstance(error, jax.errors.JAXTypeError) or _is_about_tracing(error):
+                error.add_note(
+                    f"fp8_transform({self._name}) traces the function, as jax.jit "
+                    "does: what it needs as a Python value goes into static_argnums= "
+                    "or static_argnames=."
+                )
             raise
         lost = lost_donation(jaxpr, self.outer)
         program = Program(jaxpr)
@@ -260,6 +263,10 @@ def _spread_of(sharding: Any) -> ops.Spread:
         mesh = jax.sharding.get_abstract_mesh()
         return ops.Spread.MANY if mesh.empty else ops.spread_of_mesh(mesh)
     return ops.spread_of_sharding(sharding)
+
+
+def _is_about_tracing(error: TypeError) -> bool:
+    return "static_argnums" in str(error)  # As of shapes that are no Python numbers.
 
 
 def _is_about_derivatives(error: TypeError) -> bool:

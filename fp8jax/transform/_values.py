@@ -230,7 +230,8 @@ class Dot:
     @property
     def _sizes(self) -> tuple[int, int, int]:
         """Elements of the operands and the result, as if there were one group."""
-        lhs, rhs, out = self.lhs_aval.size, self.rhs_aval.size, self.out_aval.size
+        avals = self.lhs_aval, self.rhs_aval, self.out_aval
+        lhs, rhs, out = (_count(aval.shape) for aval in avals)
         if self.ragged is None:
             return lhs, rhs, out
         if self.ragged.form == "wgrad":
@@ -249,7 +250,7 @@ class Dot:
         if self.dimension_numbers is None:
             return 1
         _, (dims, _) = self.dimension_numbers
-        return math.prod(self.lhs_aval.shape[d] for d in dims)
+        return _count([self.lhs_aval.shape[d] for d in dims])
 
     @property
     def has_batch(self) -> bool:
@@ -265,6 +266,11 @@ class Dot:
             sides = self.free("lhs") * self.free("rhs")
             flops = 2 * self.batch * sides * self.contraction
         return flops * self.scope.times
+
+
+def _count(shape: Sequence[Any]) -> int:
+    """Elements; a symbolic dimension of `jax.export` counts as one."""
+    return math.prod(size if isinstance(size, int) else 1 for size in shape)
 
 
 @dataclasses.dataclass(frozen=True)
