@@ -147,6 +147,11 @@ def _tolerance(expected: jax.Array, k: int) -> float:
     return -(-k // 32) * 2**-13 * float(np.abs(expected).max())
 
 
+def _by_xla(name: str, *arrays: jax.typing.ArrayLike, **static: Any) -> Any:
+    """An op's oracle, compiled once for its shapes: eagerly, each of its steps is."""
+    return jax.jit(getattr(xla, name), static_argnames=tuple(static))(*arrays, **static)
+
+
 def _quantizers(x: np.ndarray) -> Iterator[Result]:
     row, column, block = (1, 128), (128, 1), (128, 128)
     y, z = x[::-1], x[:, ::-1]
@@ -164,9 +169,7 @@ def _quantizers(x: np.ndarray) -> Iterator[Result]:
             *map(jnp.asarray, arrays), **static, **QUANTIZED
         )
         with jax.default_device(jax.devices("cpu")[0]):
-            expected = getattr(xla, name)(
-                *map(jnp.asarray, arrays), **static, **QUANTIZED
-            )
+            expected = _by_xla(name, *arrays, **static, **QUANTIZED)
         yield Result(f"{name} {static} of {x.shape}", out, expected)
 
 
@@ -176,10 +179,10 @@ def _gemms(
     lhs_tile, rhs_tile = _contenders.TILES[kind]
     tiles: dict[str, Any] = {"lhs_tile": lhs_tile, "rhs_tile": rhs_tile}
     with jax.default_device(jax.devices("cpu")[0]):
-        lhs, lhs_scale = xla.quantize(jnp.asarray(x), tile=lhs_tile, **QUANTIZED)
-        rhs, rhs_scale = xla.quantize(jnp.asarray(w), tile=rhs_tile, **QUANTIZED)
-        operands = lhs, lhs_scale, rhs, rhs_scale
-        expected = xla.gemm(*operands, out_dtype=jnp.float32, **tiles)
+        lhs = _by_xla("quantize", x, tile=lhs_tile, **QUANTIZED)
+        rhs = _by_xla("quantize", w, tile=rhs_tile, **QUANTIZED)
+        operands = *lhs, *rhs
+        expected = _by_xla("gemm", *operands, out_dtype=jnp.float32, **tiles)
     operands = jax.device_put(operands, jax.devices()[0])
     atol = _tolerance(expected, x.shape[1])
     name = f"{kind} of {x.shape} by {w.shape} to {out_dtype}"
@@ -199,16 +202,16 @@ def _gemm_swiglu(x: np.ndarray, w: np.ndarray) -> Iterator[Result]:
     """Of up to 64 rows of x and a whole tile of columns: in one launch."""
     lhs_tile, rhs_tile = _contenders.TILES["1d2d"]
     with jax.default_device(jax.devices("cpu")[0]):
-        gate = jnp.asarray(np.resize(w, (128, w.shape[1])))
-        rows = jnp.asarray(x[:64])
+        gate = np.resize(w, (128, w.shape[1]))
+        rows = x[:64]
         matrices = ((rows, lhs_tile), (gate, rhs_tile), (-gate, rhs_tile))
         operands = [
             array
             for matrix, tile in matrices
-            for array in xla.quantize(matrix, tile=tile, **QUANTIZED)
+            for array in _by_xla("quantize", matrix, tile=tile, **QUANTIZED)
         ]
         how: dict[str, Any] = {"lhs_tile": lhs_tile, "rhs_tile": rhs_tile, **QUANTIZED}
-        expected = xla.gemm_swiglu(*operands, between=jnp.bfloat16, **how)
+        expected = _by_xla("gemm_swiglu", *operands, between=jnp.bfloat16, **how)
     operands = jax.device_put(operands, jax.devices()[0])
     out = mosaic_gpu.gemm_swiglu(*operands, between=jnp.bfloat16, **how)
     yield Result(f"gemm_swiglu of {rows.shape}", out, expected)
@@ -225,24 +228,25 @@ def _grouped_gemms(x: np.ndarray, w: np.ndarray, kind: str) -> Iterator[Result]:
     with jax.default_device(jax.devices("cpu")[0]):
         group_sizes = jnp.asarray(sizes, jnp.int32)
         if in_rows:
-            lhs = xla.quantize(jnp.asarray(x), tile=lhs_tile, **QUANTIZED)
-            stack = [w * (1 + i) for i in range(len(sizes))]
+            lhs = _by_xla("quantize", x, tile=lhs_tile, **QUANTIZED)
+            stack = [w * np.float32(1 + i) for i in range(len(sizes))]
             codes = (
-                xla.quantize(jnp.asarray(one), tile=rhs_tile, **QUANTIZED)
-                for one in stack
+                _by_xla("quantize", one, tile=rhs_tile, **QUANTIZED) for one in stack
             )
             rhs = tuple(map(jnp.stack, zip(*codes, strict=True)))
         else:
             lhs, rhs = (
-                xla.quantize_grouped(
-                    jnp.asarray(one), group_sizes, tile=None, tile_t=t, **QUANTIZED
+                _by_xla(
+                    "quantize_grouped",
+                    *(one, group_sizes),
+                    **{"tile": None, "tile_t": t, **QUANTIZED},
                 )[1]
                 for one, t in ((x, lhs_tile), (x[:, ::-1], rhs_tile))
             )
             assert lhs is not None
             assert rhs is not None
         operands = *lhs, *rhs, group_sizes
-        expected = getattr(xla, op)(*operands, out_dtype=jnp.float32, **tiles)
+        expected = _by_xla(op, *operands, out_dtype=jnp.float32, **tiles)
     operands = jax.device_put(operands, jax.devices()[0])
     atol = _tolerance(expected, k if in_rows else m)
     name = f"{op} {kind} of {x.shape} in {sizes}"

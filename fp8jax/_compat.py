@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ from jax._src import config, core, effects, pjit, sharding_impls, source_info_ut
 from jax._src.interpreters import mlir
 from jax._src.named_sharding import UNSPECIFIED
 from jax.experimental.layout import Format
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AxisType
 
 JAX_VERSION: tuple[int, ...] = jax.__version_info__
@@ -36,14 +37,18 @@ def interprets_kernels() -> bool:
     return config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
-def open_jaxpr(jaxpr: Any) -> Any:
+_Jaxpr = TypeVar("_Jaxpr", bound=Jaxpr | ClosedJaxpr)
+
+
+def open_jaxpr(jaxpr: Jaxpr | ClosedJaxpr) -> Jaxpr:
     """The jaxpr without its constants; JAX 0.12 has no other kind."""
-    return getattr(jaxpr, "jaxpr", jaxpr)
+    inner: Any = getattr(jaxpr, "jaxpr", jaxpr)
+    return inner
 
 
 def is_jaxpr(x: Any) -> bool:
     """Whether `x` is a jaxpr, with its constants or without."""
-    return hasattr(open_jaxpr(x), "eqns")
+    return hasattr(getattr(x, "jaxpr", x), "eqns")
 
 
 def jaxpr_consts(jaxpr: Any) -> tuple[Any, ...]:
@@ -56,14 +61,14 @@ def has_input_effects(eqn: Any) -> bool:
     return any(isinstance(e, effects.JaxprInputEffect) for e in eqn.effects)
 
 
-def with_parts(jaxpr: Any, **parts: Any) -> Any:
+def with_parts(jaxpr: _Jaxpr, **parts: Any) -> _Jaxpr:
     """`jaxpr` with other `eqns`, `invars` or `outvars`; constants stay."""
-    inner = open_jaxpr(jaxpr)
+    inner, outer = open_jaxpr(jaxpr), cast(Any, jaxpr)
     # What JAX has to lower before it compiles, such as `searchsorted` from 0.12 on.
     parts["is_high"] = inner.is_high or any(map(_is_high, parts.get("eqns", ())))
     if inner is jaxpr:
-        return jaxpr.replace(**parts)
-    return jaxpr.replace(jaxpr=inner.replace(**parts))
+        return outer.replace(**parts)
+    return outer.replace(jaxpr=inner.replace(**parts))
 
 
 def _is_high(eqn: Any) -> bool:

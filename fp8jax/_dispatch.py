@@ -27,6 +27,7 @@ _TABLE: dict[str, tuple[str, ...]] = {
     "quantize": ("mosaic_gpu", "xla"),
     "quantize_add_rms_norm": ("mosaic_gpu", "xla"),
     "quantize_both": ("mosaic_gpu", "xla"),
+    "quantize_map": ("mosaic_gpu", "xla"),
     "quantize_rms_norm": ("mosaic_gpu", "xla"),
     "quantize_swiglu": ("mosaic_gpu", "xla"),
     "quantize_swiglu_gradient": ("mosaic_gpu", "xla"),

@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterator
 
 
@@ -44,6 +45,35 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="tests marked compiled fail where they would be skipped",
     )
+
+
+# Of XLA's own products and fusions, no kernels of ours: it would run several of each to
+# find the fastest, which no test has any use for.
+_NOTHING_TUNED = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What is set before a backend starts; workers and subprocesses inherit it."""
+    if hasattr(config, "workerinput"):
+        return
+    if config.option.markexpr == "gpu":
+        os.environ["XLA_FLAGS"] += f" {_NOTHING_TUNED}"
+    _share_compilations(config)
+
+
+def _share_compilations(config: pytest.Config) -> None:
+    """What one worker or subprocess compiled, the others load: of this session."""
+    if jax.config.jax_compilation_cache_dir:
+        return
+    folder = tempfile.TemporaryDirectory(prefix="fp8jax-tests-")
+    config.add_cleanup(folder.cleanup)
+    for name, value in {
+        "jax_compilation_cache_dir": folder.name,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
 
 
 def _hopper_missing() -> str | None:

@@ -518,6 +518,8 @@ def test_scales_may_be_trained():
     expected = (np.asarray(W.data, np.float64) * np.asarray(X, np.float64)).sum()
     for wrap in (lambda f: f, jax.jit):
         got = wrap(jax.grad(loss))(W.scale)
+        # A float32 sum of 128 * 128 products by pairs: some twenty roundings of 2^-24
+        # of magnitudes that add up to a few times the sum.
         np.testing.assert_allclose(got, [[expected]], rtol=1e-5)
 
 

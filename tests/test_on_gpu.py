@@ -104,6 +104,8 @@ def test_long_positive_sums_keep_their_accuracy(rhs_tile, implementation):
         @ np.asarray(q_w.dequantize(), np.float64).T
     )
     error = np.linalg.norm(np.asarray(out, np.float64) - exact)
+    # One rounding to bfloat16, 1.7e-3 in rms. What the tensor core cuts off a chunk's
+    # sum, up to 1.5e-3 by tests/kernels/test_gemm_trust.py, is less on average.
     assert error / np.linalg.norm(exact) < 2e-3
 
 

@@ -9,6 +9,8 @@ from typing import Literal, Protocol
 
 import jax
 
+from fp8jax._elementwise import Elementwise
+
 Tile = tuple[int, int]
 ScaleKind = Literal["pow2", "fp32"]
 
@@ -100,6 +102,29 @@ class QuantizeSwigluGradient(Protocol):
         scale: ScaleKind,
         eps: float,
     ) -> tuple[Directions, Directions]: ...
+
+
+class QuantizeMap(Protocol):
+    """Elementwise functions of matrices [m, k], quantized.
+
+    `function` says what the inputs are: first matrices, of bfloat16, float16 or
+    float32, then numbers per row [m, 1] and per column [1, k]. Each of its results is
+    rounded to its dtype and quantized as `tiles` says: of it, and of its transpose,
+    None for what is not asked for. Returns `Directions` for each.
+
+    The lowerings differ in exponentials, roots and divisions by some units in the last
+    place of float32, before a result is rounded.
+    """
+
+    def __call__(
+        self,
+        *inputs: jax.Array,
+        function: Elementwise,
+        tiles: tuple[tuple[Tile | None, Tile | None], ...],
+        dtype: jax.typing.DTypeLike,
+        scale: ScaleKind,
+        eps: float,
+    ) -> tuple[Directions, ...]: ...
 
 
 class QuantizeRmsNorm(Protocol):

@@ -11,7 +11,7 @@ from jax import lax
 
 def swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array]:
     r"""$h = (g \, \sigma(g)) \, u$, with $\sigma(g) = 1 / (1 + e^{-g})$."""
-    return (gate * _sigmoid(gate) * up,)
+    return (gate * sigmoid(gate) * up,)
 
 
 def swiglu_gradient(
@@ -19,12 +19,13 @@ def swiglu_gradient(
 ) -> tuple[jax.Array, jax.Array]:
     r"""$dg = dh \, u \, \sigma (1 + g (1 - \sigma))$ and $du = dh \, g \, \sigma$."""
     one = jnp.float32(1)
-    sigmoid = _sigmoid(gate)
-    dgate = dh * up * (sigmoid * (one + gate * (one - sigmoid)))
-    return dgate, dh * (gate * sigmoid)
+    s = sigmoid(gate)
+    dgate = dh * up * (s * (one + gate * (one - s)))
+    return dgate, dh * (gate * s)
 
 
-def _sigmoid(x: jax.Array) -> jax.Array:
+def sigmoid(x: jax.Array) -> jax.Array:
+    r"""$\sigma(x) = 1 / (1 + e^{-x})$ of float32 x."""
     # The square of an inverse root: one instruction, within some ulps, where a division
     # takes ten and a branch.
     root = lax.rsqrt(jnp.float32(1) + jnp.exp(-x))

@@ -66,7 +66,8 @@ def typed_as(plain: Callable[..., Any], run: Callable[..., Any], *args: Any) -> 
         return run(*args)
     jaxpr, results = jax.make_jaxpr(plain, return_shape=True)(*args)
     # Not those of `results`, which leave out a mesh of several axis types.
-    shardings = [x.aval.sharding for x in _compat.open_jaxpr(jaxpr).outvars]
+    avals: Any = jaxpr.out_avals
+    shardings = [x.sharding for x in avals]
     shardings = jax.tree.unflatten(jax.tree.structure(results), shardings)
     mesh = jax.sharding.get_abstract_mesh()
     axes = mesh.explicit_axes or None  # Without a context, those of the arrays' mesh.

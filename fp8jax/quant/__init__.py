@@ -2,6 +2,7 @@
 
 from fp8jax.quant._fake_quantize import fake_quantize
 from fp8jax.quant._grouped import grouped_columns, quantize_grouped
+from fp8jax.quant._map import maps_like_quantize, quantize_map
 from fp8jax.quant._place import contraction_minor
 from fp8jax.quant._qtensor import QTensor
 from fp8jax.quant._quantize import (
@@ -25,11 +26,13 @@ __all__ = [
     "contraction_minor",
     "fake_quantize",
     "grouped_columns",
+    "maps_like_quantize",
     "moments",
     "quantize",
     "quantize_add_rms_norm",
     "quantize_both",
     "quantize_grouped",
+    "quantize_map",
     "quantize_rms_norm",
     "quantize_swiglu",
     "quantize_swiglu_gradient",

@@ -11,19 +11,30 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from jax.extend.core import JaxprEqn
+
 from fp8jax import _compat
-from fp8jax.transform._interpreter import Flow
-from fp8jax.transform._phases import JVP, TRANSPOSE, Pass, Phase
 from fp8jax.transform._pipeline import lowered, prepared
-from fp8jax.transform._plan import Plan
-from fp8jax.transform._policy import Policy
-from fp8jax.transform._program import Program
-from fp8jax.transform._report import Row
-from fp8jax.transform._roles import Role
-from fp8jax.transform._rule_call import RuleCall
-from fp8jax.transform._rules import RULES, opaque
-from fp8jax.transform._values import Dot, HandWritten, Position, Value
-from fp8jax.transform.ir import asks_what_is_differentiated, closes_over_arrays
+from fp8jax.transform.analysis import (
+    JVP,
+    RULES,
+    TRANSPOSE,
+    Dot,
+    Flow,
+    HandWritten,
+    Pass,
+    Phase,
+    Role,
+    Value,
+    opaque,
+)
+from fp8jax.transform.ir import (
+    Position,
+    asks_what_is_differentiated,
+    closes_over_arrays,
+)
+from fp8jax.transform.lower import Program
+from fp8jax.transform.plan import Plan, Policy, Row, RuleCall
 
 LEFT = "hand-written VJP, named in custom_rules but left as it is: "
 
@@ -36,7 +47,7 @@ _PRIMAL = _PARTS.index("primal")
 Decide = Callable[[Sequence[Dot], bool, Sequence[Any]], Plan]
 
 
-def check_custom_rules(custom_rules: Any) -> tuple[str, ...]:
+def check_custom_rules(custom_rules: str | Sequence[str]) -> tuple[str, ...]:
     """`custom_rules` as patterns.
 
     Raises:
@@ -133,7 +144,7 @@ def _measured(
     return {p: ((row.path, row.role),) for p, row in pairs if row.tiles}
 
 
-def _traced(eqn: Any, without: Collection[str]) -> RuleCall | str:
+def _traced(eqn: JaxprEqn, without: Collection[str]) -> RuleCall | str:
     """The function with its rule, or why it stays as it is."""
     if asks_what_is_differentiated(eqn):
         return f"{LEFT}its rule asks what is differentiated (symbolic_zeros)"

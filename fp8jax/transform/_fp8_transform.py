@@ -13,18 +13,27 @@ import numpy as np
 from fp8jax import ops
 from fp8jax._described import described
 from fp8jax.recipes import Recipe, Rule, check_recipe, deepseek_v3
-from fp8jax.transform import _nnx, _stages
-from fp8jax.transform._arguments import CallKey, Static
-from fp8jax.transform._bound import check_function
 from fp8jax.transform._custom_rules import check_custom_rules
-from fp8jax.transform._leaves import Weights, check_weights, weights_after
-from fp8jax.transform._modules import has_modules
-from fp8jax.transform._outer_jit import OuterJit, outer_jit
-from fp8jax.transform._parameters import name_of
 from fp8jax.transform._pipeline import check_without
-from fp8jax.transform._policy import Policy
-from fp8jax.transform._report import Report
 from fp8jax.transform._step import Call, Step
+from fp8jax.transform.call import (
+    CallKey,
+    Lowered,
+    NnxCall,
+    OuterJit,
+    Static,
+    Traced,
+    Weights,
+    check_function,
+    check_weights,
+    filled,
+    has_modules,
+    name_of,
+    outer_jit,
+    pure_jit,
+    weights_after,
+)
+from fp8jax.transform.plan import Policy, Report
 
 _NOT_GIVEN: Any = object()
 
@@ -235,13 +244,19 @@ class Fp8Function:
 
         What `.compile()` gives is called as the function, less static arguments.
         """
-        return self._ahead(_stages.Lowered, "lower", args, kwargs)
+        return self._ahead(Lowered, "lower", args, kwargs)
 
     def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
         """As `jax.jit(fn).trace`, for a look at the rewritten program."""
-        return self._ahead(_stages.Traced, "trace", args, kwargs)
+        return self._ahead(Traced, "trace", args, kwargs)
 
-    def _ahead(self, wrapper: Any, stage: str, args: Any, kwargs: Any) -> Any:
+    def _ahead(
+        self,
+        wrapper: type[Traced] | type[Lowered],
+        stage: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         args, kwargs = self._complete(args, kwargs)
         step, call, modules = self._prepared(args, kwargs)
         made = step.ahead(stage, call)
@@ -256,21 +271,25 @@ class Fp8Function:
         told = {i: x for i, x in enumerate(args) if i in known}
         named = {name: kwargs[name] for name in options.static.names & kwargs.keys()}
 
-        def run(compiled: Any, args: Any, kwargs: Any) -> Any:
-            args = _stages.filled(args, told, count)
+        def run(
+            compiled: jax.stages.Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> Any:
+            args = filled(args, told, count)
             kwargs = {**outer.kwargs, **named, **kwargs}
             _, call, modules = self._prepared(args, kwargs)
             return self._finished(step.run_compiled(compiled, key, call), modules)
 
         return wrapper(made, run)
 
-    def _complete(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def _complete(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any]:
         """With what partial application gave the function before."""
         return (*self._outer.args, *args), {**self._outer.kwargs, **kwargs}
 
     def _prepared(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Step, Call, _nnx.NnxCall | None]:
+    ) -> tuple[Step, Call, NnxCall | None]:
         """The step that a call runs, what it is called with, and modules to update."""
         call = self._step.split(args, kwargs)
         key = call[0]
@@ -279,25 +298,25 @@ class Fp8Function:
         if not has_modules((args, kwargs)):
             self._without_modules.add(key)
             return self._step, call, None
-        modules = _nnx.NnxCall.of(*self._step.options.with_statics(args, kwargs))
+        modules = NnxCall.of(*self._step.options.with_statics(args, kwargs))
         graphdef = Static(modules.graphdef)
         step = self._nnx_step(modules, graphdef)
         return step, step.split((graphdef, *modules.args), modules.kwargs), modules
 
-    def _nnx_step(self, modules: _nnx.NnxCall, graphdef: Static) -> Step:
+    def _nnx_step(self, modules: NnxCall, graphdef: Static) -> Step:
         """The function of arrays that an NNX function is, for modules like these."""
         kind = None
         if self._outer.in_shardings is not None:  # They say something of each module.
             kind = graphdef, jax.tree.structure((modules.args, modules.kwargs))
         if kind not in self._nnx_steps:
-            outer = _nnx.pure_jit(self._outer, modules)
+            outer = pure_jit(self._outer, modules)
             pure: Any = outer.fn
             self._nnx_steps[kind] = Step(
                 outer, self._policy, self._weights, pure.leaves
             )
         return self._nnx_steps[kind]
 
-    def _finished(self, result: Any, modules: _nnx.NnxCall | None) -> Any:
+    def _finished(self, result: Any, modules: NnxCall | None) -> Any:
         """A step's result, once modules have their new arrays."""
         if modules is None:
             return result
@@ -306,7 +325,7 @@ class Fp8Function:
         return (output, *statistics) if statistics else output
 
 
-def _checked_dtype(dtype: Any) -> np.dtype:
+def _checked_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
     for allowed in ops.INPUT_DTYPES:
         if dtype == allowed:
             return allowed

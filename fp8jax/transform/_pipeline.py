@@ -2,48 +2,48 @@
 
 Whole steps, forward functions and the halves of `custom_rules` take the same way.
 Between `sink` and `replace` the program is analysed and its plan is made: positions in
-the plan count the equations that `sink` leaves. To add a pass, write a file with a
-function of a `Program` to another, and its line here.
+the plan count the equations that `sink` leaves. To add a pass, write a file in `passes`
+with a function of a `Program` to another, and its line here.
 """
 
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
 
-from fp8jax.transform._carry import carry_codes
-from fp8jax.transform._dedupe import dedupe
-from fp8jax.transform._harvest import harvest
-from fp8jax.transform._hoist import hoist
-from fp8jax.transform._inline import inline_calls
-from fp8jax.transform._pair import pair
-from fp8jax.transform._program import Program
-from fp8jax.transform._replace import replace
-from fp8jax.transform._sink import sink
-from fp8jax.transform.ir import without_dead_code
-
-
-def _clean(program: Program) -> Program:
-    return program.of(without_dead_code(program.jaxpr))
-
+from fp8jax.transform.lower import Program
+from fp8jax.transform.passes._carry import carry
+from fp8jax.transform.passes._clean import clean
+from fp8jax.transform.passes._collect import collect
+from fp8jax.transform.passes._dedupe import dedupe
+from fp8jax.transform.passes._fuse import fuse
+from fp8jax.transform.passes._hoist import hoist
+from fp8jax.transform.passes._inline import inline
+from fp8jax.transform.passes._pair import pair
+from fp8jax.transform.passes._replace import replace
+from fp8jax.transform.passes._sink import sink
+from fp8jax.transform.passes._unblock import unblock
 
 PASSES: dict[str, Callable[[Program], Program]] = {
     # Nested jitted functions that hold products are written out where they are called.
-    "inline": inline_calls,
+    "inline": inline,
     # Codes of weights stored in FP8 go into bodies, to the products that read them.
     "sink": sink,
     # Products become quantizations and products of codes, or calls with a gradient.
     "replace": replace,
     # With `residual="fp8"`, a forward scan stacks codes where it stacked activations.
-    "carry": carry_codes,
+    "carry": carry,
     # Quantizations of what a loop or a remat body does not change leave it.
     "hoist": hoist,
     # Equal quantizations are made once, and those of one matrix two ways in one call.
     "pair": pair,
+    # What is computed elementwise only to be quantized is computed by the quantization.
+    "fuse": fuse,
+    # Backward scans read slices of what the forward pass stacked where they lie.
+    "unblock": unblock,
     # What a scan or a call was given twice, it is given once.
     "dedupe": dedupe,
     # What products' quantizations cost, with `stats=`, comes out of nested jaxprs.
-    "collect": harvest,
+    "collect": collect,
     # What nothing reads any more goes.
-    "clean": _clean,
+    "clean": clean,
 }
 _NAMES = [*PASSES]
 _BEFORE_THE_PLAN = _NAMES.index("replace")
@@ -54,7 +54,7 @@ SAME_NUMBERS = ("inline", "carry", "hoist", "pair", "dedupe", "clean")
 OPTIONAL = tuple(name for name in PASSES if name not in _NEEDED)
 
 
-def check_without(without: Any) -> frozenset[str]:
+def check_without(without: str | Iterable[str]) -> frozenset[str]:
     """`without` as names of passes.
 
     Raises:

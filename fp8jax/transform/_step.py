@@ -11,42 +11,51 @@ from jax.extend import core
 from jax.sharding import PartitionSpec
 
 from fp8jax import _compat, ops
-from fp8jax.transform._arguments import (
-    ArgumentOptions,
-    CallKey,
-    has_static_outputs,
-    without_marks,
-)
 from fp8jax.transform._custom_rules import with_custom_rules
-from fp8jax.transform._devices import spread_of_program
-from fp8jax.transform._found_rules import found_rules
-from fp8jax.transform._interpreter import Flow
-from fp8jax.transform._jit_step import jit_step
-from fp8jax.transform._leaves import (
-    Leaf,
-    Weights,
-    leaves_of,
+from fp8jax.transform._pipeline import lowered, prepared
+from fp8jax.transform.analysis import (
+    RULES,
+    Dot,
+    Flow,
+    StoredOperands,
+    assign,
+    is_whole_step,
+    opaque,
     parameters_of,
-    positional_names,
+    residual_bytes,
+    spread_of_program,
     weight_mask,
 )
-from fp8jax.transform._nested_jit import lost_donation, refusing_compiler_options
-from fp8jax.transform._outer_jit import OuterJit
-from fp8jax.transform._parameters import name_of
-from fp8jax.transform._pipeline import lowered, prepared
-from fp8jax.transform._plan import Plan, doubting, make_plan, with_doubts
-from fp8jax.transform._policy import Policy
-from fp8jax.transform._program import Program
-from fp8jax.transform._report import Report
-from fp8jax.transform._residuals import residual_bytes
-from fp8jax.transform._roles import assign, is_whole_step
-from fp8jax.transform._rules import RULES, opaque
-from fp8jax.transform._statistics import named_statistics
-from fp8jax.transform._stored import Dequantize, StoredOperands
-from fp8jax.transform._stored_calls import as_arrays
-from fp8jax.transform._values import Dot
-from fp8jax.transform._warn import warn
-from fp8jax.transform.ir import equations
+from fp8jax.transform.call import (
+    ArgumentOptions,
+    CallKey,
+    Dequantize,
+    Leaf,
+    OuterJit,
+    Weights,
+    as_arrays,
+    has_static_outputs,
+    jit_step,
+    leaves_of,
+    lost_donation,
+    name_of,
+    positional_names,
+    refusing_compiler_options,
+    without_marks,
+)
+from fp8jax.transform.ir import AnyJaxpr, equations
+from fp8jax.transform.lower import Program
+from fp8jax.transform.plan import (
+    Plan,
+    Policy,
+    Report,
+    doubting,
+    found_rules,
+    make_plan,
+    named_statistics,
+    warn,
+    with_doubts,
+)
 
 NO_DERIVATIVE = (
     "fp8_transform: products in FP8 have no forward-mode and no second derivative. "
@@ -129,7 +138,9 @@ class Step:
         key, args, kwargs = call
         return getattr(self.jit, stage)(key, *args, **kwargs)
 
-    def run_compiled(self, compiled: Any, was: CallKey, call: Call) -> Any:
+    def run_compiled(
+        self, compiled: jax.stages.Compiled, was: CallKey, call: Call
+    ) -> Any:
         """The function's results, by what was compiled for a call of this key.
 
         Raises:
@@ -159,7 +170,7 @@ class Step:
         found = [residual_bytes(program, plan.is_weight) for program in (fp8, jaxpr)]
         return plan.report.with_residuals(*found)
 
-    def _run(self, key: CallKey, args: Any, kwargs: Any) -> Any:
+    def _run(self, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Runs under jit's trace, so jit's own cache is the transform's.
         jaxpr, out_tree, plan = self._plan(key, args, kwargs)
         warn(plan, self._policy, self._name)
@@ -173,12 +184,14 @@ class Step:
         statistics = named_statistics(plan.measured, program.collected, results[n:])
         return jax.tree.unflatten(out_tree, results[:n]), statistics
 
-    def _lowered(self, jaxpr: Any, plan: Plan, measures: bool) -> Program:
+    def _lowered(self, jaxpr: AnyJaxpr, plan: Plan, measures: bool) -> Program:
         """The program in FP8, each code made where it is best."""
         program = Program(jaxpr, plan.is_weight, plan.replacements, measures)
         return lowered(program, self._policy.without)
 
-    def _plan(self, key: CallKey, args: Any, kwargs: Any) -> tuple[Any, Any, Plan]:
+    def _plan(
+        self, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any, Plan]:
         """The function's jaxpr, its output's structure, and the plan for it."""
 
         stored_calls: list[Dequantize] = []
@@ -213,7 +226,8 @@ class Step:
         ):  # Made before all else.
             program.calls.add(eqn, call)
         program = prepared(program, self._policy.without)
-        jaxpr, stored = program.jaxpr, StoredOperands.of(program)
+        jaxpr = program.jaxpr
+        stored = StoredOperands.of(jaxpr, program.calls)
         leaves = self._describe(args, kwargs)
         flow = _flow(jaxpr, len(leaves))
         dots = [flow.dots[position] for position in sorted(flow.dots)]
@@ -245,7 +259,7 @@ class Step:
         return leaves_of(positional_names(self.outer.fn, len(args)), args, kwargs)
 
 
-def _flow(jaxpr: Any, n_leaves: int) -> Flow:
+def _flow(jaxpr: AnyJaxpr, n_leaves: int) -> Flow:
     """A program, walked: a second time by its names alone, if that has to be."""
     for trusts_names in (False, True):
         flow = Flow(RULES, opaque, 1 << n_leaves, trusts_names)
@@ -257,7 +271,7 @@ def _flow(jaxpr: Any, n_leaves: int) -> Flow:
     return flow
 
 
-def _spread_of(sharding: Any) -> ops.Spread:
+def _spread_of(sharding: jax.sharding.Sharding | PartitionSpec) -> ops.Spread:
     """Over how many devices what the jit says of an array spreads it."""
     if isinstance(sharding, PartitionSpec):  # On the mesh in context.
         mesh = jax.sharding.get_abstract_mesh()

@@ -60,6 +60,7 @@ def test_every_contender_of_a_grouped_gemm_makes_its_product(kind, monkeypatch):
     # A group's first rows or its whole product: of the dense one's, in both.
     dense = {True: out["dense"], False: out["dense_bf16"]}
     for in_fp8, name in ((True, "fp8jax"), (False, "lax_bf16")):
+        # One rounding to bfloat16 in each: an ulp, 2^-7.
         if kind == "1d2d":
             assert relative(out[name][:100], dense[in_fp8][:100]) < 2**-7
         else:

@@ -56,3 +56,23 @@ def test_no_weight_or_moment_is_copied_where_the_plain_step_does_not(decoder):
         for program in (fp8(decoder).program, plain(decoder))
     )
     assert len(ours) <= len(theirs), collections.Counter(ours)
+
+
+@pytest.mark.parametrize("decoder", SCANS[1:], ids=name)
+def test_backward_scans_read_slices_of_stacks_where_they_lie(decoder):
+    """But for one that XLA's own attention reads in another layout."""
+    ours, theirs = (
+        _hlo.copied_slices(program)
+        for program in (fp8(decoder).program, plain(decoder))
+    )
+    assert len({run.instruction.name for run in ours}) <= 1
+    assert len(ours) < len(theirs)
+
+
+def test_norms_and_swiglu_are_computed_where_they_are_quantized():
+    """Forward: two norms and h. Backward: the same for wgrad, with dgate and dup."""
+    decoder = SCANS[1]
+    kernels = _hlo.kernels(fp8(decoder).program)
+    fused = [kernel for kernel in kernels if "quantize_map" in kernel.source]
+    assert sum(kernel.times for kernel in fused) == 6 * decoder.layers
+    assert max(len(kernel.operands) for kernel in fused) == 3

@@ -80,6 +80,8 @@ def test_losses_fall_alike_in_both_arms(outcome):
         np.array([float(row[f"loss_{arm}"]) for row in rows]) for arm in ("bf16", "fp8")
     )
     for losses in (bf16, fp8):
+        # No bounds but margins: measured are 0.2 %, a fall to 0.77, and 0.2 % between
+        # arms.
         assert losses[0] == pytest.approx(math.log(256), rel=0.02)
         assert losses[-1] < 0.9 * losses[0]
     assert np.any(bf16 != fp8)
@@ -93,6 +95,7 @@ def test_losses_fall_alike_in_both_arms(outcome):
 def test_loads_are_shares_of_every_mixture(outcome):
     rows = read_csv(outcome[0] / "load.csv")
     shares = np.array([float(row["share"]) for row in rows]).reshape(2, 2, EXPERTS)
+    # Four shares, written with five digits.
     np.testing.assert_allclose(shares.sum(-1), 1, atol=1e-4)
     # No expert has a token twice.
     assert np.all(shares <= 1 / TOP_K + 1e-5)

@@ -41,6 +41,12 @@ def int32(sizes):
     return jnp.asarray(sizes, jnp.int32)
 
 
+def with_nan(x: np.ndarray, where) -> np.ndarray:
+    x = x.copy()
+    x[where] = np.nan
+    return x
+
+
 def row_slices(sizes):
     ends = np.cumsum(sizes)
     return [slice(int(e - s), int(e)) for e, s in zip(ends, sizes, strict=True)]
@@ -114,10 +120,11 @@ def column_operands(kind, sizes, rows, m, n, dtype=jnp.float8_e4m3fn):
     empty = ~in_use.reshape(chunks, 128).any(axis=1)
     operands = []
     for side, tile in zip((m, n), KINDS[kind], strict=True):
-        codes = small_codes(rng, (side, 128 * chunks), dtype)
-        operands.append(jnp.where(in_use, codes, jnp.zeros((), dtype)))
-        scale = scales(rng, (side, 128 * chunks), tile)
-        operands.append(jnp.where(empty, jnp.float32(1), scale))
+        codes = np.array(small_codes(rng, (side, 128 * chunks), dtype))
+        codes[:, ~in_use] = 0
+        scale = np.array(scales(rng, (side, 128 * chunks), tile))
+        scale[:, empty] = 1
+        operands += map(jnp.asarray, (codes, scale))
     return tuple(operands)
 
 

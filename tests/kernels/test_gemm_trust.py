@@ -81,17 +81,18 @@ def test_twenty_runs_give_the_same_bits(kind, m):
 def test_same_bits_eager_jitted_mapped_and_scanned(kind, m):
     lhs, lhs_scale, rhs, rhs_scale = operands(kind, m, 320, 1000)
     run = gemm(kind)
-    eager = run(lhs, lhs_scale, rhs, rhs_scale)
-    batch = (jnp.stack([lhs] * 3), jnp.stack([lhs_scale] * 3))
+    eager = np.asarray(run(lhs, lhs_scale, rhs, rhs_scale))
+    batch = tuple(jnp.asarray(np.stack([x] * 3)) for x in (lhs, lhs_scale))
 
     def step(carry, x):
         return carry, run(*x, rhs, rhs_scale)
 
     mapped = jax.vmap(run, (0, 0, None, None))(*batch, rhs, rhs_scale)
     _, scanned = jax.jit(lambda xs: lax.scan(step, jnp.float32(0), xs))(batch)
-    assert_same_bits(jax.jit(run)(lhs, lhs_scale, rhs, rhs_scale), eager)
-    assert_same_bits(mapped, jnp.stack([eager] * 3))
-    assert_same_bits(scanned, jnp.stack([eager] * 3))
+    jitted = np.asarray(jax.jit(run)(lhs, lhs_scale, rhs, rhs_scale))
+    assert_same_bits(jitted, eager)
+    assert_same_bits(np.asarray(mapped), np.stack([eager] * 3))
+    assert_same_bits(np.asarray(scanned), np.stack([eager] * 3))
 
 
 @pytest.mark.gpu
@@ -101,11 +102,12 @@ def test_row_does_not_depend_on_m(kind, n, k):
     # Over every size at which the config changes: other blocks, clusters, splits.
     lhs, lhs_scale, rhs, rhs_scale = operands(kind, 4096, n, k)
     run = jax.jit(gemm(kind, "float32"))
-    whole = run(lhs, lhs_scale, rhs, rhs_scale)
+    whole = np.asarray(run(lhs, lhs_scale, rhs, rhs_scale))
+    lhs, lhs_scale = map(np.asarray, (lhs, lhs_scale))  # JAX compiles every slice.
     for m in (1, 8, 16, 17, 32, 63, 64, 65, 127, 128, 129, 256, 257, 512, 1000):
         scale_rows = -(-m // TILES[kind][0][0])
         part = run(lhs[:m], lhs_scale[:scale_rows], rhs, rhs_scale)
-        assert bool((part == whole[:m]).all()), m
+        assert (np.asarray(part) == whole[:m]).all(), m
 
 
 @pytest.mark.gpu
@@ -341,6 +343,11 @@ def float32_product(x, y):
     return lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST)
 
 
+@jax.jit
+def dequantized_product(x, y):
+    return float32_product(x.dequantize(), y.dequantize())
+
+
 @pytest.mark.gpu
 @each_kind
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
@@ -353,13 +360,17 @@ def test_error_on_deepgemm_s_shapes(kind, m, n, k):
     lhs_tile, rhs_tile = TILES[kind]
     q_x = fp8jax.quantize(x, fp8jax.QuantSpec(lhs_tile))
     q_w = fp8jax.quantize(w, fp8jax.QuantSpec(rhs_tile))
+    exact = dequantized_product(q_x, q_w)
     product = functools.partial(
         fp8jax.scaled_matmul, q_x, q_w, implementation="mosaic_gpu"
     )
-    assert difference(product(), float32_product(x, w)) < 1e-3
-    exact = float32_product(q_x.dequantize(), q_w.dequantize())
+    out = product()
+    # DeepGEMM's own limit: two operands of 2.6 % in rms each are 1.3e-3 of squares, of
+    # which this measure has half, 7e-4. The next is what chunks lose in the tensor
+    # core: PROMOTED_ERROR squared is 4e-6 for sums of one sign, and less for these.
+    assert difference(out, float32_product(x, w)) < 1e-3
     assert difference(product(out_dtype=jnp.float32), exact) < 1e-6
-    assert difference(product(), exact) < 1e-6 + 2.0**-19  # And BF16's own rounding.
+    assert difference(out, exact) < 1e-6 + 2.0**-19  # And BF16's own rounding.
 
 
 # Every config can be compiled, as far as a machine without a GPU can tell.

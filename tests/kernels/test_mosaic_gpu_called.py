@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from fp8jax._elementwise import Elementwise, Step
 from fp8jax.kernels import mosaic_gpu
 
 pytestmark = pytest.mark.skipif(
@@ -34,8 +35,16 @@ _EXPERTS = _array(4, 256, 256), _array(4, 2, 2, dtype=F32)
 _SIZES = _array(4, dtype=jnp.int32)
 _GEMM = {"lhs_tile": ROW, "rhs_tile": BLOCK, "out_dtype": BF16}
 
+_DOUBLED = (Step("add", (0, 0), jnp.dtype(BF16)),)
+_TWICE = Elementwise(("matrix",), (jnp.dtype(BF16),), _DOUBLED, (1,))
+
 # Name, static arguments, arrays; of every kernel that there is.
 CALLS = {
+    "quantize_map": (
+        "quantize_map",
+        {**HOW, "function": _TWICE, "tiles": ((ROW, BLOCK),)},
+        (_X,),
+    ),
     "fprop": ("gemm", _GEMM, (*_LHS, *_WEIGHT)),
     "wgrad": ("gemm", {**_GEMM, "rhs_tile": ROW}, (*_LHS, *_LHS)),
     "blocked wgrad": (

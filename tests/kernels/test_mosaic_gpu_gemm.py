@@ -191,13 +191,13 @@ def test_refuses_what_it_cannot_do():
 def _check_nan_isolation(rhs_tile, *, m, n, k, context) -> None:
     lhs, lhs_scale, rhs, rhs_scale = _operands(m, n, k, rhs_tile)
     last = lhs_scale.shape[1] - 1  # The short chunk, next to the padding.
+    bad_row, bad_column = np.array(lhs_scale), np.array(rhs_scale)
+    bad_row[5, last] = bad_column[-1, last] = np.nan
     run = jax.jit(_product(rhs_tile))
     with context():
         clean = np.asarray(run(lhs, lhs_scale, rhs, rhs_scale))
-        row = np.asarray(run(lhs, lhs_scale.at[5, last].set(jnp.nan), rhs, rhs_scale))
-        column = np.asarray(
-            run(lhs, lhs_scale, rhs, rhs_scale.at[-1, last].set(jnp.nan))
-        )
+        row = np.asarray(run(lhs, bad_row, rhs, rhs_scale))
+        column = np.asarray(run(lhs, lhs_scale, rhs, bad_column))
     others = np.arange(m) != 5
     assert np.isnan(row[5]).all()
     np.testing.assert_array_equal(row[others], clean[others])
@@ -315,12 +315,12 @@ def _full_range(m: int, n: int, k: int, rhs_tile) -> tuple[jax.Array, ...]:
     # From NumPy's normal numbers: every exponent, but few codes near the limit.
     rng = np.random.default_rng(m + n + k)
     lhs, rhs = (
-        jnp.asarray(rng.standard_normal((side, k), np.float32) * 60) for side in (m, n)
+        rng.standard_normal((side, k), np.float32) * np.float32(60) for side in (m, n)
     )
     return (
-        lhs.astype(jnp.float8_e4m3fn),
+        jnp.asarray(lhs.astype(jnp.float8_e4m3fn)),
         _scales(rng, m, k),
-        rhs.astype(jnp.float8_e4m3fn),
+        jnp.asarray(rhs.astype(jnp.float8_e4m3fn)),
         _scales(rng, n, k, rhs_tile),
     )
 

@@ -21,6 +21,7 @@ from tests.kernels.grouped import (
     interpreting,
     row_operands,
     row_slices,
+    with_nan,
 )
 
 
@@ -113,20 +114,22 @@ def test_rows_of_e5m2():
 def test_rows_are_those_of_a_loop_over_groups():
     sizes, m, n, k = (129, 0, 1, 300, 64), 500, 320, 1100
     operands = row_operands(len(sizes), m, n, k)
-    lhs, lhs_scale, rhs, rhs_scale = operands
-    out = jax.jit(by_rows(jnp.bfloat16))(*operands, int32(sizes))
+    out = np.asarray(jax.jit(by_rows(jnp.bfloat16))(*operands, int32(sizes)))
+    lhs, lhs_scale, rhs, rhs_scale = map(np.asarray, operands)
     run = dense(ROW, BLOCK, jnp.bfloat16)
     parts = [
-        run(lhs[rows], lhs_scale[rows], rhs[i], rhs_scale[i])
+        np.asarray(run(lhs[rows], lhs_scale[rows], rhs[i], rhs_scale[i]))
         for i, rows in enumerate(row_slices(sizes))
         if sizes[i]
     ]
-    assert_same_bits(out[: sum(sizes)], jnp.concatenate(parts))
+    assert_same_bits(out[: sum(sizes)], np.concatenate(parts))
 
 
 def check_nan_in_rows(sizes, m, n, k, context):
     """A NaN in a row, in a group's weight or in no group stays where it is."""
-    lhs, lhs_scale, rhs, rhs_scale = row_operands(len(sizes), m, n, k)
+    # NumPy's, and poisoned by it: JAX would compile every change of a place.
+    operands = map(np.asarray, row_operands(len(sizes), m, n, k))
+    lhs, lhs_scale, rhs, rhs_scale = operands
     run, sizes_ = jax.jit(by_rows()), int32(sizes)
     slices = row_slices(sizes)
     # Rows beside a group's edge, which lie in blocks of both groups.
@@ -135,15 +138,15 @@ def check_nan_in_rows(sizes, m, n, k, context):
     with context():
         clean = np.asarray(run(lhs, lhs_scale, rhs, rhs_scale, sizes_))
         for row in (edge - 1, edge):
-            bad_scale = lhs_scale.at[row, -1].set(jnp.nan)
-            bad = lhs.at[row, 0].set(jnp.nan)
-            for operands in ((lhs, bad_scale), (bad, lhs_scale)):
-                out = np.array(run(*operands, rhs, rhs_scale, sizes_))
+            bad_scale = with_nan(lhs_scale, np.s_[row, -1])
+            bad = with_nan(lhs, np.s_[row, 0])
+            for left in ((lhs, bad_scale), (bad, lhs_scale)):
+                out = np.array(run(*left, rhs, rhs_scale, sizes_))
                 assert np.isnan(out[row]).all()
                 out[row] = clean[row]
                 assert_same_bits(out, clean)
         for i, rows in enumerate(slices):
-            bad = rhs_scale.at[i, :, 0].set(jnp.nan)
+            bad = with_nan(rhs_scale, np.s_[i, :, 0])
             out = np.array(run(lhs, lhs_scale, rhs, bad, sizes_))
             assert np.isnan(out[rows]).all()
             out[rows] = clean[rows]

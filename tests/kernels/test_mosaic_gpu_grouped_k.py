@@ -19,6 +19,7 @@ from tests.kernels.grouped import (
     int32,
     interpreted,
     interpreting,
+    with_nan,
 )
 
 
@@ -88,7 +89,9 @@ def test_columns_of_e5m2(kind):
 
 def check_nan_in_columns(kind, sizes, m, n, context):
     """A NaN on either side of an edge between groups stays in its group's product."""
-    operands = column_operands(kind, sizes, sum(sizes) + 128, m, n)
+    # As in `check_nan_in_rows`.
+    made = column_operands(kind, sizes, sum(sizes) + 128, m, n)
+    operands = [np.asarray(x) for x in made]
     lhs, lhs_scale, rhs, rhs_scale = operands
     run, sizes_ = jax.jit(by_columns(kind)), int32(sizes)
     slices = chunk_slices(sizes)
@@ -109,25 +112,25 @@ def check_nan_in_columns(kind, sizes, m, n, context):
             for chunk in {chunks.start, chunks.stop - 1} if sizes[group] else ():
                 column = 128 * chunk
                 check(
-                    group, lhs.at[1, column].set(jnp.nan), *operands[1:], rows=np.s_[1]
+                    group, with_nan(lhs, np.s_[1, column]), *operands[1:], rows=np.s_[1]
                 )
                 check(
                     group,
                     lhs,
-                    lhs_scale.at[0, chunk].set(jnp.nan),
+                    with_nan(lhs_scale, np.s_[0, chunk]),
                     rhs,
                     rhs_scale,
                     rows=np.s_[: tiles[0][0]],
                 )
-                bad = rhs.at[2, column].set(jnp.nan)
+                bad = with_nan(rhs, np.s_[2, column])
                 check(group, lhs, lhs_scale, bad, rhs_scale, columns=np.s_[2])
-                bad = rhs_scale.at[0, chunk].set(jnp.nan)
+                bad = with_nan(rhs_scale, np.s_[0, chunk])
                 check(group, lhs, lhs_scale, rhs, bad, columns=np.s_[: tiles[1][0]])
         # After the last group.
         chunk = slices[-1].stop
         assert chunk < lhs_scale.shape[1]
-        bad = lhs.at[:, 128 * chunk].set(jnp.nan)
-        check(None, bad, lhs_scale.at[:, chunk].set(jnp.nan), rhs, rhs_scale)
+        bad = with_nan(lhs, np.s_[:, 128 * chunk])
+        check(None, bad, with_nan(lhs_scale, np.s_[:, chunk]), rhs, rhs_scale)
 
 
 @interpreted

@@ -41,7 +41,7 @@ def _inputs(shape, dtype) -> tuple[jax.Array, jax.Array]:
     x = rng.standard_normal(shape, dtype=np.float32)
     x *= rng.lognormal(size=(shape[0], 1)).astype(np.float32)
     weight = rng.standard_normal(shape[1], dtype=np.float32)
-    return jnp.asarray(x).astype(dtype), jnp.asarray(weight)
+    return jnp.asarray(x.astype(jnp.dtype(dtype))), jnp.asarray(weight)
 
 
 def _op(kernels, scale="pow2", epsilon=1e-6):
@@ -115,8 +115,9 @@ def _check_vmap(shape, context) -> None:
     x, weight = _inputs((b * m, k), jnp.bfloat16)
     x = x.reshape(shape)
     with context():
-        mapped = jax.vmap(_op(mosaic_gpu), (0, None))(x, weight)
-        one_by_one = [jax.jit(_op(mosaic_gpu))(e, weight) for e in x]
+        mapped = jax.device_get(jax.vmap(_op(mosaic_gpu), (0, None))(x, weight))
+        run = jax.jit(_op(mosaic_gpu))
+        one_by_one = [jax.device_get(run(e, weight)) for e in x]
     for i, one in enumerate(one_by_one):
         assert_same_bits(jax.tree.map(lambda a, i=i: a[i], mapped), one)
 

@@ -193,6 +193,8 @@ class TestProduct:
         chex.assert_trees_all_equal(ours, gradients(expected))
         plain = gradients(lambda p, x: nn.Dense(FEATURES).apply({"params": p}, x))
         chex.assert_trees_all_equal(ours[0]["bias"], plain[0]["bias"])
+        # Two operands, each with an error that is even over a step of 2^-3 of itself at
+        # most: rms 2^-3 / sqrt(12) each, 25.8 dB together.
         assert sqnr_db(ours[0]["kernel"], plain[0]["kernel"]) > 25
         assert sqnr_db(ours[1], plain[1]) > 25
 

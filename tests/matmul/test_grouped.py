@@ -242,6 +242,7 @@ def test_sizes_are_data_under_jit_vmap_and_scan():
     assert_same_bits(scanned, expected)
     for got, want in zip(jax.vmap(run)(sizes), expected, strict=True):
         # A batched dot of XLA:CPU may sum in another order.
+        # Then the one rounding may fall on the other side: an ulp of bfloat16.
         np.testing.assert_allclose(
             np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=2**-7
         )

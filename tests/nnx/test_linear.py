@@ -175,6 +175,7 @@ class TestProduct:
         chex.assert_trees_all_equal(
             (grads["kernel"][...], dx), (kernel_grad, dx_expected)
         )
+        # Float32 sums over rows, in whatever order: some ulps.
         chex.assert_trees_all_close(grads["bias"][...], dout.sum(0), rtol=1e-5)
 
     @pytest.mark.parametrize("recipe", [None, recipes.bf16_wgrad()])
@@ -216,6 +217,7 @@ class TestProduct:
             return value
 
         losses = [float(step(model, optimizer)) for _ in range(40)]
+        # No bound of an error: that it learns.
         assert losses[-1] < 0.1 * losses[0]
 
 

@@ -80,6 +80,8 @@ def test_is_close_to_the_product_of_the_values(params, x, apply):
 
 @both
 def test_a_vector_is_one_row(params, x, apply):
+    # The same codes: 200 float32 products, which XLA may add in another order for one
+    # row: some ulps.
     chex.assert_trees_all_close(
         apply(params, x[0, 0]), apply(params, x)[0, 0], rtol=1e-6
     )

@@ -245,6 +245,7 @@ def test_mixture_has_the_same_bits_aligned_or_not(favoured, monkeypatch):
     assert load.sum() == TOKENS * TOP_K
     assert (load == 0).sum() == (1 if favoured else 0)
     for a, e in zip(gradients, others[2], strict=True):
+        # As in the first test.
         assert numerics.sqnr_db(a, e) > 40
     for dw in gradients[2:]:
         np.testing.assert_array_equal(np.any(dw, axis=(1, 2)), load > 0)

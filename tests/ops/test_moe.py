@@ -113,6 +113,7 @@ def test_a_nan_in_routing_is_its_token_s_and_nobody_else_s(make, recipe):
         assert np.all(np.isfinite(ours[others]))
         # Gradients of the two large features are of 1e30.
         a, e = ours[others, 2:], oracle[others, 2:]
+        # As in the two tests above, of the same arrays.
         if recipe is OFF:
             np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4)
         else:
@@ -238,6 +239,8 @@ def test_nnx_layer_is_the_one_of_transformers():
     x = normal(0, 2, TOKENS // 2, FEATURES)
     with torch.no_grad():
         expected = theirs(torch.tensor(np.asarray(x))).numpy()
+    # Float32 sums of at most 136 products of order one, in PyTorch's order: 2^-17 of
+    # their magnitudes, which add up to some 10.
     np.testing.assert_allclose(ours(x), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -263,6 +266,8 @@ def test_nnx_layer_is_the_function_and_the_shared_experts():
     }
     kernels = [state["experts"][name]["kernel"] for name in ("gate", "up", "down")]
     for kernel in kernels:  # Each expert's has the variance of a layer of its own.
+        # A variance of n normal numbers is off by sqrt(2 / n), here 0.5 %: ten times
+        # that.
         np.testing.assert_allclose(kernel.var(), 1 / kernel.shape[1], rtol=0.05)
     router = state["router"]
     y, load = ops.moe(x, router["kernel"], router["bias"], *kernels, **ROUTING)
@@ -353,6 +358,7 @@ def test_nnx_layers_stacked_and_recomputed_are_those_one_by_one():
     for i in range(2):
         layer = nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], state))
         x = jax.jit(lambda x, f=layer: x + ops_of(f, x))(x)
+    # Codes at ties.
     assert numerics.sqnr_db(y, x) > 45
     assert layers.router.load.shape == (2, EXPERTS)
     assert np.all(layers.router.load[...].sum(-1) == TOKENS * ROUTING["top_k"])

@@ -84,6 +84,7 @@ def test_routing_is_that_of_transformers(counts):
         np.take_along_axis(np.asarray(ours.experts), order, 1),
         np.take_along_axis(experts.numpy(), their_order, 1),
     )
+    # As in float64 above: their float32 and ours.
     np.testing.assert_allclose(
         np.take_along_axis(np.asarray(ours.weights), order, 1),
         np.take_along_axis(weights.numpy(), their_order, 1),
@@ -124,6 +125,8 @@ def test_gradient_of_weights_is_the_equation_s_in_float64():
             for d in (moved, -moved)
         )
         found[i, j] = (up - down) / (2 * step)
+    # Differences of float64 over 2e-6 are good to 1e-10 of their terms, whose second
+    # order is less: float32's 2^-24 in some ten steps remain.
     np.testing.assert_allclose(ours, found, atol=1e-5)
 
 
@@ -168,6 +171,7 @@ def test_one_nan_makes_all_weights_of_its_token_nan_and_no_other_s(counts, exper
     experts, weights = oracle(clean, bias, **counts)
     others = np.delete(np.arange(TOKENS), 5)
     np.testing.assert_array_equal(routing.experts[others], experts[others])
+    # As in the first test.
     np.testing.assert_allclose(
         routing.weights[others], weights[others], rtol=32 * 2**-24
     )
@@ -196,6 +200,7 @@ def test_infinite_logits_are_scores_of_one_and_of_zero():
     )
     experts, weights = oracle(np.clip(logits, -500, 500), bias, top_k=4)
     np.testing.assert_array_equal(routing.experts, experts)
+    # As in the first test.
     np.testing.assert_allclose(routing.weights, weights, rtol=32 * 2**-24)
     assert routing.experts[5, 0] == 3
     assert np.all(np.isfinite(gradient))
@@ -283,6 +288,7 @@ def test_permutation_keeps_every_token_and_its_order(experts):
     rows = ops.permute(x, to)
     np.testing.assert_array_equal(rows, np.asarray(x)[np.asarray(to.slots) // top_k])
     combined = ops.unpermute(rows, weights, to)
+    # Float32 sums of a few products of order one: some 2^-24 for each.
     np.testing.assert_allclose(
         combined, x * weights.sum(1, keepdims=True), rtol=1e-5, atol=1e-5
     )
@@ -303,6 +309,8 @@ def test_gradients_of_gathers_are_those_of_indexing():
     for order in (1, 2):
         a, e = (_derivative(f, order)(x, weights) for f in (ours, indexed))
         for left, right in zip(a, e, strict=True):
+            # Float32 sums of three products of order one, in two orders: some 2^-23 for
+            # each.
             np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
 
 

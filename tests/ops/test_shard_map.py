@@ -190,6 +190,7 @@ def test_the_partitioner_splits_the_axes_that_are_left(order, check_vma):
     alone = part_by_part(network(dense, lambda x, _: x), 2)
     wanted = value_and_gradients(alone, *args)
     for got, same in zip(found, wanted, strict=True):
+        # As in `check`: codes at ties.
         assert numerics.relative_error(got, same) < 2**-10
     plain = mapped(network(jnp.matmul, constrain), mesh, {"a"}, check_vma)
     assert collectives(fp8, *args) == collectives(plain, *args)
@@ -249,4 +250,5 @@ def test_values_of_one_device_are_those_of_the_whole():
     """A row of a dense product does not depend on the rows beside it."""
     w = OPS["dense"][1][0]
     y = jax.jit(mapped(dense, mesh_of(8), {"a"}, True))(X, w)
+    # The same codes: 128 float32 products, which XLA may add in another order.
     np.testing.assert_allclose(y, dense(X, w), rtol=1e-5, atol=1e-6)

@@ -135,8 +135,11 @@ def test_nnx_block_has_the_state_of_flax_s_layers_and_their_numbers():
     )
     x = normal(0, 2, 8, K)
     assert ours(x).shape == x.shape
+    # Four operands in a row, each off by 2^-4 of itself at most, which add up as
+    # squares: 2^-3.
     assert numerics.sqnr_db(ours(x), flax(x)) > 18
     ours.recipe = recipes.bf16()
+    # Sums of at most 264 float32 products: 1.6e-5 of their magnitudes each.
     np.testing.assert_allclose(ours(x), flax(x), rtol=1e-4, atol=1e-5)
 
 
@@ -157,6 +160,7 @@ def test_linen_block_has_the_parameters_of_flax_s_layers_and_their_numbers():
     variables = flax.init(key, x)
     assert_same_bits(jax.jit(ours.init)(key, x), variables)
     expected = flax.apply(variables, x)
+    # These two as NNX's above.
     assert numerics.sqnr_db(ours.apply(variables, x), expected) > 18
     off = ours.clone(recipe=recipes.bf16()).apply(variables, x)
     np.testing.assert_allclose(off, expected, rtol=1e-4, atol=1e-5)

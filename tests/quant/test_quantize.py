@@ -367,6 +367,7 @@ def test_scales_are_deepseek_s_to_an_ulp_and_its_powers_of_two():
     ours = numerics.scale_from_amax(amax, jnp.float8_e4m3fn, "fp32")
     apart = np.abs(ours.view(np.int32) - theirs.view(np.int32))
     assert apart.max() == 1
+    # Measured: 0.55. That both occur often is the point.
     assert 0.4 < apart.mean() < 0.6
     np.testing.assert_array_equal(
         numerics.scale_from_amax(amax, jnp.float8_e4m3fn, "pow2"),

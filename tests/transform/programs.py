@@ -190,7 +190,7 @@ def many_steps_in_one_loop() -> Program:
 
 def looped(p: Any, x: jax.Array) -> jax.Array:
     def more(state: Any) -> jax.Array:
-        return jnp.sum(jnp.abs(state[1] @ p["up"])) < 1e9 * (1 + state[0])
+        return jnp.sum(jnp.abs(state[1] @ p["up"])) < 1e9 * (3 - state[0])
 
     more = more if "condition" in p else lambda state: state[0] < 3
     body = lambda state: (state[0] + 1, block(p, state[1]))  # noqa: E731
@@ -514,7 +514,7 @@ def main() -> None:
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(PROGRAMS)}")
     parser.add_argument("--bits", action="store_true", help="run them, too")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     for name in options.names or PROGRAMS:
         gc.collect()  # What is shared shall not depend on what came before.

@@ -11,7 +11,8 @@ import pytest
 
 import fp8jax
 from fp8jax import ops, recipes
-from fp8jax.transform import _plan, fp8_transform
+from fp8jax.transform import fp8_transform
+from fp8jax.transform.plan._policy import Policy
 
 D, HIDDEN = 128, 256
 DIMS = (((2,), (0,)), ((), ()))  # [batch, time, d] times [d, f]
@@ -143,7 +144,7 @@ def test_each_role_has_the_bits_of_its_tiles():
 def test_blocks_where_tiles_belong_change_just_that_role_s_bits(
     monkeypatch, role, side
 ):
-    right = _plan.Policy.gemm
+    right = Policy.gemm
 
     def wrong(policy, path, asked, k, n):
         gemm, reason = right(policy, path, asked, k, n)
@@ -152,7 +153,7 @@ def test_blocks_where_tiles_belong_change_just_that_role_s_bits(
         in_blocks = dataclasses.replace(getattr(gemm, side), tile=(128, 128))
         return dataclasses.replace(gemm, **{side: in_blocks}), reason
 
-    monkeypatch.setattr(_plan.Policy, "gemm", wrong)
+    monkeypatch.setattr(Policy, "gemm", wrong)
     assert differing(*fp8_dense_step()) == {role}
 
 

@@ -195,6 +195,7 @@ def test_equinox_s_own_functions_see_python_numbers_as_such():
     assert fn.report(model, x[None], key).fraction == 1.0
     _, loss = fn(model, x[None], key)
     _, expected = fp8_transform(eqx.filter_jit(step))(model, x, key)
+    # One device's mean, by another program in float32: some ulps.
     chex.assert_trees_all_close(loss[0], expected, rtol=1e-6)
 
 

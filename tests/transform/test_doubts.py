@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from fp8jax import recipes
-from fp8jax.transform import _phase_flow, _phases, fp8_transform
+from fp8jax.transform import fp8_transform
+from fp8jax.transform.analysis import _phase_flow, _phases
 
 D = 128
 

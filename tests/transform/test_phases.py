@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from fp8jax.transform import fp8_transform
-from fp8jax.transform._roles import SECOND_ORDER
+from fp8jax.transform.analysis._roles import SECOND_ORDER
 
 D = 128
 

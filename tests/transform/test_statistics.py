@@ -192,6 +192,8 @@ def test_loops_of_unknown_length_are_measured_all_iterations_together():
     out, stats = fn(LOOPED, X, 3)
     plain = fp8_transform(unrolled, stats=True, static_argnums=2)
     wanted_out, wanted = plain(LOOPED, X, 3)
+    # Programs with a loop and without are fused otherwise: an ulp of an input may move
+    # a code by 2^-3, one in 2^8 of them a sum by 2^-7, and statistics by less.
     chex.assert_trees_all_close(out, wanted_out, rtol=2.0**-7, atol=1e-6)
     # One iteration of the scan has an axis; those of the loop are summed.
     chex.assert_shape(stats["w"]["fprop"]["sqnr_db"], (1, 2))
@@ -220,6 +222,7 @@ def test_loops_in_a_shard_map_sum_over_devices():
     step = jax.shard_map(looped, mesh=mesh, in_specs=specs, out_specs=P("data"))
     _, stats = fp8_transform(step, stats=True)(LOOPED, X, 2)
     _, wanted = fp8_transform(looped, stats=True)(LOOPED, X, 2)
+    # As above, over two devices.
     chex.assert_trees_all_close(stats, wanted, rtol=1e-3)
 
 
@@ -231,6 +234,7 @@ def test_underflow_and_overflow_are_seen():
     _, stats = fp8_transform(lambda p, x: x @ p["up"], stats=True)(PARAMS, rows)
     got = stats["up"]["fprop"]
     zeroed = measured(np.delete(rows, 1, 0), RECIPE.fprop.lhs)["underflow"]
+    # Counts, divided in float32.
     np.testing.assert_allclose(
         got["underflow"][0], zeroed * (len(rows) - 1) / len(rows), rtol=1e-5
     )
@@ -298,6 +302,7 @@ def test_sharded_steps_have_the_whole_step_s_statistics(how):
         _, stats = fp8_transform(step, stats=True)(*args)
     for name in ("sqnr_db", "underflow", "saturated", "amax"):
         got = stats["up"]["fprop"][name]
+        # Float32 sums over devices, in another order.
         np.testing.assert_allclose(got, wanted["up"]["fprop"][name], rtol=1e-5)
 
 

@@ -191,6 +191,8 @@ class TestReport:
         (row,) = self.rows(head, p, x, rules=[rule])
         assert row.status == "skipped"
         assert "for comparison: its QTensor is dequantized" in row.reason
+        # The same float32 products: 256 of them, each of order one, whose sum is off by
+        # a few 2^-24 of magnitudes that add up to some 200.
         chex.assert_trees_all_close(
             transformed(head, rules=[rule])(p, x),
             x @ p["lm_head"].dequantize(),
@@ -234,6 +236,7 @@ class TestReport:
         assert row.status == "skipped"
         assert reason in row.reason
         assert "its QTensor is dequantized" in row.reason
+        # As above.
         chex.assert_trees_all_close(
             f(q, x), fn(q.dequantize(), x), rtol=1e-5, atol=1e-5
         )
@@ -352,6 +355,7 @@ def test_sharded_weights(x):
     f = transformed(lambda w, x: x @ w)
     columns = jax.NamedSharding(mesh, jax.P(None, "x"))
     sharded = jax.device_put(q, columns)
+    # The same codes, which XLA may add in another order: some ulps.
     chex.assert_trees_all_close(f(sharded, x), f(q, x), rtol=1e-6, atol=1e-6)
     assert "all-gather" not in f.lower(sharded, x).compile().as_text()
 
@@ -389,6 +393,7 @@ def test_linen_model_of_flax_s_own_layers(x):
         nn.relu(product(x, params["params"]["up"]["kernel"])),
         params["params"]["down"]["kernel"],
     )
+    # As above.
     chex.assert_trees_all_close(f(params, x), expected, rtol=1e-6, atol=1e-6)
 
 

@@ -11,7 +11,7 @@ from jax import lax
 from fp8jax import _compat, ops
 from fp8jax.recipes import blocked_wgrad, deepseek_v3
 from fp8jax.transform import fp8_transform
-from fp8jax.transform._transposed import read_transposed
+from fp8jax.transform.analysis._transposed import read_transposed
 from fp8jax.transform.ir import jaxprs_of
 
 MATRICES = (((1,), (0,)), ((), ()))
@@ -76,6 +76,7 @@ def test_exchanged_layout_is_that_of_the_exchanged_product():
     out = lax.dot_general(w, x, exchanged.numbers)
     assert out.shape == exchanged.out_shape == (2, 6, 3, 5)
     wanted = layout.exchange_sides(lax.dot_general(x, w, numbers))
+    # Sums of four float32 products of order one, in another order.
     np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-5)
     assert exchanged.exchanged == layout
 

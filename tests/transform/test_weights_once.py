@@ -189,6 +189,7 @@ def test_weights_leave_a_scan_over_microbatches_around_a_scan_over_layers():
     assert sum(found.values()) == WEIGHTS
     alone = fp8_transform(one, weights=0)
     wanted = jax.tree.map(jnp.add, *(alone(STACKED, x)[1][0] for x in batches))
+    # As above: other fusions, and codes that move.
     chex.assert_trees_all_close(fn(STACKED, batches), wanted, rtol=2.0**-7, atol=1e-7)
 
 

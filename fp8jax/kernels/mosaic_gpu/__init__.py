@@ -19,6 +19,7 @@ from fp8jax.kernels.mosaic_gpu._grouped import (
     multiply_rows,
 )
 from fp8jax.kernels.mosaic_gpu._limits import refusal, smem_bytes
+from fp8jax.kernels.mosaic_gpu._map import quantize_map
 from fp8jax.kernels.mosaic_gpu._problem import GEMM_KINDS, GemmKind, GemmProblem
 from fp8jax.kernels.mosaic_gpu._quantize import (
     quantize,
@@ -56,6 +57,7 @@ __all__ = [
     "quantize_add_rms_norm",
     "quantize_both",
     "quantize_grouped",
+    "quantize_map",
     "quantize_rms_norm",
     "quantize_swiglu",
     "quantize_swiglu_gradient",

@@ -1,18 +1,21 @@
 """Matrices quantized in one pass: padding, batches, and what the kernel wrote, cut."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
-from fp8jax.kernels._contract import Quantized, Tile
+from fp8jax.kernels._contract import Directions, Quantized, Tile
 from fp8jax.kernels.mosaic_gpu._blocks_config import BlocksConfig, blocks_config
 from fp8jax.kernels.mosaic_gpu._blocks_kernel import (
     ROW,
     Compute,
     Direction,
     Format,
+    Values,
     launch,
 )
 from fp8jax.kernels.mosaic_gpu._common import (
@@ -24,58 +27,87 @@ from fp8jax.kernels.mosaic_gpu._common import (
 from fp8jax.kernels.mosaic_gpu._encode import BLOCK
 
 
+def quantize_directions(
+    inputs: Sequence[jax.Array],
+    compute: Compute,
+    dtypes: Sequence[np.dtype],
+    tiles: Sequence[tuple[Tile | None, Tile | None]],
+    fmt: Format,
+    vectors: Sequence[tuple[jax.Array, int]] = (),
+) -> tuple[Directions, ...]:
+    """`quantize_blocks` of computed values and of their transposes, where asked for.
+
+    Args:
+        inputs, fmt: as there.
+        compute, dtypes: of the values, as in `Values`.
+        tiles: for each value, those of it and of its transpose, None to leave one out.
+        vectors: each with the side that it lies along, as in `Values`.
+    """
+    ways = tuple(
+        tuple(
+            Direction((tile[0], tile[1]), transposed)
+            for tile, transposed in zip(both, (False, True), strict=True)
+            if tile is not None
+        )
+        for both in tiles
+    )
+    sides = tuple(side for _, side in vectors)
+    values = Values(compute, tuple(dtypes), ways, sides)
+    found = quantize_blocks(inputs, values, fmt, [vector for vector, _ in vectors])
+    out = []
+    for value, both in zip(found, tiles, strict=True):
+        given = iter(value)
+        along, across = (None if tile is None else next(given) for tile in both)
+        out.append((along, across))
+    return tuple(out)
+
+
 def quantize_blocks(
     inputs: Sequence[jax.Array],
-    directions: tuple[Direction, ...],
+    values: Values,
     fmt: Format,
-    *,
-    compute: Compute | None = None,
-    values: int = 1,
+    vectors: Sequence[jax.Array] = (),
 ) -> tuple[tuple[Quantized, ...], ...]:
-    """Quantizes each of `compute(*inputs)` in each direction, in one pass.
+    """Quantizes each of the values in each of its directions, in one pass.
 
     Sides that are no multiple of 128 (k) or 8 (m; 128 where codes leave transposed)
     cost a zero-padded copy of the inputs.
 
     Args:
-        inputs: matrices [m, k] of one dtype, bfloat16, float16 or float32.
-        directions: at least one.
+        inputs: matrices [m, k], bfloat16, float16 or float32; of several dtypes only
+            where values are computed.
+        values: what is quantized; at most as many as there are inputs.
         fmt: of the codes.
-        compute: float32 pieces of the inputs to as many of the values, elementwise;
-            None for the input itself.
-        values: how many matrices `compute` gives, at most as many as it takes.
+        vectors: float32 [m] or [k], as `values.sides` says.
 
     Returns:
         For every value, for every direction, codes [m, k] (transposed: [k, m]) and
         their scales, one a tile.
     """
-    run = functools.partial(
-        quantize_padded, directions=directions, fmt=fmt, compute=compute, values=values
-    )
-    by_rows = all(d == Direction(ROW, False) for d in directions)
+    run = functools.partial(quantize_padded, values=values, fmt=fmt)
+    every = itertools.chain(*values.directions)
+    by_rows = all(d == Direction(ROW, False) for d in every)
 
     def of_stacked(count: int) -> Any:
         """The call for so many matrices, one below the other, and so their codes."""
 
         def fold(*batches: jax.Array) -> Any:
             b, m = batches[0].shape[:2]
-            if not by_rows and m // count % BLOCK:
-                return None  # A tile would span two matrices.
+            if vectors or (not by_rows and m // count % BLOCK):
+                return None  # Vectors differ, or a tile would span two matrices.
             folded = of_stacked(b * count)(*(x.reshape(b * m, -1) for x in batches))
             return jax.tree.map(lambda x: x.reshape(b, -1, x.shape[-1]), folded)
 
         return mapped_under_vmap(functools.partial(run, stacked=count), fold)
 
-    return of_stacked(1)(*inputs)
+    return of_stacked(1)(*inputs, *vectors)
 
 
 @in_32_bits
 def quantize_padded(
-    *inputs: jax.Array,
-    directions: tuple[Direction, ...],
+    *arrays: jax.Array,
+    values: Values,
     fmt: Format,
-    compute: Compute | None,
-    values: int,
     config: BlocksConfig | None = None,
     stacked: int = 1,
 ) -> tuple[tuple[Quantized, ...], ...]:
@@ -86,37 +118,40 @@ def quantize_padded(
 
     Pads to what the copies need, launches, and cuts the padding off again.
     """
+    count = len(arrays) - len(values.sides)
+    inputs, vectors = arrays[:count], arrays[count:]
     m, k = inputs[0].shape
+    directions = [*itertools.chain(*values.directions)]
     # The copies move whole rows of 8 and whole blocks of columns; transposed codes
     # have m as their contiguous side.
     multiple = BLOCK if any(d.transposed for d in directions) else 8
     inputs = tuple(zero_pad(x, (multiple, BLOCK)) for x in inputs)
+    vectors = tuple(zero_pad(x, (BLOCK,)) for x in vectors)
     if config is None:
+        places = values.places([x.dtype for x in inputs])
         config = blocks_config(
-            inputs=len(inputs),
-            itemsize=inputs[0].dtype.itemsize,
-            outputs=values * len(directions),
-            boxes=any(d.tile != ROW for d in directions),
+            itemsizes=[x.dtype.itemsize for x in inputs],
+            outputs=len(directions),
+            computed=values.compute is not None,
+            kept=[place for place in places if place is not None],
+            own=sum(
+                dtype.itemsize
+                for dtype, place in zip(values.dtypes, places, strict=True)
+                if place is None
+            ),
         )
-    outputs = launch(
-        inputs,
-        directions,
-        fmt,
-        compute=compute,
-        values=values,
-        config=config,
-        stacked=stacked,
+    outputs = launch(inputs, vectors, values, fmt, config=config, stacked=stacked)
+    cut = iter(
+        [
+            _cut(data, scale, d.tile, (k, m // stacked), stacked)
+            if d.transposed
+            else _cut(data, scale, d.tile, (m, k))
+            for data, scale, d in zip(
+                outputs[::2], outputs[1::2], directions, strict=True
+            )
+        ]
     )
-    cut = [
-        _cut(data, scale, d.tile, (k, m // stacked), stacked)
-        if d.transposed
-        else _cut(data, scale, d.tile, (m, k))
-        for data, scale, d in zip(
-            outputs[::2], outputs[1::2], directions * values, strict=True
-        )
-    ]
-    n = len(directions)
-    return tuple(tuple(cut[i : i + n]) for i in range(0, len(cut), n))
+    return tuple(tuple(next(cut) for _ in several) for several in values.directions)
 
 
 def _cut(

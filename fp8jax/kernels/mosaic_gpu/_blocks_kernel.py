@@ -6,14 +6,15 @@ to four threads: the maximum of a row needs no shared memory. The transposed rea
 same block serves the codes that leave transposed ([k, m]), as the wgrad GEMM wants
 them: one read of global memory makes both.
 
-Where the quantized values are computed from several inputs, they take the first
-inputs' place in shared memory, rounded to the inputs' dtype: both directions then see
-the same numbers, and those that a separate pass would have written.
+Where the quantized values are computed from several inputs, they are written over the
+blocks of inputs of their dtype in shared memory: all directions then see the same
+numbers, those that a separate pass would have written.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +41,8 @@ Compute = Callable[..., tuple[jax.Array, ...]]
 ROW: Tile = (1, BLOCK)
 _BOX: Tile = (BLOCK, BLOCK)
 _PIECE = 64  # Side of what is computed at a time: 32 numbers of an input a thread.
+_VECTOR_SLOTS = 2  # Pieces of a vector in shared memory at a time.
+_PER_ROW: Any = plgpu.Layout.WGMMA.reduce(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +58,9 @@ class Direction:
     transposed: bool
 
 
+_ALONG = Direction(ROW, transposed=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class Format:
     """What the codes are: `dtype`, kind of scale, and the floor of amax."""
@@ -64,30 +70,75 @@ class Format:
     eps: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """What is quantized, as computed from the inputs.
+
+    Attributes:
+        compute: pieces of the matrices, in their dtypes, and of the vectors, float32
+            and repeated over rows or columns, to pieces of the values, elementwise;
+            None for the one matrix itself.
+        dtypes: of the values.
+        directions: for each value, how it leaves; at least one way.
+        sides: for each vector, which side of the matrices it lies along: 0, one number
+            per row, or 1, one per column.
+    """
+
+    compute: Compute | None
+    dtypes: tuple[np.dtype, ...]
+    directions: tuple[tuple[Direction, ...], ...]
+    sides: tuple[int, ...] = ()
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the one value leaves as it is computed, and only so.
+
+        Then it need not be in shared memory, where other directions would read it.
+        """
+        return self.compute is not None and self.directions == ((_ALONG,),)
+
+    def places(self, dtypes: Sequence[np.dtype]) -> tuple[int | None, ...]:
+        """The input whose block each value is written over; None for one of its own.
+
+        Args:
+            dtypes: of the matrices.
+        """
+        if self.is_direct:
+            return (0,)
+        free = list(range(len(dtypes)))
+        found: list[int | None] = []
+        for dtype in self.dtypes:
+            place = next((i for i in free if dtypes[i] == dtype), None)
+            if place is not None:
+                free.remove(place)
+            found.append(place)
+        return tuple(found)
+
+
 def launch(
     inputs: tuple[jax.Array, ...],
-    directions: tuple[Direction, ...],
+    vectors: tuple[jax.Array, ...],
+    values: Values,
     fmt: Format,
     *,
-    compute: Compute | None,
-    values: int,
     config: BlocksConfig,
     stacked: int = 1,
 ) -> tuple[jax.Array, ...]:
-    """Codes and scales of each value in each direction, one behind the other.
+    """Codes and scales of each value in each direction, in order.
 
     Args:
         inputs: [m, k], k in whole blocks and m in 8 rows; in whole blocks too where
             codes leave transposed.
-        directions, fmt, compute, values: as in `quantize_blocks`.
+        vectors: float32 [m] or [k], in whole blocks, as `values.sides` says.
+        values, fmt: what is quantized, and as what.
         config: what shared memory holds, and who shares it.
         stacked: matrices of whole blocks that the inputs are, one below the other. So
             are their transposes then: [stacked * k, m / stacked].
     """
-    (m, k), in_dtype = inputs[0].shape, inputs[0].dtype
+    m, k = inputs[0].shape
     m_blocks, k_blocks = ceil_div(m, BLOCK), ceil_div(k, BLOCK)
     outputs = []
-    for direction in directions * values:
+    for direction in itertools.chain(*values.directions):
         shape, blocks = (m, k), (m_blocks, k_blocks)
         if direction.transposed:
             shape = (stacked * k, m // stacked)
@@ -100,54 +151,65 @@ def launch(
         scale_shape = per_row if direction.tile == ROW else blocks
         outputs.append(jax.ShapeDtypeStruct(shape, fmt.dtype))
         outputs.append(jax.ShapeDtypeStruct(scale_shape, jnp.float32))
-    in_columns = BLOCK // in_dtype.itemsize  # 128 bytes, the widest swizzle.
-    slots = sum(config.slots)
+    dtypes = [x.dtype for x in inputs]
+    places = values.places(dtypes)
+    own = [d for d, place in zip(values.dtypes, places, strict=True) if place is None]
     threads: dict[str, Any] = {}
     if config.warpgroups > 1:
         threads = {"num_threads": config.warpgroups, "thread_name": "wg"}
+    scratch: dict[str, Any] = {
+        "in_smem": [
+            _blocks_of(slots, dtype)
+            for slots, dtype in zip(config.slots, dtypes, strict=True)
+        ],
+        "codes_smem": _blocks_of(config.buffers, fmt.dtype),
+        "scale_smem": plgpu.SMEM((config.buffers, BLOCK), jnp.float32),
+        "full": plgpu.Barrier(num_barriers=sum(config.slots)),
+        "met": plgpu.Barrier(num_arrivals=config.warpgroups),
+    }
+    if own:
+        scratch["own_smem"] = [_blocks_of(1, dtype) for dtype in own]
+    if vectors:
+        scratch["vector_smem"] = [
+            plgpu.SMEM((_VECTOR_SLOTS, BLOCK), jnp.float32) for _ in vectors
+        ]
+        scratch["vectors_full"] = plgpu.Barrier(
+            num_barriers=_VECTOR_SLOTS, num_arrivals=len(vectors)
+        )
+    if config.warpgroups > 1 and _BOX in (
+        d.tile for d in itertools.chain(*values.directions)
+    ):
+        scratch["peaks_smem"] = plgpu.SMEM((BLOCK,), jnp.int32)
     run = plgpu.kernel(
         functools.partial(
-            _body,
-            directions=directions,
-            fmt=fmt,
-            compute=compute,
-            values=values,
-            config=config,
-            stacked=stacked,
+            _body, values=values, places=places, fmt=fmt, config=config, stacked=stacked
         ),
         out_type=tuple(outputs),
-        scratch_types={
-            "in_smem": plgpu.SMEM(
-                (slots, BLOCK, BLOCK), in_dtype, transforms=swizzled(in_columns, BLOCK)
-            ),
-            "codes_smem": plgpu.SMEM(
-                (config.buffers, BLOCK, BLOCK),
-                fmt.dtype,
-                transforms=swizzled(BLOCK, BLOCK),
-            ),
-            "scale_smem": plgpu.SMEM((config.buffers, BLOCK), jnp.float32),
-            "full": plgpu.Barrier(num_barriers=slots),
-            "met": plgpu.Barrier(num_arrivals=config.warpgroups),
-        },
+        scratch_types=scratch,
         grid=(min(num_sms() * config.ctas_per_sm, m_blocks * k_blocks),),
         grid_names=("grid",),
         **threads,
         compiler_params=plgpu.CompilerParams(
             # Exponentials and roots in an instruction each, right to some 20 bits of
             # values that end as FP8. It does not touch divisions by scales.
-            approx_math=compute is not None,
+            approx_math=values.compute is not None,
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
         ),
     )
-    return called(run, *inputs)
+    return called(run, *inputs, *vectors)
+
+
+def _blocks_of(count: int, dtype: np.dtype) -> Any:
+    """Shared memory for so many blocks, as tensor copies and registers read them."""
+    columns = BLOCK // dtype.itemsize  # 128 bytes, the widest swizzle.
+    return plgpu.SMEM((count, BLOCK, BLOCK), dtype, transforms=swizzled(columns, BLOCK))
 
 
 def _body(
     *refs,
-    directions: tuple[Direction, ...],
+    values: Values,
+    places: tuple[int | None, ...],
     fmt: Format,
-    compute: Compute | None,
-    values: int,
     config: BlocksConfig,
     stacked: int,
     in_smem,
@@ -155,21 +217,27 @@ def _body(
     scale_smem,
     full,
     met,
+    own_smem=(),
+    vector_smem=(),
+    vectors_full: Any = None,
+    peaks_smem=None,
 ) -> None:
     """One CTA: every grid-th block, row after row of blocks.
 
     Of two warpgroups each takes half of the rows, and of the columns where codes leave
     transposed; the first one fetches.
     """
-    num_inputs = len(config.slots)
-    inputs, outputs = refs[:num_inputs], refs[num_inputs:]
+    num_inputs, num_vectors = len(config.slots), len(values.sides)
+    inputs, vectors = refs[:num_inputs], refs[num_inputs : num_inputs + num_vectors]
+    outputs = refs[num_inputs + num_vectors :]
     m, k = inputs[0].shape
     k_blocks = ceil_div(k, BLOCK)
     num_blocks = ceil_div(m, BLOCK) * k_blocks
     first, ctas = lax.axis_index("grid"), lax.axis_size("grid")
     warpgroup = lax.axis_index("wg") if config.warpgroups > 1 else 0
     # A warpgroup's registers hold 64 rows or 128: of few, the others are not there.
-    by_rows = all(d == Direction(ROW, False) for d in directions)
+    all_directions = [*itertools.chain(*values.directions)]
+    by_rows = all(d == Direction(ROW, False) for d in all_directions)
     halved = m <= BLOCK // 2 and by_rows and config.warpgroups == 1
     side = BLOCK // 2 if halved else BLOCK
     share = side // config.warpgroups  # Rows of a block that are this warpgroup's.
@@ -182,11 +250,24 @@ def _body(
             plgpu.barrier_arrive(met)
             plgpu.barrier_wait(met)
 
+    def whole_block(bits: jax.Array) -> jax.Array:
+        """The largest of a block's maxima, of all warpgroups, for each of the rows."""
+        if config.warpgroups == 1:
+            return lax.broadcast_in_dim(jnp.max(bits), bits.shape, ())
+        # The maximum of all registers would go through memory that Mosaic has once for
+        # all warpgroups. That of a table of all rows by all rows stays in registers.
+        assert peaks_smem is not None, "warpgroups that share a tile exchange maxima"
+        peaks_smem[pl.ds(start, share)] = plgpu.layout_cast(bits, _PER_ROW)
+        meet()
+        rows = _compat.mosaic_load(peaks_smem, plgpu.Layout.WGMMA.reduce(0))
+        return jnp.max(lax.broadcast_in_dim(rows, (share, BLOCK), (1,)), axis=1)
+
     def slot(number: int, step):
-        """Where block `step` of this CTA, of an input, is in shared memory."""
-        return sum(config.slots[:number]) + lax.rem(
-            step, jnp.int32(config.slots[number])
-        )
+        """Which of an input's places in shared memory block `step` of this CTA has."""
+        return lax.rem(step, jnp.int32(config.slots[number]))
+
+    def arrived(number: int, step):
+        return full.at[sum(config.slots[:number]) + slot(number, step)]
 
     def fetch(number: int, step) -> None:
         block = first + step * ctas
@@ -198,13 +279,29 @@ def _body(
                 inputs[number].at[
                     pl.ds(row * BLOCK, side), pl.ds(column * BLOCK, BLOCK)
                 ],
-                in_smem.at[slot(number, step), pl.ds(0, side)],
-                full.at[slot(number, step)],
+                in_smem[number].at[slot(number, step), pl.ds(0, side)],
+                arrived(number, step),
             )
+
+    def fetch_vectors(step) -> None:
+        block, place = first + step * ctas, lax.rem(step, jnp.int32(_VECTOR_SLOTS))
+
+        @pl.when((block < num_blocks) & (start == 0))
+        def _copy():
+            at = lax.div(block, k_blocks), lax.rem(block, k_blocks)
+            for x, smem, along in zip(vectors, vector_smem, values.sides, strict=True):
+                plgpu.copy_gmem_to_smem(
+                    x.at[pl.ds(at[along] * BLOCK, BLOCK)],
+                    smem.at[place],
+                    vectors_full.at[place],
+                )
 
     for number, slots in enumerate(config.slots):
         for step in range(slots):
             fetch(number, jnp.int32(step))
+    if vectors:
+        for step in range(_VECTOR_SLOTS):
+            fetch_vectors(jnp.int32(step))
 
     def turned(row, column):
         """Where block `row, column` is in the transposed matrix, or its own of some."""
@@ -216,22 +313,39 @@ def _body(
     def quantize_block(info) -> None:
         (block,) = info.index
         row, column = lax.div(block, k_blocks), lax.rem(block, k_blocks)
-        here = [slot(number, info.local_index) for number in range(num_inputs)]
-        for s in here:
-            plgpu.barrier_wait(full.at[s])
-        sources = [in_smem.at[s] for s in here]
+        step = info.local_index
+        for number in range(num_inputs):
+            plgpu.barrier_wait(arrived(number, step))
+        blocks = [in_smem[n].at[slot(n, step)] for n in range(num_inputs)]
+        free = iter(own_smem)
+        sources = [next(free).at[0] if n is None else blocks[n] for n in places]
 
         def refill(number: int) -> None:
-            fetch(number, info.local_index + config.slots[number])
+            fetch(number, step + config.slots[number])
 
-        if compute is not None:
-            _compute_in_place(compute, sources, start, share)
+        def refill_others() -> None:
+            """Fetches again what no value has been written over."""
+            for number in range(num_inputs):
+                if number not in places:
+                    refill(number)
+            if vectors:
+                fetch_vectors(step + _VECTOR_SLOTS)
+
+        place = lax.rem(step, jnp.int32(_VECTOR_SLOTS))
+        if vectors:
+            plgpu.barrier_wait(vectors_full.at[place])
+        here = [smem.at[place] for smem in vector_smem]
+        computed = None
+        if values.is_direct:
+            at = (start, share), (0, BLOCK)
+            (computed,) = _computed(values, blocks, here, at)
+        elif values.compute is not None:
+            _compute_in_place(values, blocks, here, sources, start, share)
             meet()
-            for number in range(values, num_inputs):
-                refill(number)
+            refill_others()
 
         output = 0
-        for value in range(values):
+        for value, directions in enumerate(values.directions):
             box = None  # Scales of the whole block, the same in both directions.
             for direction in directions:
                 is_box = direction.tile == _BOX
@@ -242,12 +356,13 @@ def _body(
                     source = source.at[pl.ds(start, share)]
                 buffer = output % config.buffers, pl.ds(start, share)
                 factors = _store(
-                    source,
+                    _load(source) if computed is None else computed,
                     (outputs[2 * output], outputs[2 * output + 1]),
                     (at[0] * BLOCK + start, at[1]),
                     direction,
                     fmt,
                     box if is_box else None,
+                    whole_block,
                     codes_smem.at[buffer],
                     scale_smem.at[buffer],
                     in_flight=config.buffers - 1,
@@ -256,52 +371,87 @@ def _body(
                 output += 1
             if config.warpgroups > 1:
                 meet()  # Of one, the warps met before its codes left.
-            refill(value)
+            if values.is_direct:
+                refill_others()
+            number = places[value]
+            if number is not None:
+                refill(number)
 
     plgpu.nd_loop((num_blocks,), collective_axes="grid")(quantize_block)
     await_stores()
 
 
 def _compute_in_place(
-    compute: Compute, sources: list[Any], start: Any, share: int
+    values: Values,
+    blocks: list[Any],
+    vectors: list[Any],
+    targets: list[Any],
+    start: Any,
+    share: int,
 ) -> None:
-    """The values take the first inputs' place, piece by piece to save registers.
+    """Computes the values piece by piece, to save registers, into shared memory.
 
-    Of the blocks' `share` rows from `start` on.
+    Of the blocks' `share` rows from `start` on. A target may be one of the blocks: a
+    piece is read whole before it is written over.
     """
     across = BLOCK // _PIECE
 
     def compute_piece(number, carry):
         row, column = lax.div(number, across), lax.rem(number, across)
-        at = pl.ds(start + row * _PIECE, _PIECE), pl.ds(column * _PIECE, _PIECE)
-        pieces = [source.at[at] for source in sources]
-        found = compute(*map(_load, pieces))
-        for piece, value in zip(pieces, found, strict=False):
-            piece[...] = value.astype(piece.dtype)
+        at = (start + row * _PIECE, _PIECE), (column * _PIECE, _PIECE)
+        found = _computed(values, blocks, vectors, at)
+        for target, value in zip(targets, found, strict=True):
+            piece = tuple(pl.ds(*side) for side in at)
+            target[piece] = value.astype(target.dtype)
         return carry
 
     lax.fori_loop(0, share // _PIECE * across, compute_piece, None)
 
 
+def _computed(
+    values: Values, blocks: list[Any], vectors: list[Any], at: Any
+) -> list[jax.Array]:
+    """A piece of each value in registers, float32 but rounded to the value's dtype.
+
+    Args:
+        values: what is computed.
+        blocks, vectors: what it is computed from, in shared memory.
+        at: of the piece, where it begins and how long it is, on both sides.
+    """
+    assert values.compute is not None
+    piece, shape = tuple(pl.ds(*side) for side in at), tuple(size for _, size in at)
+    layout = plgpu.Layout.WGMMA
+    pieces = [_compat.mosaic_load(block.at[piece], layout) for block in blocks]
+    for vector, side in zip(vectors, values.sides, strict=True):
+        along = _compat.mosaic_load(vector.at[piece[side]], layout.reduce(1 - side))
+        pieces.append(lax.broadcast_in_dim(along, shape, (side,)))
+    return [
+        value.astype(dtype).astype(jnp.float32)
+        for value, dtype in zip(values.compute(*pieces), values.dtypes, strict=True)
+    ]
+
+
 def _store(
-    source,
+    values,
     out,
     at,
     direction: Direction,
     fmt: Format,
     shared,
+    whole_block: Callable[[jax.Array], jax.Array],
     codes_smem,
     scale_smem,
     *,
     in_flight: int,
 ):
-    """Quantizes a block of shared memory in one direction and sends it on its way.
+    """Quantizes rows of a block in one direction and sends them on their way.
 
     Args:
-        source: the rows of the block, of those that are written.
+        values: the rows, float32, in registers.
         out: codes and scales in global memory.
         at: the first of the rows, and the index of the block along the columns.
         shared: scales and reciprocals of the same block's, None to find them.
+        whole_block: bits of rows' maxima to those of the block's, for each row.
         codes_smem, scale_smem: where copies to global memory start.
         in_flight: copies that may still be reading other buffers.
 
@@ -309,13 +459,12 @@ def _store(
         Scales and reciprocals.
     """
     data, scale_out = out
-    values = _load(source)
     if shared is None:
         bits = amax_bits(values)
         if direction.tile == _BOX:
-            bits = lax.broadcast_in_dim(jnp.max(bits), (BLOCK,), ())
+            bits = whole_block(bits)
         # JAX 0.10 finds no layout, or searches long, without being told.
-        bits = plgpu.layout_cast(bits, plgpu.Layout.WGMMA.reduce(1))
+        bits = plgpu.layout_cast(bits, _PER_ROW)
         shared = scales(bits, fmt.kind, fmt.eps, fmt.dtype)
     scale, inverse = shared
     codes = encode(values, scale, inverse, fmt.kind, fmt.dtype)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from fp8jax.kernels._contract import Directions, Quantized, ScaleKind, Tile
 from fp8jax.kernels._grouped import rows_apart
 from fp8jax.kernels.mosaic_gpu._blocks import quantize_blocks
-from fp8jax.kernels.mosaic_gpu._blocks_kernel import Direction, Format
+from fp8jax.kernels.mosaic_gpu._blocks_kernel import Direction, Format, Values
 from fp8jax.kernels.mosaic_gpu._encode import BLOCK, check_arguments
 
 _ROW, _COLUMN, _BOX = (1, BLOCK), (BLOCK, 1), (BLOCK, BLOCK)
@@ -54,11 +54,9 @@ def quantize(
     check_arguments("quantize", (x,), {"tile": tile}, (_ROW, _COLUMN, _BOX), dtype)
     fmt = Format(jnp.dtype(dtype), scale, eps)
     if tile == _COLUMN:
-        (((data, factor),),) = quantize_blocks(
-            (x,), (Direction(_ROW, not transposed),), fmt
-        )
+        ((data, factor),) = _quantize(x, fmt, Direction(_ROW, not transposed))
         return data.T, factor.T
-    return quantize_blocks((x,), (Direction(tile, transposed),), fmt)[0][0]
+    return _quantize(x, fmt, Direction(tile, transposed))[0]
 
 
 def quantize_both(
@@ -94,8 +92,8 @@ def quantize_both(
         Direction((tile_t[0], tile_t[1]), True),
     )
     fmt = Format(jnp.dtype(dtype), scale, eps)
-    (out,) = quantize_blocks((x,), directions, fmt)
-    return out[0], out[1]
+    along, across = _quantize(x, fmt, *directions)
+    return along, across
 
 
 def quantize_grouped(
@@ -136,3 +134,10 @@ def quantize_grouped(
     apart = rows_apart(x, group_sizes, BLOCK)
     across = quantize(apart, tile=tile_t, **how, transposed=True)
     return None if tile is None else quantize(x, tile=tile, **how), across
+
+
+def _quantize(
+    x: jax.Array, fmt: Format, *directions: Direction
+) -> tuple[Quantized, ...]:
+    (out,) = quantize_blocks((x,), Values(None, (x.dtype,), (directions,)), fmt)
+    return out

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from fp8jax.kernels import _swiglu
 from fp8jax.kernels._contract import Directions, ScaleKind, Tile
-from fp8jax.kernels.mosaic_gpu._blocks import quantize_blocks
-from fp8jax.kernels.mosaic_gpu._blocks_kernel import Direction, Format
+from fp8jax.kernels.mosaic_gpu._blocks import quantize_directions
+from fp8jax.kernels.mosaic_gpu._blocks_kernel import Format
 from fp8jax.kernels.mosaic_gpu._encode import BLOCK, check_arguments
 
 _TILES = ((1, BLOCK), (BLOCK, BLOCK))
@@ -81,19 +81,16 @@ def _quantize(
     dtype: jax.typing.DTypeLike,
     scale: ScaleKind,
     eps: float,
-) -> list[Directions]:
+) -> tuple[Directions, ...]:
     check_arguments(name, inputs, {"tile": tile, "tile_t": tile_t}, _TILES, dtype)
-    asked = tile, tile_t
-    directions = tuple(
-        Direction((tiles[0], tiles[1]), transposed)
-        for tiles, transposed in zip(asked, (False, True), strict=True)
-        if tiles is not None
+
+    def in_float32(*pieces: jax.Array) -> tuple[jax.Array, ...]:
+        return compute(*(x.astype(jnp.float32) for x in pieces))
+
+    return quantize_directions(
+        inputs,
+        in_float32,
+        [inputs[0].dtype] * values,
+        [(tile, tile_t)] * values,
+        Format(jnp.dtype(dtype), scale, eps),
     )
-    fmt = Format(jnp.dtype(dtype), scale, eps)
-    found = quantize_blocks(inputs, directions, fmt, compute=compute, values=values)
-    out = []
-    for value in found:
-        given = iter(value)
-        along, across = (None if tiles is None else next(given) for tiles in asked)
-        out.append((along, across))
-    return out

@@ -7,6 +7,7 @@ from fp8jax.kernels.xla._grouped import (
     grouped_gemm_k,
     quantize_grouped,
 )
+from fp8jax.kernels.xla._map import quantize_map
 from fp8jax.kernels.xla._quantize import quantize, quantize_both
 from fp8jax.kernels.xla._rms_norm import quantize_add_rms_norm, quantize_rms_norm
 from fp8jax.kernels.xla._swiglu import quantize_swiglu, quantize_swiglu_gradient
@@ -20,6 +21,7 @@ __all__ = [
     "quantize_add_rms_norm",
     "quantize_both",
     "quantize_grouped",
+    "quantize_map",
     "quantize_rms_norm",
     "quantize_swiglu",
     "quantize_swiglu_gradient",

@@ -6,7 +6,7 @@ import jax
 from jax import lax
 
 from fp8jax import numerics
-from fp8jax.kernels._contract import Quantized
+from fp8jax.kernels._contract import Directions, Quantized
 
 
 def quantize(
@@ -49,3 +49,23 @@ def quantize_both(
     """
     run = functools.partial(quantize, dtype=dtype, scale=scale, eps=eps)
     return run(x, tile=tile), run(x, tile=tile_t, transposed=True)
+
+
+def in_directions(
+    x: jax.Array,
+    *,
+    tile: numerics.Tile | None,
+    tile_t: numerics.Tile | None,
+    dtype: jax.typing.DTypeLike,
+    scale: numerics.ScaleKind,
+    eps: float,
+) -> Directions:
+    """`quantize` of x in tiles of `tile`, and of x.T in those of `tile_t`."""
+    along, across = (
+        tiles
+        and quantize(
+            x, tile=tiles, dtype=dtype, scale=scale, eps=eps, transposed=transposed
+        )
+        for tiles, transposed in ((tile, False), (tile_t, True))
+    )
+    return along, across

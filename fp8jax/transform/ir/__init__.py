@@ -1,27 +1,37 @@
 """Jaxprs: constructs, walks, dead code. Nothing here knows of FP8."""
 
-from fp8jax.transform.ir._constructs import CONSTRUCTS, Construct, Input, Result
+from fp8jax.transform.ir._calls import Calls
+from fp8jax.transform.ir._constructs import Construct
+from fp8jax.transform.ir._crossings import Input, Result
 from fp8jax.transform.ir._dead_code import without_dead_code
 from fp8jax.transform.ir._equations import (
     PRODUCT,
     RAGGED,
     asks_what_is_differentiated,
+    broadcast_dimensions,
     called_name,
     closes_over_arrays,
     dimension_numbers,
     entries_of,
     gathers_rows,
+    has_default_accuracy,
     is_cast,
     is_differentiated,
+    is_placement,
     is_product,
+    keeps_all_bits,
     output_channels,
     permutation,
+    power_of,
     primitive_of,
     product_options,
     ragged_numbers,
     signature,
+    without_barrier,
 )
 from fp8jax.transform.ir._jaxprs import called, jaxprs_of, shardings_of, with_jaxprs
+from fp8jax.transform.ir._order import in_order
+from fp8jax.transform.ir._positions import Position, Replacer, rewrite_at
 from fp8jax.transform.ir._splice import (
     casts_of_types,
     copied,
@@ -30,7 +40,11 @@ from fp8jax.transform.ir._splice import (
     read,
     reading,
     splice,
+    written_out,
 )
+from fp8jax.transform.ir._stacks import Stacks
+from fp8jax.transform.ir._table import CONSTRUCTS
+from fp8jax.transform.ir._types import AnyJaxpr, Atom, aval_of
 from fp8jax.transform.ir._views import Views, chain_of, name_of, views_in
 from fp8jax.transform.ir._walk import (
     construct_of,
@@ -44,11 +58,19 @@ __all__ = [
     "CONSTRUCTS",
     "PRODUCT",
     "RAGGED",
+    "AnyJaxpr",
+    "Atom",
+    "Calls",
     "Construct",
     "Input",
+    "Position",
+    "Replacer",
     "Result",
+    "Stacks",
     "Views",
     "asks_what_is_differentiated",
+    "aval_of",
+    "broadcast_dimensions",
     "called",
     "called_name",
     "casts_of_types",
@@ -60,21 +82,27 @@ __all__ = [
     "entries_of",
     "equations",
     "gathers_rows",
+    "has_default_accuracy",
+    "in_order",
     "is_cast",
     "is_differentiated",
+    "is_placement",
     "is_product",
     "jaxprs_of",
+    "keeps_all_bits",
     "memoized",
     "moved_to",
     "name_of",
     "named_after",
     "output_channels",
     "permutation",
+    "power_of",
     "primitive_of",
     "product_options",
     "ragged_numbers",
     "read",
     "reading",
+    "rewrite_at",
     "shardings_of",
     "signature",
     "splice",
@@ -82,5 +110,7 @@ __all__ = [
     "with_bodies",
     "with_equations",
     "with_jaxprs",
+    "without_barrier",
     "without_dead_code",
+    "written_out",
 ]

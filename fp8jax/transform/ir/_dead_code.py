@@ -5,14 +5,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from jax.extend import core
+from jax.extend.core import JaxprEqn, Var
 
 from fp8jax import _compat
+from fp8jax.transform.ir._types import AnyJaxpr, Atom
 from fp8jax.transform.ir._walk import construct_of, memoized, with_equations
 
 Flags = tuple[bool, ...]
 
 
-def without_dead_code(jaxpr: Any) -> Any:
+def without_dead_code(jaxpr: AnyJaxpr) -> AnyJaxpr:
     """The same program without equations whose results nothing reads, in bodies too.
 
     Loops, branches and calls lose what they carried, stacked or read for those alone.
@@ -24,7 +26,7 @@ def without_dead_code(jaxpr: Any) -> Any:
         jaxpr: whose inputs and results stay.
     """
 
-    def pruned(jaxpr: Any, wanted: Flags) -> tuple[Any, set[Any]]:
+    def pruned(jaxpr: AnyJaxpr, wanted: Flags) -> tuple[Any, set[Any]]:
         """The jaxpr of the results wanted, and which variables it reads."""
         inner = _compat.open_jaxpr(jaxpr)
         outvars = [x for x, is_it in zip(inner.outvars, wanted, strict=True) if is_it]
@@ -37,19 +39,19 @@ def without_dead_code(jaxpr: Any) -> Any:
         return with_equations(jaxpr, eqns[::-1], outvars), read
 
     @memoized
-    def visit(body: Any, wanted: Flags) -> tuple[Any, Flags]:
+    def visit(body: AnyJaxpr, wanted: Flags) -> tuple[Any, Flags]:
         """The body of the results wanted, and which of its inputs they need."""
         made, read = pruned(body, wanted)
         return made, tuple(v in read for v in _compat.open_jaxpr(body).invars)
 
     @memoized
-    def cut(body: Any, stays: Flags) -> Any:
+    def cut(body: AnyJaxpr, stays: Flags) -> AnyJaxpr:
         """The body with some of its inputs: one object for all that agree on them."""
         invars = _compat.open_jaxpr(body).invars
         left = [v for v, is_it in zip(invars, stays, strict=True) if is_it]
         return body if all(stays) else _compat.with_parts(body, invars=left)
 
-    def live(eqn: Any, read: set[Any]) -> Any:
+    def live(eqn: JaxprEqn, read: set[Var]) -> JaxprEqn:
         construct = construct_of(eqn)
         # Effects on mutable arrays name operands by number: theirs must not change.
         if construct is None or _compat.has_input_effects(eqn):
@@ -89,9 +91,9 @@ def without_dead_code(jaxpr: Any) -> Any:
     return pruned(jaxpr, _all_of(jaxpr))[0]
 
 
-def _all_of(jaxpr: Any) -> Flags:
+def _all_of(jaxpr: AnyJaxpr) -> Flags:
     return (True,) * len(_compat.open_jaxpr(jaxpr).outvars)
 
 
-def _variables(atoms: Iterable[Any]) -> set[Any]:
+def _variables(atoms: Iterable[Atom]) -> set[Var]:
     return {x for x in atoms if isinstance(x, core.Var)}

@@ -9,26 +9,30 @@ from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
+
+from fp8jax.transform.ir._types import aval_of
 
 PRODUCT, RAGGED = "dot_general", "ragged_dot_general"
 
 
-def primitive_of(eqn: Any) -> str:
+def primitive_of(eqn: JaxprEqn) -> str:
     """The name of the equation's primitive, for tables by such names."""
     return eqn.primitive.name
 
 
-def is_product(eqn: Any) -> bool:
+def is_product(eqn: JaxprEqn) -> bool:
     """Whether the equation is a `dot_general`."""
     return eqn.primitive.name == PRODUCT
 
 
-def dimension_numbers(product: Any) -> Any:
+def dimension_numbers(product: JaxprEqn) -> Any:
     """Of a `dot_general`, as in `jax.lax.dot_general`."""
     return product.params["dimension_numbers"]
 
 
-def product_options(product: Any) -> tuple[Any, Any]:
+def product_options(product: JaxprEqn) -> tuple[Any, Any]:
     """`precision` and `preferred_element_type` of a product, ragged or not."""
     return product.params["precision"], product.params["preferred_element_type"]
 
@@ -49,7 +53,7 @@ class RaggedNumbers(NamedTuple):
     groups: tuple[int, ...]
 
 
-def ragged_numbers(eqn: Any) -> RaggedNumbers | None:
+def ragged_numbers(eqn: JaxprEqn) -> RaggedNumbers | None:
     """Of a `ragged_dot_general` of all groups; None of all else."""
     if eqn.primitive.name != RAGGED or eqn.params["group_offset"] is not None:
         return None
@@ -63,28 +67,28 @@ def ragged_numbers(eqn: Any) -> RaggedNumbers | None:
     )
 
 
-def output_channels(convolution: Any) -> int:
+def output_channels(convolution: JaxprEqn) -> int:
     """Of a `conv_general_dilated`."""
-    kernel = convolution.invars[1].aval
+    kernel = aval_of(convolution.invars[1])
     return kernel.shape[convolution.params["dimension_numbers"].rhs_spec[0]]
 
 
-def permutation(eqn: Any) -> tuple[int, ...]:
+def permutation(eqn: JaxprEqn) -> tuple[int, ...]:
     """The order of dimensions that a transposition gives; () of all else."""
     if eqn.primitive.name != "transpose":
         return ()
     return tuple(eqn.params["permutation"])
 
 
-def gathers_rows(eqn: Any) -> bool:
+def gathers_rows(eqn: JaxprEqn) -> bool:
     """Whether the equation gathers whole entries along the first dimension."""
     if eqn.primitive.name != "gather":
         return False
-    table = eqn.invars[0].aval
+    table = aval_of(eqn.invars[0])
     return tuple(eqn.params["slice_sizes"]) == (1, *table.shape[1:])
 
 
-def entries_of(eqn: Any, before: int) -> Callable[..., jax.Array] | None:
+def entries_of(eqn: JaxprEqn, before: int) -> Callable[..., jax.Array] | None:
     """How an equation takes entries of a stack, if it takes whole ones.
 
     Args:
@@ -95,8 +99,8 @@ def entries_of(eqn: Any, before: int) -> Callable[..., jax.Array] | None:
         The function that takes, with the same indices, entries of another stack of the
         same dimensions before its entries', which may be of other sizes.
     """
-    name, params, matrix = eqn.primitive.name, eqn.params, eqn.invars[0].aval.shape
-    matrix, out = matrix[before:], eqn.outvars[0].aval.shape
+    name, params, matrix = eqn.primitive.name, eqn.params, aval_of(eqn.invars[0]).shape
+    matrix, out = matrix[before:], aval_of(eqn.outvars[0]).shape
     if name == "squeeze" and max(params["dimensions"], default=0) < before:
         return functools.partial(jax.lax.squeeze, dimensions=params["dimensions"])
     if name == "slice" and out[before:] == matrix:
@@ -117,12 +121,44 @@ def entries_of(eqn: Any, before: int) -> Callable[..., jax.Array] | None:
     return None
 
 
-def is_cast(eqn: Any) -> bool:
+def broadcast_dimensions(eqn: JaxprEqn) -> tuple[int, ...] | None:
+    """Of a `broadcast_in_dim`, which of the result's its operand's are; else None."""
+    if eqn.primitive.name != "broadcast_in_dim" or len(eqn.invars) > 1:
+        return None
+    return tuple(int(dim) for dim in eqn.params["broadcast_dimensions"])
+
+
+def power_of(eqn: JaxprEqn) -> int | None:
+    """Of an `integer_pow`, the power."""
+    return int(eqn.params["y"]) if eqn.primitive.name == "integer_pow" else None
+
+
+def has_default_accuracy(eqn: JaxprEqn) -> bool:
+    """Whether the equation asks for no accuracy of its own, as exponentials may."""
+    return eqn.params.get("accuracy") is None
+
+
+def keeps_all_bits(eqn: JaxprEqn) -> bool:
+    """Whether the equation is a `reduce_precision` to what its operand has."""
+    if eqn.primitive.name != "reduce_precision":
+        return False
+    info = jnp.finfo(aval_of(eqn.invars[0]).dtype)
+    return eqn.params["exponent_bits"] == info.nexp and (
+        eqn.params["mantissa_bits"] == info.nmant
+    )
+
+
+def is_placement(eqn: JaxprEqn) -> bool:
+    """Whether the equation gives its operand as it is, placed on devices."""
+    return eqn.primitive.name in ("mesh_cast", "reshard", "sharding_constraint")
+
+
+def is_cast(eqn: JaxprEqn) -> bool:
     """Whether the equation gives its operand in another dtype."""
     return eqn.primitive.name == "convert_element_type"
 
 
-def signature(eqn: Any) -> tuple[Hashable, ...]:
+def signature(eqn: JaxprEqn) -> tuple[Hashable, ...]:
     """Equal for equations that compute the same of the same operands."""
     return (eqn.primitive.name, *map(_hashable, sorted(eqn.params.items())))
 
@@ -135,21 +171,26 @@ def _hashable(item: tuple[str, Any]) -> Hashable:
     return item
 
 
-def is_differentiated(eqn: Any) -> bool:
+def is_differentiated(eqn: JaxprEqn) -> bool:
     """Whether the equation is the backward pass of a remat."""
     return eqn.params.get("differentiated", False)
 
 
-def called_name(eqn: Any) -> str:
+def without_barrier(remat: JaxprEqn) -> JaxprEqn:
+    """A remat that XLA may merge with what is around it."""
+    return remat.replace(params={**remat.params, "prevent_cse": False})
+
+
+def called_name(eqn: JaxprEqn) -> str:
     """The name of the function that a jit calls."""
     return str(eqn.params["name"])
 
 
-def asks_what_is_differentiated(call: Any) -> bool:
+def asks_what_is_differentiated(call: JaxprEqn) -> bool:
     """Whether the rule of a custom_jvp or custom_vjp equation has `symbolic_zeros`."""
     return call.params["symbolic_zeros"]
 
 
-def closes_over_arrays(call: Any) -> bool:
+def closes_over_arrays(call: JaxprEqn) -> bool:
     """Whether the function of a custom_jvp or custom_vjp equation does."""
     return call.params["num_consts"] > 0

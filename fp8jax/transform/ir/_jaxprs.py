@@ -3,10 +3,13 @@
 from collections.abc import Iterable
 from typing import Any
 
+from jax.extend.core import JaxprEqn
+
 from fp8jax import _compat
+from fp8jax.transform.ir._types import AnyJaxpr
 
 
-def jaxprs_of(eqn: Any) -> list[Any]:
+def jaxprs_of(eqn: JaxprEqn) -> list[AnyJaxpr]:
     """The jaxprs among an equation's parameters, in the order that positions count."""
     found = []
     for _, value in sorted(eqn.params.items()):
@@ -15,12 +18,12 @@ def jaxprs_of(eqn: Any) -> list[Any]:
     return found
 
 
-def called(eqn: Any) -> Any:
+def called(eqn: JaxprEqn) -> AnyJaxpr | None:
     """The jaxpr that a jit, or a construct like it, runs; None of all others."""
     return eqn.params.get("jaxpr")
 
 
-def with_jaxprs(eqn: Any, jaxprs: Iterable[Any]) -> Any:
+def with_jaxprs(eqn: JaxprEqn, jaxprs: Iterable[Any]) -> JaxprEqn:
     """An equation with other jaxprs in the places of its own."""
     left = iter(jaxprs)
     params = dict(eqn.params)
@@ -34,7 +37,7 @@ def with_jaxprs(eqn: Any, jaxprs: Iterable[Any]) -> Any:
     return eqn.replace(params=params)
 
 
-def shardings_of(eqn: Any) -> list[Any]:
+def shardings_of(eqn: JaxprEqn) -> list[Any]:
     """Where an equation says that arrays lie: a constraint, or a jit of arguments."""
     one, several = eqn.params.get("sharding"), eqn.params.get("in_shardings", ())
     return [s for s in (one, *several) if s is not None]

@@ -1,18 +1,20 @@
 """Views: equations that give the numbers of their one operand in another form."""
 
-from collections.abc import Hashable, Iterable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Hashable, Iterable
+from typing import TypeAlias
 
 from jax.extend import core
+from jax.extend.core import JaxprEqn, Var
 
 from fp8jax.transform.ir._equations import signature
+from fp8jax.transform.ir._types import Atom
 
 VIEWS = ("convert_element_type", "reshape", "slice", "squeeze", "transpose")
 
-Views: TypeAlias = dict[Any, Any]  # Of a variable, the equation that makes it.
+Views: TypeAlias = dict[Var, JaxprEqn]  # Of a variable, the equation that makes it.
 
 
-def is_view(eqn: Any) -> bool:
+def is_view(eqn: JaxprEqn) -> bool:
     """Whether the equation is one, of a single variable."""
     return (
         eqn.primitive.name in VIEWS
@@ -21,12 +23,12 @@ def is_view(eqn: Any) -> bool:
     )
 
 
-def views_in(eqns: Iterable[Any]) -> Views:
+def views_in(eqns: Iterable[JaxprEqn]) -> Views:
     """Those among a jaxpr's equations."""
     return {eqn.outvars[0]: eqn for eqn in eqns if is_view(eqn)}
 
 
-def name_of(x: Any, views: Mapping[Any, Any]) -> Hashable:
+def name_of(x: Atom, views: Views) -> Hashable:
     """The same for equal views of the same variable.
 
     Equal ones of one value are known to be equal: each layer may cast its input itself.
@@ -39,9 +41,9 @@ def name_of(x: Any, views: Mapping[Any, Any]) -> Hashable:
     return *signature(view), name_of(view.invars[0], views)
 
 
-def chain_of(x: Any, views: Mapping[Any, Any]) -> tuple[Any, list[Any]]:
+def chain_of(x: Atom, views: Views) -> tuple[Atom, list[JaxprEqn]]:
     """The variable that `x` is a view of, and the views in between, in order."""
-    chain: list[Any] = []
+    chain: list[JaxprEqn] = []
     while x in views:
         chain.insert(0, views[x])
         x = views[x].invars[0]

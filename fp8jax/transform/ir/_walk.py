@@ -2,22 +2,31 @@
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+from jax.extend.core import JaxprEqn
 
 from fp8jax import _compat, ops
-from fp8jax.transform.ir._constructs import Construct, is_construct
+from fp8jax.transform.ir._constructs import Construct
+from fp8jax.transform.ir._table import is_construct
+from fp8jax.transform.ir._types import AnyJaxpr
+
+_Result = TypeVar("_Result")
 
 
-def memoized(visit: Callable[..., Any], key: Any = lambda *context: context) -> Any:
+def memoized(
+    visit: Callable[..., _Result],
+    key: Callable[..., Hashable] = lambda *context: context,
+) -> Callable[..., _Result]:
     """`visit(jaxpr, *context)`, run once for each jaxpr object and `key(*context)`.
 
     One jaxpr may be called from many places: where the context agrees, so must what is
     made of it, or XLA compiles every layer by itself.
     """
-    done: dict[Hashable, tuple[Any, Any]] = {}
+    done: dict[Hashable, tuple[AnyJaxpr, _Result]] = {}
 
     @functools.wraps(visit)
-    def run(jaxpr: Any, *context: Any) -> Any:
+    def run(jaxpr: AnyJaxpr, *context: Any) -> _Result:
         found = id(jaxpr), key(*context)
         if found not in done:
             done[found] = jaxpr, visit(jaxpr, *context)  # Kept: its number is its own.
@@ -26,7 +35,7 @@ def memoized(visit: Callable[..., Any], key: Any = lambda *context: context) -> 
     return run
 
 
-def construct_of(eqn: Any, with_rules: bool = False) -> Construct | None:
+def construct_of(eqn: JaxprEqn, with_rules: bool = False) -> Construct | None:
     """The construct whose bodies a pass may change; None of our own calls, and others.
 
     Args:
@@ -42,7 +51,9 @@ def construct_of(eqn: Any, with_rules: bool = False) -> Construct | None:
     return construct
 
 
-def with_bodies(eqn: Any, visit: Callable[..., Any], *contexts: Sequence[Any]) -> Any:
+def with_bodies(
+    eqn: JaxprEqn, visit: Callable[..., Any], *contexts: Sequence[Any]
+) -> JaxprEqn:
     """The equation with its bodies visited; itself if that changes none.
 
     Args:
@@ -55,7 +66,7 @@ def with_bodies(eqn: Any, visit: Callable[..., Any], *contexts: Sequence[Any]) -
 
 
 def with_equations(
-    jaxpr: Any, eqns: Sequence[Any], outvars: Sequence[Any] | None = None
+    jaxpr: AnyJaxpr, eqns: Sequence[JaxprEqn], outvars: Sequence[Any] | None = None
 ) -> Any:
     """The jaxpr of other equations and results; itself if they are the same objects."""
     inner = _compat.open_jaxpr(jaxpr)
@@ -66,6 +77,6 @@ def with_equations(
     return _compat.with_parts(jaxpr, eqns=list(eqns), outvars=results)
 
 
-def equations(jaxpr: Any) -> list[Any]:
+def equations(jaxpr: AnyJaxpr) -> list[JaxprEqn]:
     """Of a jaxpr with constants or without."""
     return list(_compat.open_jaxpr(jaxpr).eqns)

@@ -178,6 +178,7 @@ def test_mutable_arrays_keep_their_places():
 
     jaxpr = traced(run)
     made = without_dead_code(jaxpr)
+    # A few float32 additions in two orders: some ulps.
     chex.assert_trees_all_close(
         jax.jit(core.jaxpr_as_fun(made))(X, Y)[0], Y + jnp.sum(X, 0), rtol=1e-6
     )

@@ -11,9 +11,9 @@ from jax.extend import core
 from fp8jax import _compat, ops
 from fp8jax.quant import QuantSpec
 from fp8jax.transform._pipeline import PASSES
-from fp8jax.transform._plan import QuantizedDot
-from fp8jax.transform._program import Program
 from fp8jax.transform.ir import Construct, equations, jaxprs_of
+from fp8jax.transform.lower._program import Program
+from fp8jax.transform.plan._decisions import QuantizedDot
 
 D, N, LENGTH = 128, 256, 3
 SPECS = {

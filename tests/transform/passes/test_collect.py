@@ -64,6 +64,7 @@ def test_loops_of_unknown_length_add_them_up():
         return lax.while_loop(lambda s: s[0] < limit, body, (jnp.int32(0), x))[1]
 
     (once,), (found,) = collected(layer, X, W), collected(looped, X, W)
+    # Three equal float32 numbers added: two roundings.
     np.testing.assert_allclose(found[:, :-1], LENGTH * once[:, :-1], rtol=1e-6)
     np.testing.assert_array_equal(found[:, -1], once[:, -1])
 
@@ -93,6 +94,7 @@ def test_devices_add_theirs_up():
     mapped = jax.shard_map(layer, mesh=mesh, **specs)
     (found,), (whole,) = collected(mapped, X, W), collected(layer, X, W)
     # Rows of x are parted, and each device has the whole of w.
+    # NumPy's tolerance, 1e-7: an ulp, of two sums in place of one.
     np.testing.assert_allclose(found[0, 0], whole[0, 0])
     np.testing.assert_allclose(found[1, 0], 2 * whole[1, 0])
     np.testing.assert_array_equal(found[:, -1], whole[:, -1])

@@ -8,7 +8,7 @@ from jax import lax
 
 import fp8jax
 from fp8jax import ops
-from fp8jax.transform._stored import Dequantize
+from fp8jax.transform.call._qtensors import Dequantize
 from fp8jax.transform.ir import equations
 from tests.transform.passes.small import (
     LENGTH,

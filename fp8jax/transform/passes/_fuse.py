@@ -1,0 +1,231 @@
+"""Computes elementwise chains inside the quantization that alone reads their result.
+
+A norm's last products, an activation, a gated product and its gradient are each
+written by one kernel and read by the next, the quantizer. Evaluated on the quantizer's
+blocks they are neither: only their inputs are read.
+"""
+
+import dataclasses
+import math
+from collections.abc import Hashable, Sequence
+
+from jax.extend.core import JaxprEqn, Var
+
+from fp8jax import _compat
+from fp8jax.quant import maps_like_quantize
+from fp8jax.transform.ir import (
+    AnyJaxpr,
+    Atom,
+    Calls,
+    aval_of,
+    construct_of,
+    equations,
+    in_order,
+    jaxprs_of,
+    memoized,
+    read,
+    reading,
+    with_bodies,
+    with_equations,
+    written_out,
+)
+from fp8jax.transform.lower import (
+    Chain,
+    Graph,
+    Program,
+    Quantize,
+    QuantizeBoth,
+    QuantizeMap,
+    chain_to,
+    may_be_in_chain,
+)
+
+_BLOCK = 128
+
+
+def fuse(program: Program) -> Program:
+    """The same program, with chains where their codes are made.
+
+    A value that something else reads, too, is left: it exists anyway. The numbers are
+    those of the chain's steps, each rounded to its dtype.
+    """
+    calls = program.calls
+
+    @memoized
+    def visit(jaxpr: AnyJaxpr) -> AnyJaxpr:
+        eqns = [with_bodies(eqn, visit) for eqn in equations(jaxpr)]
+        outvars = _compat.open_jaxpr(jaxpr).outvars
+        if any(_ways(eqn, calls) for eqn in eqns):
+            fused = _fused(eqns, outvars, calls)
+            if fused is not None:
+                return with_equations(jaxpr, *fused)
+        return with_equations(jaxpr, eqns)
+
+    return program.of(visit(program.jaxpr))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Root:
+    """A value that only quantizations read.
+
+    Attributes:
+        value: its variable.
+        eqns: the quantizations.
+        ways: of each of them, one or two.
+    """
+
+    value: Var
+    eqns: tuple[JaxprEqn, ...]
+    ways: tuple[Quantize, ...]
+
+    @property
+    def kind(self) -> Hashable:
+        """The same for those that one call can make."""
+        way, eqn = self.ways[0], self.eqns[0]
+        return aval_of(self.value).shape, way.other_tiles, way.implementation, eqn.ctx
+
+    @property
+    def codes(self) -> list[Var]:
+        return [v for eqn in self.eqns for v in eqn.outvars]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Group:
+    """Roots whose codes one call makes, and the chain to them."""
+
+    roots: tuple[_Root, ...]
+    chain: Chain
+
+    @property
+    def call(self) -> QuantizeMap:
+        shape = self.roots[0].ways[0].operand.shape
+        ways = tuple(root.ways for root in self.roots)
+        return QuantizeMap(self.chain.function, (shape[0], shape[1]), ways)
+
+
+def _fused(
+    old: Sequence[JaxprEqn], outvars: Sequence[Atom], calls: Calls
+) -> tuple[list[JaxprEqn], list[Atom]] | None:
+    """Equations and results with chains in calls; None if there are none."""
+    eqns, env = _with_calls_written_out(old)
+    outvars = [read(x, env) for x in outvars]
+    graph = Graph(eqns, outvars)
+    groups = _groups(_roots(eqns, graph, calls), graph)
+    if not groups:
+        return None
+    gone: set[int] = set()
+    made: list[JaxprEqn] = []
+    for group in groups:
+        place = group.roots[-1].eqns[-1]
+        new, _ = calls(group.call, place, *group.chain.inputs)
+        codes = [v for root in group.roots for v in root.codes]
+        made += [*new[:-1], new[-1].replace(outvars=codes)]
+        gone |= {id(eqn) for root in group.roots for eqn in root.eqns}
+    left = [eqn for eqn in eqns if id(eqn) not in gone]
+    return in_order([*left, *made]), outvars
+
+
+def _with_calls_written_out(
+    old: Sequence[JaxprEqn],
+) -> tuple[list[JaxprEqn], dict[Var, Atom]]:
+    """The equations without calls of functions that chains may pass through.
+
+    Returns:
+        The equations, and what stands for the results of those calls.
+    """
+    eqns: list[JaxprEqn] = []
+    env: dict[Var, Atom] = {}
+    for eqn in old:
+        eqn = reading(eqn, env)
+        call = construct_of(eqn)
+        passes = all(map(may_be_in_chain, _inner(eqn)))
+        if call is None or not (call.is_plain and passes):
+            eqns.append(eqn)
+            continue
+        body, results = written_out(call)
+        made, within = _with_calls_written_out(body)
+        eqns += made
+        results = (read(x, within) for x in results)
+        env.update(zip(eqn.outvars, results, strict=True))
+    return eqns, env
+
+
+def _inner(eqn: JaxprEqn) -> list[JaxprEqn]:
+    """The equations that one runs, in calls within it, too."""
+    found = []
+    for inner in (x for body in jaxprs_of(eqn) for x in equations(body)):
+        found += _inner(inner) or [inner]
+    return found
+
+
+def _ways(eqn: JaxprEqn, calls: Calls) -> tuple[Quantize, ...]:
+    """How an equation quantizes its operand; () of all others."""
+    way = calls.of(eqn)
+    if isinstance(way, QuantizeBoth):
+        return way.one, way.other
+    return (way,) if isinstance(way, Quantize) else ()
+
+
+def _roots(eqns: Sequence[JaxprEqn], graph: Graph, calls: Calls) -> list[_Root]:
+    """Values that only quantizations read, and that a kernel could compute."""
+    by_value: dict[Var, list[JaxprEqn]] = {}
+    for eqn in eqns:
+        if _ways(eqn, calls) and isinstance(eqn.invars[0], Var):
+            by_value.setdefault(eqn.invars[0], []).append(eqn)
+    found = []
+    for value, several in by_value.items():
+        ways = tuple(way for eqn in several for way in _ways(eqn, calls))
+        root = _Root(value, tuple(several), ways)
+        alone = not graph.is_read_beside(value, {id(eqn) for eqn in several})
+        if alone and value in graph.maker and _fits(root):
+            found.append(root)
+    return found
+
+
+def _fits(root: _Root) -> bool:
+    """Whether its quantizations are of whole blocks of one matrix, each side once."""
+    shape, first = aval_of(root.value).shape, root.ways[0]
+    sides = [way.operand.contraction for way in root.ways]
+    matrix = (math.prod(shape[:-1]), shape[-1])
+    return (
+        len(set(sides)) == len(sides)
+        and {(way.matrix, way.other_tiles) for way in root.ways}
+        == {(first.matrix, first.other_tiles)}
+        and first.operand.permutation == tuple(range(len(shape)))
+        and first.operand.shape == matrix
+        and all(side and side % _BLOCK == 0 for side in matrix)
+        and not _compat.is_explicit(root.value.aval)
+    )
+
+
+def _groups(roots: Sequence[_Root], graph: Graph) -> list[_Group]:
+    """The roots that are fused, those that read the same matrices together."""
+    groups: list[_Group] = []
+    for root in roots:
+        alone = _group([root], graph)
+        if alone is None:
+            continue
+        for i, group in enumerate(groups):
+            if group.roots[0].kind != root.kind or set(group.chain.matrices).isdisjoint(
+                alone.chain.matrices
+            ):
+                continue
+            together = _group([*group.roots, root], graph)
+            if together is not None:
+                groups[i] = together
+                break
+        else:
+            groups.append(alone)
+    return groups
+
+
+def _group(roots: Sequence[_Root], graph: Graph) -> _Group | None:
+    """A call for these roots; None if no kernel takes the chain, or order forbids."""
+    eqns = {id(eqn) for root in roots for eqn in root.eqns}
+    chain = chain_to([root.value for root in roots], graph, eqns)
+    if chain is None or any(graph.depends(x, eqns) for x in chain.inputs):
+        return None
+    group = _Group(tuple(roots), chain)
+    call = group.call
+    how = call.specs, call.implementation
+    return group if maps_like_quantize(call.function, call.shape, *how) else None

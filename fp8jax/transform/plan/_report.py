@@ -1,0 +1,155 @@
+"""What became of every matrix product, for people and for tests."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Literal
+
+from fp8jax.transform.analysis import Role
+
+Status = Literal["fp8", "skipped"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One matrix product.
+
+    Attributes:
+        path: key path of its weight; the name stack, if it has none.
+        role: of the product in a train step.
+        m, n, k: rows, columns and contraction; for wgrad, k counts tokens.
+        status: `"fp8"` or `"skipped"`.
+        reason: why it was skipped, or why it is not in the fastest kernel.
+        tiles: of both operands, such as `"1x128 128x128"`; `""` if skipped.
+        kernel: the implementation that multiplies, `""` if skipped.
+        count: how often it runs in one call, as far as scan lengths tell.
+        flops: of all runs.
+    """
+
+    path: str
+    role: Role
+    m: int
+    n: int
+    k: int
+    status: Status
+    reason: str = ""
+    tiles: str = ""
+    kernel: str = ""
+    count: int = 1
+    flops: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `fp8_transform` does to one function, without running it.
+
+    Attributes:
+        rows: one for each matrix product, in program order.
+        unmatched_rules: patterns of the rules that were about no product.
+        unmatched_custom_rules: patterns of `custom_rules` that name no function.
+        notes: what else the user would not expect.
+        residual_bytes: what the forward pass of a whole step keeps for its backward
+            pass, but for weights and their codes; None for a forward function.
+        plain_residual_bytes: the same of the function as it came.
+    """
+
+    rows: tuple[Row, ...]
+    unmatched_rules: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    residual_bytes: int | None = None
+    plain_residual_bytes: int | None = None
+    unmatched_custom_rules: tuple[str, ...] = ()
+
+    def with_residuals(self, fp8: int, plain: int) -> "Report":
+        """The report with bytes of residuals, transformed and as they came."""
+        return dataclasses.replace(self, residual_bytes=fp8, plain_residual_bytes=plain)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of all matrix products in one call."""
+        return sum(row.flops for row in self.rows)
+
+    @property
+    def fraction(self) -> float:
+        """Share of those FLOPs that is in FP8; 0 if there are none."""
+        fp8 = sum(row.flops for row in self.rows if row.status == "fp8")
+        return fp8 / self.flops if self.flops else 0.0
+
+    def __str__(self) -> str:
+        cells = [_HEAD, *map(_cells, self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(
+                _align(i, c, w)
+                for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in cells
+        ]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join(line.rstrip() for line in (*lines, *self._summary()))
+
+    def to_markdown(self) -> str:
+        """The table and the totals in Markdown."""
+        rule = ["---:" if i in _NUMBERS else "---" for i in range(len(_HEAD))]
+        table = [_HEAD, rule, *map(_cells, self.rows)]
+        lines = ["| " + " | ".join(row) + " |" for row in table]
+        return "\n".join((*lines, "", *self._summary()))
+
+    def to_json(self) -> str:
+        """Rows, fraction, unmatched rules, notes and residuals as a JSON object."""
+        return json.dumps(
+            {
+                "rows": [dataclasses.asdict(row) for row in self.rows],
+                "fraction": self.fraction,
+                "unmatched_rules": list(self.unmatched_rules),
+                "unmatched_custom_rules": list(self.unmatched_custom_rules),
+                "notes": list(self.notes),
+                "residual_bytes": self.residual_bytes,
+                "plain_residual_bytes": self.plain_residual_bytes,
+            }
+        )
+
+    def _summary(self) -> list[str]:
+        fp8 = [row for row in self.rows if row.status == "fp8"]
+        lines = [
+            f"{len(fp8)} of {len(self.rows)} matrix products in FP8: "
+            f"{self.fraction:.1%} of {self.flops / 1e9:.4g} GFLOP."
+        ]
+        if self.residual_bytes is not None and self.plain_residual_bytes is not None:
+            fp8, plain = (
+                f"{size / 1e6:.4g} MB"
+                for size in (self.residual_bytes, self.plain_residual_bytes)
+            )
+            lines.append(f"Kept for the backward pass: {fp8}; without FP8: {plain}.")
+        lines += [f"Rule that matched nothing: {p!r}" for p in self.unmatched_rules]
+        lines += [
+            f"Name in custom_rules that matched nothing: {p!r}"
+            for p in self.unmatched_custom_rules
+        ]
+        return [*lines, *self.notes]
+
+
+_HEAD = ["path", "role", "m", "n", "k", "count", "GFLOP", "status", "how, or why not"]
+_NUMBERS = range(2, 7)
+
+
+def _cells(row: Row) -> list[str]:
+    how = f"{row.tiles} {row.kernel}".strip()
+    return [
+        row.path or "-",
+        row.role,
+        *(str(size) if size else "?" for size in (row.m, row.n, row.k)),
+        str(row.count),
+        f"{row.flops / 1e9:.4g}",
+        row.status,
+        "; ".join(part for part in (how, row.reason) if part),
+    ]
+
+
+def _align(column: int, cell: str, width: int) -> str:
+    return cell.rjust(width) if column in _NUMBERS else cell.ljust(width)
+
+
+def describe_tiles(*tiles: Sequence[int]) -> str:
+    """`"1x128 128x128"` for `(1, 128), (128, 128)`."""
+    return " ".join("x".join(map(str, tile)) for tile in tiles)
