@@ -123,7 +123,8 @@ def test_hint_names_the_weight_and_not_the_input(turned):
         return (x @ w) * scale
 
     (row,) = fp8_transform(fn).report(X, X, PARAMS).rows
-    assert "is batch/w one? Then name it in weights=" in row.reason
+    expected = "would be in FP8 if batch/w were a parameter: name it in weights="
+    assert row.reason == expected
 
 
 def test_function_is_shown_and_warned_of_by_its_name():

@@ -191,9 +191,11 @@ def _ragged_dot(
 def _convolution(
     flow: Flow, eqn: JaxprEqn, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
-    per_output = aval_of(eqn.invars[1]).size // max(output_channels(eqn), 1)
-    flops = 2 * aval_of(eqn.outvars[0]).size * per_output
-    _record(flow, eqn, operands, scope, flops=flops)
+    channels = max(output_channels(eqn), 1)
+    per_output = aval_of(eqn.invars[1]).size // channels
+    size = aval_of(eqn.outvars[0]).size
+    sizes = size // channels, channels, per_output
+    _record(flow, eqn, operands, scope, flops=2 * size * per_output, sizes=sizes)
     return _product(flow, eqn, operands, scope)
 
 

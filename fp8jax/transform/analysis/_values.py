@@ -189,6 +189,7 @@ class Dot:
         dimension_numbers: as in `jax.lax.dot_general`; None for other primitives.
         blocked: for our own products, the operand in tiles of more than one row.
         flops: of one run, for a primitive that is no plain product of two operands.
+        sizes: rows, columns and contraction of a convolution, as a product.
         ragged: what it is as a product of rows in groups, if it is one.
     """
 
@@ -202,6 +203,7 @@ class Dot:
     dimension_numbers: Any = None
     blocked: Side | None = None
     flops: int | None = None
+    sizes: tuple[int, int, int] | None = None
     ragged: Ragged | None = None
 
     @property

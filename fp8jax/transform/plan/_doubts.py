@@ -101,14 +101,16 @@ def overlooked(
     found: dict[int, list[Dot]] = collections.defaultdict(list)
     for a in assigned:
         for leaf in set(a.suspects) - data:
-            is_layer = leaves[leaf].is_float and _is_layer(a, leaf, leaves, policy)
+            is_layer = leaves[leaf].is_float and would_be_layer(a, leaf, leaves, policy)
             if is_layer and not unsupported(a.dot):
                 found[leaf].append(a.dot)
     for leaf, dots in found.items():
         yield Overlooked(leaf, len(dots), sum(dot.total_flops for dot in dots))
 
 
-def _is_layer(a: Assignment, leaf: int, leaves: Sequence[Leaf], policy: Policy) -> bool:
+def would_be_layer(
+    a: Assignment, leaf: int, leaves: Sequence[Leaf], policy: Policy
+) -> bool:
     """Whether a product would be a layer in FP8, were the leaf its weight."""
     dot = a.dot
     if not multiplies_features(dot, leaf):

@@ -18,12 +18,12 @@ from fp8jax.transform.analysis import (
 from fp8jax.transform.call import Leaf
 from fp8jax.transform.ir import Position
 from fp8jax.transform.plan._decisions import Decision, LayerDot, QuantizedDot, StaticDot
-from fp8jax.transform.plan._doubts import doubts, inputs
+from fp8jax.transform.plan._doubts import doubts, inputs, would_be_layer
 from fp8jax.transform.plan._kernels import Verdict, implementation_of, on_devices
 from fp8jax.transform.plan._names import layers_of, names_of, told_apart
 from fp8jax.transform.plan._obstacles import another_form, layer_obstacles, unsupported
 from fp8jax.transform.plan._policy import Policy
-from fp8jax.transform.plan._report import Report
+from fp8jax.transform.plan._report import WOULD_BE, Report
 from fp8jax.transform.plan._rows import first_side, row_of
 from fp8jax.transform.plan._rule_call import RuleCall
 from fp8jax.transform.plan._stored_plan import notes_on, static_dot
@@ -173,7 +173,7 @@ def _decide(
         return Verdict(None, "by fp8jax itself")
     if a.role == "other" or a.weight is None:
         if dot.is_product and not dot.scope.blocked:
-            return Verdict(None, _why_other(a, leaves, data))
+            return Verdict(None, _why_other(a, leaves, policy, data))
         return Verdict(None, unsupported(dot))
     reason = unsupported(dot) or another_form(a)
     if reason:
@@ -197,7 +197,9 @@ def _decide(
     return _quantized(a, gemm, reason, policy, policy.residual(*layer))
 
 
-def _why_other(a: Assignment, leaves: Sequence[Leaf], data: Collection[int]) -> str:
+def _why_other(
+    a: Assignment, leaves: Sequence[Leaf], policy: Policy, data: Collection[int]
+) -> str:
     suspects = [
         i
         for i in a.suspects
@@ -207,8 +209,10 @@ def _why_other(a: Assignment, leaves: Sequence[Leaf], data: Collection[int]) -> 
     suspects = [i for i in suspects if leaves[i].keys] or suspects
     if len(suspects) != 1:
         return a.reason
-    path = leaves[suspects[0]].full_path
-    return f"{a.reason}; is {path} one? Then name it in weights="
+    leaf = leaves[suspects[0]]
+    if not would_be_layer(a, suspects[0], leaves, policy) or unsupported(a.dot):
+        return a.reason
+    return f"{WOULD_BE}{leaf.full_path} were a parameter: name it in weights="
 
 
 def _layer(a: Assignment, recipe: Recipe, reason: str, policy: Policy) -> Verdict:
