@@ -199,6 +199,23 @@ def test_layers_stacked_in_the_step_are_found_and_named(stack, options):
     assert paths == {"0 | 1"}
 
 
+def test_long_stack_is_named_by_its_first_and_last_layer():
+    params = {"layers": [{"up": normal(i), "down": normal(9 + i)} for i in range(3)]}
+
+    def loss(params, x):
+        stacked = jax.tree.map(lambda *ws: jnp.stack(ws), *params["layers"])
+        return jnp.mean(
+            lax.scan(
+                lambda x, w: (jnp.tanh(x @ w["up"]) @ w["down"], None), x, stacked
+            )[0]
+        )
+
+    report = fp8_transform(jax.grad(loss)).report(params, X)
+    assert report.fraction == 1
+    paths = {row.path for row in report.rows}
+    assert paths == {"layers/0..2/up", "layers/0..2/down"}
+
+
 def test_rule_about_one_of_several_layers_in_a_stack_skips_the_stack_and_says_so():
     def loss(params, x):
         stacked = jnp.stack(params)

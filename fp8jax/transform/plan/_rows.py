@@ -54,4 +54,22 @@ def _path(a: Assignment, leaves: Sequence[Leaf]) -> str:
     if a.weight is None:
         return a.dot.scope.stack
     layers = a.layers or (a.weight,)
-    return " | ".join(dict.fromkeys(leaves[layer].shown for layer in layers))
+    return _together([*dict.fromkeys(leaves[layer].shown for layer in layers)])
+
+
+def _together(paths: Sequence[str]) -> str:
+    """One name for weights that lie side by side: `layers/0..31/up` for a stack."""
+    columns = [[*dict.fromkeys(column)] for column in _columns(paths)]
+    several = [column for column in columns if len(column) > 1]
+    if len(paths) > 2 and len(several) == 1 and all(map(str.isdecimal, several[0])):
+        numbers = [int(part) for part in several[0]]
+        if numbers == [*range(numbers[0], numbers[0] + len(paths))]:
+            run = f"{numbers[0]}..{numbers[-1]}"
+            return "/".join(run if len(c) > 1 else c[0] for c in columns)
+    return " | ".join(paths)
+
+
+def _columns(paths: Sequence[str]) -> list[tuple[str, ...]]:
+    parts = [path.split("/") for path in paths]
+    same = len({len(one) for one in parts}) == 1
+    return [*zip(*parts, strict=True)] if same else []
