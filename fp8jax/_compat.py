@@ -48,7 +48,7 @@ def open_jaxpr(jaxpr: Jaxpr | ClosedJaxpr) -> Jaxpr:
 
 def is_jaxpr(x: Any) -> bool:
     """Whether `x` is a jaxpr, with its constants or without."""
-    return hasattr(getattr(x, "jaxpr", x), "eqns")
+    return isinstance(x, (Jaxpr, ClosedJaxpr))
 
 
 def jaxpr_consts(jaxpr: Any) -> tuple[Any, ...]:
@@ -64,8 +64,11 @@ def has_input_effects(eqn: Any) -> bool:
 def with_parts(jaxpr: _Jaxpr, **parts: Any) -> _Jaxpr:
     """`jaxpr` with other `eqns`, `invars` or `outvars`; constants stay."""
     inner, outer = open_jaxpr(jaxpr), cast(Any, jaxpr)
-    # What JAX has to lower before it compiles, such as `searchsorted` from 0.12 on.
-    parts["is_high"] = inner.is_high or any(map(_is_high, parts.get("eqns", ())))
+    # What JAX has to lower before it compiles, such as `searchsorted` from 0.12 on. New
+    # equations are asked alone: of its own the jaxpr tells.
+    old = set(map(id, inner.eqns))
+    new = (eqn for eqn in parts.get("eqns", ()) if id(eqn) not in old)
+    parts["is_high"] = inner.is_high or any(map(_is_high, new))
     if inner is jaxpr:
         return outer.replace(**parts)
     return outer.replace(jaxpr=inner.replace(**parts))

@@ -20,8 +20,9 @@ def needed_by(what: str, extra: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "fp8jax":
             raise
+        package = error.name.partition(".")[0]
         raise ModuleNotFoundError(
-            f"{what} needs {error.name}, which is missing here: pip install "
+            f"{what} needs {package}, which is missing here: pip install "
             f"'fp8jax[{extra}]'.",
             name=error.name,
         ) from error

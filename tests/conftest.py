@@ -1,10 +1,9 @@
 """Strict JAX settings for every test, and the skip of GPU tests where there is none."""
 
 import ctypes
+import gc
 import importlib.util
 import os
-import pathlib
-import tempfile
 from collections.abc import Iterator
 
 
@@ -32,9 +31,11 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import _h100
 from fp8jax.ops import _spread
+from tests import compiling
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -45,11 +46,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="tests marked compiled fail where they would be skipped",
     )
-
-
-# Of XLA's own products and fusions, no kernels of ours: it would run several of each to
-# find the fastest, which no test has any use for.
-_NOTHING_TUNED = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+    parser.addoption(
+        "--optimized",
+        action="store_true",
+        help="XLA:CPU compiles every test's programs as it does users'; takes longer",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,23 +58,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         return
     if config.option.markexpr == "gpu":
-        os.environ["XLA_FLAGS"] += f" {_NOTHING_TUNED}"
-    _share_compilations(config)
-
-
-def _share_compilations(config: pytest.Config) -> None:
-    """What one worker or subprocess compiled, the others load: of this session."""
-    if jax.config.jax_compilation_cache_dir:
-        return
-    folder = tempfile.TemporaryDirectory(prefix="fp8jax-tests-")
-    config.add_cleanup(folder.cleanup)
-    for name, value in {
-        "jax_compilation_cache_dir": folder.name,
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }.items():
-        os.environ[name.upper()] = str(value)
-        jax.config.update(name, value)
+        compiling.tune_nothing()
+    compiling.share(config)
 
 
 def _hopper_missing() -> str | None:
@@ -98,9 +84,8 @@ _QUICK = (
 
 @pytest.hookimpl(tryfirst=True)  # Before what `-m` leaves out.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = pathlib.Path(__file__).parent
     for item in items:
-        if item.path.relative_to(here).as_posix().startswith(_QUICK):
+        if compiling.lies_in(item, _QUICK):
             item.add_marker("quick")
     marked = [item for item in items if item.get_closest_marker("gpu")]
     reason = _hopper_missing() if marked else None
@@ -109,7 +94,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_collection_finish() -> None:
+    """Collections of garbage leave out what was imported, most of all objects.
+
+    They also come less often: traces make many objects, few of them garbage.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    compiling.prepare(item)
     if not item.get_closest_marker("compiled"):
         return
     try:
@@ -126,6 +122,16 @@ def _device(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
     else:
         with jax.default_device(jax.devices("cpu")[0]):
+            yield
+
+
+@pytest.fixture
+def compiled_anew() -> Iterator[None]:
+    """For tests of compiling itself: nothing is loaded that a worker shared."""
+    for enabled in (False, True):
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()  # JAX looks at it once.
+        if not enabled:
             yield
 
 

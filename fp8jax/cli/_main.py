@@ -14,16 +14,17 @@ import sys
 from collections.abc import Sequence
 
 from fp8jax import checkpoint
+from fp8jax._extras import needed_by
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        from fp8jax.cli import _view
+        with needed_by("fp8jax", "cli"):
+            from fp8jax.cli import _view
     except ModuleNotFoundError as error:
-        missing = (error.name or "rich").partition(".")[0]
-        parser.error(f"needs {missing}: pip install 'fp8jax[cli]'.")
+        parser.error(str(error))
     try:
         if options.command == "quantize":
             _quantize(options, _view)
@@ -120,7 +121,8 @@ def _inspect(parser: argparse.ArgumentParser, options: argparse.Namespace, view)
     view.show_tensors(reader, histograms)
     if options.plot:
         try:
-            from fp8jax.cli._plot import plot_codes
+            with needed_by("--plot", "cli"):
+                from fp8jax.cli._plot import plot_codes
         except ModuleNotFoundError as error:
-            parser.error(f"--plot needs {error.name}: pip install 'fp8jax[cli]'.")
+            parser.error(str(error))
         plot_codes(reader, histograms, options.plot)

@@ -74,8 +74,6 @@ def static_weight_dot(
         return summed_product(_values(x, out_dtype), _values(kernel, out_dtype))
 
     def product(x: jax.Array | QTensor, kernel: QTensor) -> jax.Array:
-        if 0 in x.shape:
-            return plain(x, kernel)
         return _split_dot(x, kernel, spec, np.dtype(out_dtype), implementation)
 
     def backward(arrays: Any, kernels: Any, dout: jax.Array) -> tuple[jax.Array]:
@@ -85,7 +83,7 @@ def static_weight_dot(
             return (jax.numpy.matmul(dout, w.T).astype(x.dtype),)
         return (_split_dot(dout, kernel.T, dgrad.lhs, x.dtype, implementation),)
 
-    return typed_as(plain, with_input_gradient(name, product, backward), x, kernel)
+    return _of_codes(name, plain, product, backward, x, kernel)
 
 
 def _split_dot(
@@ -197,9 +195,8 @@ def static_weight_rms_norm(
         again: Any = {"recipe": recipe, **how}
         return tuple(static_weight_dot(name, h, w, **again) for w in kernels)
 
-    run = plain if 0 in x.shape else products
-    run = with_input_gradient(name, run, _gradient_of(unfused))
-    return typed_as(plain, run, x, scale, *kernels)
+    backward = _gradient_of(unfused)
+    return _of_codes(name, plain, products, backward, x, scale, *kernels)
 
 
 def _gradient_of(unfused: Callable[..., Any]) -> Callable[..., Any]:
@@ -309,9 +306,7 @@ def static_weight_swiglu(
         h = activation(gate, up)
         return static_weight_dot(name, h, kernels[2], **again)
 
-    run = plain if 0 in x.shape else product
-    run = with_input_gradient(name, run, _gradient_of(unfused))
-    return typed_as(plain, run, x, *kernels)
+    return _of_codes(name, plain, product, _gradient_of(unfused), x, *kernels)
 
 
 def _gated(
@@ -403,6 +398,27 @@ def _quantized(
     if isinstance(x, QTensor):
         return x
     return quantize(x, spec, implementation=implementation)
+
+
+def _of_codes(
+    name: str,
+    plain: Callable[..., Any],
+    product: Callable[..., Any],
+    backward: Callable[..., Any],
+    *args: Any,
+) -> Any:
+    """`product(*args)`, of the type that `plain(*args)` has; codes have no derivative.
+
+    Args:
+        name: of the caller, for errors.
+        plain: the same of dequantized operands. It also serves an x without elements,
+            which no kernel takes.
+        product: of codes.
+        backward: its gradient of arrays, as in `with_input_gradient`.
+        args: the activation, then what it meets.
+    """
+    run = plain if 0 in args[0].shape else product
+    return typed_as(plain, with_input_gradient(name, run, backward), *args)
 
 
 def without_derivative(name: str, product: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
+from fp8jax._extras import needed_by
 from fp8jax.kernels import check_available, mosaic_gpu
 from fp8jax.kernels.mosaic_gpu import GemmProblem, Table
 from fp8jax.tune._explain import explain
@@ -83,10 +84,10 @@ def _tune(
     except NotImplementedError as reason:
         parser.error(f"measuring {reason} --explain works without one.")
     try:
-        from fp8jax.tune import _view
+        with needed_by("measuring", "tune"):
+            from fp8jax.tune import _view
     except ModuleNotFoundError as error:
-        missing = (error.name or "rich").partition(".")[0]
-        parser.error(f"measuring needs {missing}: pip install 'fp8jax[tune]'.")
+        parser.error(str(error))
     keys = [problem.key for problem in problems]
     for problem in problems:
         if keys.count(problem.key) > 1:

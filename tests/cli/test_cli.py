@@ -92,4 +92,5 @@ def test_without_rich_it_says_what_to_install(source, monkeypatch, capsys):
     monkeypatch.delattr(cli, "_view", raising=False)
     with pytest.raises(SystemExit):
         cli.main(["inspect", source])
-    assert "needs rich: pip install 'fp8jax[cli]'" in capsys.readouterr().err
+    message = "fp8jax needs rich, which is missing here: pip install 'fp8jax[cli]'"
+    assert message in capsys.readouterr().err

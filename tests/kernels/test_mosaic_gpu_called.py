@@ -93,6 +93,7 @@ def test_results_are_read_behind_a_barrier_alone(call):
     name, static, arrays = CALLS[call]
     run = jax.jit(functools.partial(getattr(mosaic_gpu, name), **static))
     text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert f"fp8jax_{name.replace('add_', '')}_" in text  # As profilers show it.
     calls = 0
     for function in text.split("\n  func.func")[1:]:  # Each has names of its own.
         lines = function.split("\n")

@@ -155,6 +155,7 @@ def partial_of_jitted(fn, **options):
     return functools.partial(jax.jit(lambda _, *args: fn(*args), **options), None)
 
 
+@pytest.mark.usefixtures("compiled_anew")
 @pytest.mark.parametrize("jit", [jitted_by_jax, jitted_by_equinox, partial_of_jitted])
 def test_compiler_options_reach_the_compiler(jit, tmp_path):
     fn = fp8_transform(jit(step, compiler_options={"xla_dump_to": str(tmp_path)}))

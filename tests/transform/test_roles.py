@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fp8jax import recipes
 from fp8jax.transform import fp8_transform
+from fp8jax.transform.analysis._roles import NO_WEIGHT, NO_WEIGHT_BACKWARD
 
 D = 128
 LAYER = ("fprop", "wgrad", "dgrad")
@@ -415,7 +416,7 @@ def test_teacher_whose_first_layer_sees_the_student_s_input_is_skipped():
     assert found(report) == expected("b", first="a")
     skipped = [r for r in report.rows if r.status == "skipped"]
     assert len(skipped) == 2
-    assert all("no operand is a parameter" in r.reason for r in skipped)
+    assert all("would be in FP8 if teacher/" in r.reason for r in skipped)
 
 
 def test_gan_step_trains_both_networks_and_takes_no_batch_for_a_weight():
@@ -537,3 +538,28 @@ def test_weights_with_batch_dimensions_and_small_ones_are_skipped():
     ]
     small = fp8_transform(forward, min_dim=64).report(params, X)
     assert found(small) == {("narrow", "fprop"): 1}
+
+
+def test_gradients_of_batched_experts_are_told_and_left_for_their_batch_dimensions():
+    params = {"up": jnp.ones((4, D, 2 * D)), "down": jnp.ones((4, 2 * D, D))}
+
+    def loss(params, x):
+        hidden = jnp.tanh(jnp.einsum("gmk,gkn->gmn", x, params["up"]))
+        out = jnp.einsum("gmk,gkn->gmn", hidden, params["down"])
+        scores = jnp.einsum("gmk,gnk->gmn", out, out)  # Of no parameter.
+        return jnp.sum(scores**2)
+
+    report = fp8_transform(jax.grad(loss), weights=0).report(
+        params, jnp.ones((4, 8, D))
+    )
+    rows = [row for row in report.rows if row.role != "other"]
+    assert {row.reason for row in rows} == {"batch dimensions"}
+    assert sorted((row.path, row.role) for row in rows) == [
+        ("down", "dgrad"),
+        ("down", "fprop"),
+        ("down", "wgrad"),
+        ("up", "fprop"),
+        ("up", "wgrad"),
+    ]
+    others = {row.reason for row in report.rows if row.role == "other"}
+    assert others == {NO_WEIGHT, NO_WEIGHT_BACKWARD}

@@ -46,7 +46,7 @@ none_left = pytest.mark.filterwarnings("ignore:.*found no matrix product")
 
 
 @pytest.mark.parametrize(
-    ("fn", "shape", "turned"),
+    ("fn", "shape", "transposed"),
     [
         (lambda w, x: x @ w, (K, N), False),
         (lambda w, x: x @ w.T, (N, K), True),
@@ -55,11 +55,11 @@ none_left = pytest.mark.filterwarnings("ignore:.*found no matrix product")
         (lambda w, x: x @ w.astype(jnp.bfloat16).astype(jnp.float32), (K, N), False),
     ],
 )
-def test_is_the_product_of_the_codes(fn, shape, turned, x):
+def test_is_the_product_of_the_codes(fn, shape, transposed, x):
     q = weight(0, *shape)
     f = transformed(fn)
     assert only_static(f.report(q, x))
-    expected = product(x, q.T if turned else q)
+    expected = product(x, q.T if transposed else q)
     chex.assert_trees_all_equal(f(q, x).reshape(expected.shape), expected)
 
 
@@ -148,7 +148,7 @@ def test_one_activation_is_quantized_once(x):
     f = transformed(lambda p, x: [x @ p[name] for name in "qkv"])
     names = [str(eqn.params.get("name")) for eqn in f.trace(p, x).jaxpr.eqns]
     assert names.count("fp8jax::quantize") == 1
-    assert names.count("fp8jax::static_dot") == 3
+    assert names.count("fp8jax::stored_dot") == 3
     assert f(p, x)[1].shape == (M, N)
 
 

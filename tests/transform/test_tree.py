@@ -75,6 +75,11 @@ def test_what_one_room_takes_of_another_is_in_that_ones_list(path):
             assert len(name) == 1, ".".join(name)
 
 
+def test_every_file_among_the_passes_is_in_the_pipeline():
+    files = {p.stem for p in (TRANSFORM / "passes").glob("_[a-z]*.py")}
+    assert files == {f"_{name}" for name in PASSES}
+
+
 @pytest.mark.parametrize("name", PASSES)
 def test_a_pass_is_one_file_beside_the_others_with_tests_of_its_own(name):
     path = TRANSFORM / "passes" / f"_{name}.py"

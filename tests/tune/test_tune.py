@@ -157,7 +157,8 @@ def test_without_rich_it_says_so_before_measuring(monkeypatch, capsys):
     monkeypatch.delattr(tune, "_view", raising=False)
     with pytest.raises(SystemExit):
         cli.main(["128", "7168", "2048"])
-    assert "needs rich: pip install 'fp8jax[tune]'" in capsys.readouterr().err
+    message = "measuring needs rich, which is missing here: pip install 'fp8jax[tune]'"
+    assert message in capsys.readouterr().err
 
 
 def test_a_gain_within_the_noise_keeps_the_computed_config():

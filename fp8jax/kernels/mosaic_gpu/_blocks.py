@@ -28,6 +28,7 @@ from fp8jax.kernels.mosaic_gpu._encode import BLOCK
 
 
 def quantize_directions(
+    op: str,
     inputs: Sequence[jax.Array],
     compute: Compute,
     dtypes: Sequence[np.dtype],
@@ -38,6 +39,7 @@ def quantize_directions(
     """`quantize_blocks` of computed values and of their transposes, where asked for.
 
     Args:
+        op: the name of the op that asks.
         inputs, fmt: as there.
         compute, dtypes: of the values, as in `Values`.
         tiles: for each value, those of it and of its transpose, None to leave one out.
@@ -52,7 +54,7 @@ def quantize_directions(
         for both in tiles
     )
     sides = tuple(side for _, side in vectors)
-    values = Values(compute, tuple(dtypes), ways, sides)
+    values = Values(op, compute, tuple(dtypes), ways, sides)
     found = quantize_blocks(inputs, values, fmt, [vector for vector, _ in vectors])
     out = []
     for value, both in zip(found, tiles, strict=True):

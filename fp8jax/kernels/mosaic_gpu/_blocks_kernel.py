@@ -31,6 +31,7 @@ from fp8jax.kernels.mosaic_gpu._common import (
     await_stores,
     called,
     ceil_div,
+    kernel_name,
     num_sms,
     swizzled,
 )
@@ -57,6 +58,12 @@ class Direction:
     tile: Tile
     transposed: bool
 
+    @property
+    def name(self) -> str:
+        """Its tile as the matrix lies."""
+        rows, columns = self.tile[::-1] if self.transposed else self.tile
+        return f"{rows}x{columns}"
+
 
 _ALONG = Direction(ROW, transposed=False)
 
@@ -75,6 +82,7 @@ class Values:
     """What is quantized, as computed from the inputs.
 
     Attributes:
+        op: the op that asks for it, for the kernel's name.
         compute: pieces of the matrices, in their dtypes, and of the vectors, float32
             and repeated over rows or columns, to pieces of the values, elementwise;
             None for the one matrix itself.
@@ -84,6 +92,7 @@ class Values:
             per row, or 1, one per column.
     """
 
+    op: str
     compute: Compute | None
     dtypes: tuple[np.dtype, ...]
     directions: tuple[tuple[Direction, ...], ...]
@@ -138,7 +147,8 @@ def launch(
     m, k = inputs[0].shape
     m_blocks, k_blocks = ceil_div(m, BLOCK), ceil_div(k, BLOCK)
     outputs = []
-    for direction in itertools.chain(*values.directions):
+    directions = [*itertools.chain(*values.directions)]
+    for direction in directions:
         shape, blocks = (m, k), (m_blocks, k_blocks)
         if direction.transposed:
             shape = (stacked * k, m // stacked)
@@ -176,13 +186,14 @@ def launch(
         scratch["vectors_full"] = plgpu.Barrier(
             num_barriers=_VECTOR_SLOTS, num_arrivals=len(vectors)
         )
-    if config.warpgroups > 1 and _BOX in (
-        d.tile for d in itertools.chain(*values.directions)
-    ):
+    if config.warpgroups > 1 and _BOX in (d.tile for d in directions):
         scratch["peaks_smem"] = plgpu.SMEM((BLOCK,), jnp.int32)
     run = plgpu.kernel(
         functools.partial(
             _body, values=values, places=places, fmt=fmt, config=config, stacked=stacked
+        ),
+        kernel_name=kernel_name(
+            values.op, *(d.name for d in directions), sides=inputs[0].shape
         ),
         out_type=tuple(outputs),
         scratch_types=scratch,

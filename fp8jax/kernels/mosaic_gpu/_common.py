@@ -38,6 +38,17 @@ def swizzled(columns: int, swizzle: int) -> tuple[Any, ...]:
     )
 
 
+def kernel_name(op: str, *about: str, sides: tuple[int, ...]) -> str:
+    """What profilers call a kernel: `fp8jax_gemm_1d2d_4096x7168x2048`.
+
+    Args:
+        op: the op's name.
+        about: what else tells it from others, such as tiles.
+        sides: of the problem, as given.
+    """
+    return "_".join(("fp8jax", op, *about, "x".join(map(str, sides))))
+
+
 def await_stores() -> None:
     """Ends a kernel: its copies to global memory have read what they copy.
 

@@ -22,6 +22,7 @@ from fp8jax.kernels._swiglu import swiglu
 from fp8jax.kernels.mosaic_gpu._common import (
     called,
     in_32_bits,
+    kernel_name,
     mapped_under_vmap,
     num_sms,
     swizzled,
@@ -133,6 +134,7 @@ def _multiply(
     }
     launch = plgpu.kernel(
         functools.partial(_body, schedule=schedule, **how),
+        kernel_name=kernel_name("gemm_swiglu", sides=(rows, n, k)),
         out_type=(
             jax.ShapeDtypeStruct((rows, n), dtype),
             jax.ShapeDtypeStruct((n // CHUNK, rows), jnp.float32),

@@ -72,6 +72,7 @@ def quantize_map(
     sides = (0 if kind == "rows" else 1 for kind in function.kinds[count:])
     numbers = (x.astype(jnp.float32).reshape(-1) for x in vectors)
     return quantize_directions(
+        name,
         matrices,
         compute,
         function.result_dtypes,

@@ -139,5 +139,6 @@ def quantize_grouped(
 def _quantize(
     x: jax.Array, fmt: Format, *directions: Direction
 ) -> tuple[Quantized, ...]:
-    (out,) = quantize_blocks((x,), Values(None, (x.dtype,), (directions,)), fmt)
+    op = "quantize" if len(directions) == 1 else "quantize_both"
+    (out,) = quantize_blocks((x,), Values(op, None, (x.dtype,), (directions,)), fmt)
     return out

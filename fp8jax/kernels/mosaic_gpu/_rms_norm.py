@@ -24,6 +24,7 @@ from fp8jax.kernels.mosaic_gpu._common import (
     called,
     ceil_div,
     in_32_bits,
+    kernel_name,
     mapped_under_vmap,
     num_sms,
     swizzled,
@@ -181,11 +182,13 @@ def _launch(
     steps = tiles // config.tiles
     held = config.parts * PART  # Tiles that shared memory holds.
     rows = steps * config.rows
+    sides = rows, config.chunks * BLOCK
     # Of few rows in the GEMM's order: it takes longer, but no launch to turn them.
     scales_shape = (config.chunks, rows) if rows <= _FEW_ROWS else (tiles,)
     in_columns = BLOCK // x.dtype.itemsize
     run = plgpu.kernel(
         functools.partial(_body, steps=steps, config=config, **static),
+        kernel_name=kernel_name("quantize_rms_norm", sides=sides),
         out_type=[
             jax.ShapeDtypeStruct((tiles, BLOCK), dtype),
             jax.ShapeDtypeStruct(scales_shape, jnp.float32),

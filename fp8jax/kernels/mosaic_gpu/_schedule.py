@@ -64,6 +64,7 @@ class Dense:
     config: GemmConfig
 
     tables = 0  # Arrays that say where groups lie.
+    op = "gemm"
     rhs_in_groups = out_in_groups = ends_within_stage = stores_some_rows = False
 
     @property
@@ -129,6 +130,7 @@ class RowGroups(Dense):
     groups: int
 
     tables = 2
+    op = "grouped_gemm"
     rhs_in_groups = stores_some_rows = True
 
     @property
@@ -168,6 +170,7 @@ class ColumnGroups(Dense):
     groups: int
 
     tables = 1
+    op = "grouped_gemm_k"
     out_in_groups = ends_within_stage = True
 
     @property

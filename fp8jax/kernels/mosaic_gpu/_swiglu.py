@@ -88,6 +88,7 @@ def _quantize(
         return compute(*(x.astype(jnp.float32) for x in pieces))
 
     return quantize_directions(
+        name,
         inputs,
         in_float32,
         [inputs[0].dtype] * values,

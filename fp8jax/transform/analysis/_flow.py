@@ -20,7 +20,7 @@ FlowRule = Callable[["Flow", Any, Sequence[Value], Scope], Sequence[Value]]
 
 
 class Flow:
-    """One walk over a jaxpr: what each product's operands depend on.
+    """Follows values through a jaxpr, to tell what each product's operands are made of.
 
     Attributes:
         closure: `Value.leaves` of arrays that are no arguments.
@@ -78,10 +78,12 @@ class Flow:
         return Value(1 << leaf, number, number, versions=1 << leaf)
 
     def constant(self, x: Any) -> Value:
-        """The value of something that is no argument: a literal or a closed-over array.
+        """The value of a literal or of a closed-over array.
 
         Scalars depend on nothing, so that a rescaled weight stays a weight.
         """
+        # Equal literals are one value wherever they stand. An array may be large, and
+        # is told by the object.
         if np.ndim(x) == 0 and not isinstance(x, core.Var):
             number = self.number("literal", str(x), str(getattr(x, "dtype", type(x))))
             return Value(0, number, number)
@@ -124,6 +126,7 @@ class Flow:
                 return self.constant(atom.val)
             return env[atom]
 
+        # An open jaxpr names its constants without having them: then by the variable.
         consts = _compat.jaxpr_consts(jaxpr) or inner.constvars
         env.update(zip(inner.constvars, map(self.constant, consts), strict=True))
         env.update(zip(inner.invars, inputs, strict=True))
@@ -137,6 +140,7 @@ class Flow:
                     if isinstance(v, core.Var) and env[v].ended:
                         env[v] = begun(env[v])
             operands = [value_of(v) for v in eqn.invars]
+            # After names, values: what a backward pass computes again has its names.
             here = here.in_phase(self._phase_of(here.phase, eqn, operands))
             results = rule(self, eqn, operands, here)
             if here.phase == "outside":

@@ -29,19 +29,24 @@ _Key = TypeVar("_Key")
 _Operands: TypeAlias = dict[_Key, list[tuple[Dot, Side]]]
 
 
-def gradients(dots: Sequence[Dot]) -> Iterator[Gradient]:
+def gradients(dots: Sequence[Dot], batched: bool = False) -> Iterator[Gradient]:
     """All pairs of a backward product and the forward product that it belongs to.
 
     The gradients of `y = a b` are `a dy` and `dy b`. So a backward product is known by
     the operand it shares with a forward one; and where several share it, as with a
     weight used twice, by what else the same cotangent is multiplied by.
+
+    Args:
+        dots: of the whole function.
+        batched: whether to look at products with batch dimensions, such as those of
+            experts, instead of those without.
     """
     by_operand: _Operands[int] = collections.defaultdict(list)
     by_sizes: _Operands[tuple[int, int, int]] = collections.defaultdict(list)
     backward: list[tuple[Dot, Side]] = []
     # What each cotangent is multiplied by.
     partners: dict[int, set[tuple[str, int]]] = collections.defaultdict(set)
-    for dot, side in operands_of(dots):
+    for dot, side in operands_of(dots, batched):
         x, y = dot.operand(side), dot.operand(other_side(side))
         if dot.scope.phase in ("forward", "recompute"):
             by_operand[x.root].append((dot, side))
@@ -66,10 +71,17 @@ def gradients(dots: Sequence[Dot]) -> Iterator[Gradient]:
             yield Gradient(dot, x_side, forward, other_side(side))
 
 
-def operands_of(dots: Sequence[Dot]) -> Iterator[tuple[Dot, Side]]:
-    """Both operands of every product that may be rewritten at all."""
+def operands_of(
+    dots: Sequence[Dot], batched: bool = False
+) -> Iterator[tuple[Dot, Side]]:
+    """Both operands of every product that nothing around it forbids to rewrite.
+
+    Args:
+        dots: of the whole function.
+        batched: whether of those with batch dimensions, or of those without.
+    """
     for dot in dots:
-        if _is_plain(dot) and not dot.has_batch:
+        if _is_plain(dot) and dot.has_batch == batched:
             for side in SIDES:
                 yield dot, side
 

@@ -45,7 +45,7 @@ def ragged_of(eqn: JaxprEqn) -> Ragged | None:
 
 
 def of_marked(avals: Sequence[ShapedArray], out: ShapedArray) -> Ragged | None:
-    """The same of a call of our own products of codes."""
+    """Classifies a call of our own product of codes, by its types."""
     rhs = avals[1]
     if rhs.ndim == 3:
         return Ragged("fprop", rhs.shape[0])

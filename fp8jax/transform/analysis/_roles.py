@@ -1,4 +1,4 @@
-"""Which product is what in a train step: fprop, dgrad, wgrad, recomputation, other."""
+"""Tells what each product is in a step: fprop, dgrad, wgrad, recomputation, other."""
 
 import collections
 import dataclasses
@@ -80,6 +80,7 @@ def differentiated_leaves(
     """
     floats = sum(1 << i for i, x in enumerate(is_float) if x)
     operands: dict[Position, set[Value]] = collections.defaultdict(set)
+    # One backward product may be the gradient of several: of the layers that share it.
     for gradient in gradients(dots):
         operand = gradient.forward.operand(gradient.side)
         operands[gradient.dot.position].add(operand)
@@ -89,6 +90,7 @@ def differentiated_leaves(
         for operand in several:
             one, other = _trained(operand, updated)
             known, maybe = known | one, maybe | other
+        # One value, though it may be read as several: a weight used twice is sure.
         if len({operand.root for operand in several}) == 1:
             sure |= known & floats
         unsure |= (known | maybe) & floats
@@ -105,7 +107,7 @@ def _trained(x: Value, updated: int) -> tuple[int, int]:
 
 
 def assign(dots: Sequence[Dot], parameters: Parameters) -> list[Assignment]:
-    """The role of every product.
+    """Assigns a role to every product.
 
     Args:
         dots: of the whole function.
@@ -120,8 +122,10 @@ def assign(dots: Sequence[Dot], parameters: Parameters) -> list[Assignment]:
             return _marked(dot, len(parameters.sizes))
         if second_order:
             return Assignment(dot, "other", reason=SECOND_ORDER)
+        # Wgrads among them are found below: they have no parameter for an operand.
         if phase == "backward":
             return _dgrad(dot, parameters)
+        # In a forward function all is outside: its callers differentiate it.
         if phase == "outside" and whole_step:
             return Assignment(dot, "other", reason=OUTSIDE)
         role = "recompute" if phase == "recompute" else "fprop"
@@ -139,6 +143,7 @@ def _marked(dot: Dot, n_leaves: int) -> Assignment:
     role: Role = "recompute" if dot.scope.phase == "recompute" else "fprop"
     if dot.scope.phase == "backward":
         role = "wgrad" if dot.blocked is None else "dgrad"
+    # Tiles of one row on both sides do not tell which one is the weight.
     if dot.blocked is None:
         return Assignment(dot, role)
     leaf = dot.operand(dot.blocked).only_leaf
@@ -163,6 +168,9 @@ def _forward(dot: Dot, parameters: Parameters, role: Role) -> Assignment:
     suspects = tuple(x for x in found if x is not None and x < len(parameters.sizes))
     reason = NO_WEIGHT if parameters.mask else UNKNOWN_WEIGHTS
     return Assignment(dot, "other", reason=reason, suspects=suspects)
+
+    # Without a cotangent beside it, a parameter in the backward pass is multiplied in
+    # what a hand-written rule computes again.
 
 
 def _dgrad(dot: Dot, parameters: Parameters) -> Assignment:
@@ -195,9 +203,12 @@ def _wgrads(
     layers = {a.dot.position: a for a in assigned if a.role in ("fprop", "recompute")}
     taken = {a.dot.position for a in assigned if a.role == "dgrad"}
     found: dict[Position, Assignment] = {}
-    for gradient in gradients(dots):
+    # Apart, so that none of an expert's products stands for one that may be in FP8.
+    for gradient in (*gradients(dots), *gradients(dots, batched=True)):
         layer = layers.get(gradient.forward.position)
         position = gradient.dot.position
+        # The gradient of the other operand is no wgrad, and what is known as dgrad, by
+        # the parameter in it, stays that.
         if layer is None or layer.side != gradient.side or position in taken:
             continue
         assert layer.weight is not None, "layers have weights"

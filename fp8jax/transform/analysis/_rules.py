@@ -123,10 +123,11 @@ def _seen(flow: Flow, eqn: Any, operands: Sequence[Value], value: Value) -> list
 def opaque(
     flow: Flow, eqn: JaxprEqn, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
-    """A primitive we do not enter: products in its jaxprs are only reported."""
+    """The rule of opaque primitives: products in their jaxprs are only reported."""
     jaxprs = jaxprs_of(eqn)
     if not jaxprs:
         return elementwise(flow, eqn, operands, scope)
+    # By position: what an unknown primitive computes equals nothing else.
     number = flow.number("unknown", scope.position)
     unknown = dataclasses.replace(joined(operands), number=number, root=number)
     reason = f"inside {primitive_of(eqn)}: not handled, left as it is"
@@ -140,6 +141,7 @@ def _view(
     flow: Flow, eqn: JaxprEqn, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
     values = []
+    # `root` stays: it is what products that share an operand are known by.
     for i, x in enumerate(operands[: len(eqn.outvars)]):
         number = flow.number(*signature(eqn), i, x.number)
         values.append(dataclasses.replace(x, number=number))
@@ -149,6 +151,7 @@ def _view(
 def _broadcast(
     flow: Flow, eqn: JaxprEqn, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
+    # New dimensions of size one only: a view.
     if aval_of(eqn.invars[0]).size == aval_of(eqn.outvars[0]).size:
         return _view(flow, eqn, operands, scope)
     return [*map(spread, elementwise(flow, eqn, operands, scope))]
@@ -164,6 +167,7 @@ def _random(
 def _slice(
     flow: Flow, eqn: JaxprEqn, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
+    # No arithmetic: taken in the backward pass, a slice of a weight is no cotangent.
     flow.readers.gathered(eqn, operands)
     value = picked(joined(operands), operands[0], operands[1:])
     return _numbered(flow, eqn, operands, value)
@@ -202,7 +206,7 @@ def _convolution(
 def _construct(
     flow: Flow, eqn: JaxprEqn, operands: Sequence[Value], scope: Scope
 ) -> Sequence[Value]:
-    """An equation that runs jaxprs, as the table of constructs has it."""
+    """The rule of constructs, by the table."""
     if ops.mark_of(eqn) is not None:
         return _marked(flow, eqn, operands, scope)
     construct = Construct.of(eqn)
@@ -212,7 +216,8 @@ def _construct(
         return _branches(flow, construct, operands, scope)
     if construct.iterates:
         return loop_rule(flow, construct, operands, scope)
-    if construct.rule == "derivative":  # Of which nothing here knows.
+    # Its gradients are computed by what no equation here shows yet.
+    if construct.rule == "derivative":
         flow.hand_written[scope.position] = HandWritten(eqn, tuple(operands), scope)
     inside = scope.inside(blocked=_LEFT.get(construct.rule or ""))
     if construct.mesh is not None:
@@ -229,6 +234,8 @@ def _marked(
     fp8 = [
         i for i, v in enumerate(eqn.invars) if aval_of(v).dtype in numerics.FP8_DTYPES
     ]
+    # Two operands of codes: a product, which the report counts. Calls that hold one are
+    # walked for it.
     if len(fp8) == 2:
         blocked = _blocked_side([(eqn.invars[i], eqn.invars[i + 1]) for i in fp8])
         ragged = of_marked(
@@ -244,7 +251,7 @@ def _marked(
 
 
 def _blocked_side(pairs: Sequence[tuple[Any, Any]]) -> Side | None:
-    """Of two pairs of codes and scales, the one with fewer scale rows than rows."""
+    """Which of two pairs of codes and scales has fewer scale rows than rows."""
     for side, (data, scale) in zip(SIDES, pairs, strict=True):
         rows, scales = aval_of(data).shape[:-1], aval_of(scale).shape[:-1]
         if len(rows) == len(scales) > 0 and scales[-1] < rows[-1]:
@@ -274,6 +281,7 @@ def _chosen(flow: Flow, index: Value, values: Sequence[Value]) -> Value:
     if len(informed) == 1:
         return informed.pop()
     ordered = sorted(informed, key=lambda v: v.number)
+    # One number per choice, so that a backward branch finds its own residual by it.
     number = flow.number("chosen", index.number, *(v.number for v in values))
     flow.chosen[number] = (index.number, tuple(values))
     parts = any(v.parts for v in ordered)
@@ -282,7 +290,7 @@ def _chosen(flow: Flow, index: Value, values: Sequence[Value]) -> Value:
 
 
 def _in_branch(flow: Flow, index: Value, branch: int, x: Value) -> Value:
-    """A value where its `cond` chose this branch.
+    """Narrows a chosen value to the one of this branch.
 
     JAX may put one branch's residual into the place of another one's: what a backward
     branch reads there is its own.
@@ -294,6 +302,7 @@ def _in_branch(flow: Flow, index: Value, branch: int, x: Value) -> Value:
 def _product(
     flow: Flow, eqn: JaxprEqn, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
+    # What was near its operands is read through this product: no longer near.
     values = _mixed(flow, eqn, operands, scope)
     near = flow.readers.product(scope.position)
     return [

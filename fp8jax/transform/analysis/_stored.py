@@ -118,7 +118,7 @@ def _in(x: Atom, variables: Mapping[Any, Any]) -> bool:
 
 
 def _view(eqn: JaxprEqn, x: Stored) -> Stored | None:
-    """The result as a stored weight, if the equation but looks at one."""
+    """The result as a stored weight, if the equation is a view of one."""
     if is_cast(eqn) and aval_of(eqn.outvars[0]).dtype in ops.INPUT_DTYPES:
         return x
     if permutation(eqn) == (1, 0):

@@ -55,6 +55,8 @@ class Value:
     versions: int = 0
     others: int = 0
     parts: bool = False
+    # Not compared: loops are walked until nothing of their carries grows, and what a
+    # value is does not depend on what reads it.
     near: int = dataclasses.field(default=0, compare=False)
     part: int = dataclasses.field(default=0, compare=False)
     one_hot: bool = dataclasses.field(default=False, compare=False)
@@ -69,6 +71,7 @@ class Value:
     @property
     def only_leaf(self) -> int | None:
         """The leaf it is a cast, slice, rescaling, ... of, if there is just one."""
+        # A product of one leaf with itself, or its gradient, is no view of it.
         if self.product or self.cotangent or self.leaves.bit_count() != 1:
             return None
         return self.leaves.bit_length() - 1
@@ -80,11 +83,12 @@ def union(leaves: Iterable[int]) -> int:
 
 
 def joined(values: Sequence[Value]) -> Value:
-    """Depends on all of them; is none of them."""
+    """A value that depends on all of these and equals none of them."""
     leaves = union(v.leaves for v in values)
     cotangent = any(v.cotangent for v in values)
     return Value(
         leaves=leaves,
+        # Whoever joins gives the number: -1 would make all joined values one.
         number=-1,
         root=-1,
         product=any(v.product for v in values),
@@ -99,6 +103,7 @@ def joined(values: Sequence[Value]) -> Value:
 
 def is_inexact(aval: AbstractValue) -> bool:
     """Whether values of this type are floats, which have derivatives."""
+    # Tokens have no dtype.
     return jnp.issubdtype(getattr(aval, "dtype", jnp.int32), jnp.inexact)
 
 
@@ -137,6 +142,7 @@ class Scope:
             passes: that have been told all equations before it.
             read: which of its results are read.
         """
+        # Relative to the jaxpr that the equation is in.
         inner = str(eqn.source_info.name_stack)
         return dataclasses.replace(
             self,
@@ -179,7 +185,7 @@ class Scope:
 
 @dataclasses.dataclass(frozen=True)
 class Dot:
-    """A matrix product, or a primitive that is one and more.
+    """A matrix product, or a primitive that holds one.
 
     Attributes:
         scope: where it stands.
@@ -222,11 +228,13 @@ class Dot:
         if side == "rhs":
             sizes = sizes[1], sizes[0], sizes[2]
         mine, others, out = sizes
-        # Of m k, n k and m n, each times the batch: m m = (m k) (m n) / (n k).
+        # From sizes alone, whatever order an einsum has dimensions in. Of m k, n k and
+        # m n, each times the batch: m m = (m k) (m n) / (n k).
         return math.isqrt(mine * out // max(others * self.batch, 1))
 
     @property
     def contraction(self) -> int:
+        # As in `free`; an empty operand divides by no zero.
         lhs, rhs, out = self._sizes
         return math.isqrt(lhs * rhs // max(out * self.batch, 1))
 
@@ -250,6 +258,7 @@ class Dot:
 
     @property
     def batch(self) -> int:
+        # A product of rows in groups, or one of ours: its groups are no batch.
         if self.dimension_numbers is None:
             return 1
         _, (dims, _) = self.dimension_numbers
@@ -264,6 +273,7 @@ class Dot:
     @property
     def total_flops(self) -> int:
         """Of all runs."""
+        # Sizes say all of a plain product; a convolution's rule counts for itself.
         flops = self.flops
         if flops is None:
             sides = self.free("lhs") * self.free("rhs")

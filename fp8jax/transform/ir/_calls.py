@@ -1,4 +1,4 @@
-"""The registry of our own calls in a program: makes them, and knows them again."""
+"""Makes a program's own calls, and recognizes them later."""
 
 import functools
 from collections.abc import Callable
@@ -23,6 +23,7 @@ class Calls:
     """
 
     def __init__(self):
+        # This object's own, so that it goes when the program does.
         self._trace = functools.cache(_traced)
         # By `id` of the jaxpr called, which is kept so that no other has its number.
         self._called: dict[int, tuple[Any, Callable[..., Any]]] = {}
@@ -34,7 +35,7 @@ class Calls:
         *inputs: Atom,
         out_spec: jax.sharding.PartitionSpec | None = None,
     ) -> tuple[list[JaxprEqn], list[Any]]:
-        """The equations of `function(*inputs)` in the place of another, and results.
+        """Traces `function(*inputs)` where `place` stands: equations and results.
 
         Where types are explicit, the result's sharding is the other's or `out_spec`.
         """
@@ -51,13 +52,13 @@ class Calls:
         return splice(traced, inputs, moved_to(place))
 
     def add(self, eqn: JaxprEqn, function: Callable[..., Any]) -> None:
-        """Has `of` know what the equation calls, if it is a call of our own."""
+        """Registers what an equation calls, if it is a call of our own."""
         if ops.mark_of(eqn) is not None:
             jaxpr = called(eqn)
             self._called[id(jaxpr)] = jaxpr, function
 
     def of(self, eqn: JaxprEqn) -> Callable[..., Any] | None:
-        """What the equation calls, if it is a call that this program was given.
+        """Returns what the equation calls, if this program was given the call.
 
         Told by the jaxpr that is called, not by its name: that one is ours is in the
         name, which it is on survives no change of it.

@@ -40,9 +40,10 @@ class Construct:
 
     @classmethod
     def of(cls, eqn: JaxprEqn) -> "Construct | None":
-        """The equation taken apart; None if it is in no table, and so opaque."""
+        """Takes an equation apart; None if the table lacks it, so that it is opaque."""
         form = CONSTRUCTS.get(eqn.primitive.name)
         bodies = tuple(jaxprs_of(eqn)) if form is not None else ()
+        # With `jax_remat3` a remat holds an object instead of its jaxpr.
         if form is None or not bodies:
             return None
         inputs, results = form.open(eqn, [_compat.open_jaxpr(b) for b in bodies])
@@ -62,7 +63,7 @@ class Construct:
 
     @property
     def mesh(self) -> Any:
-        """The mesh of a `shard_map`; None of all others."""
+        """The mesh of a `shard_map`, else None."""
         return self.eqn.params["mesh"] if "in_specs" in self.eqn.params else None
 
     @property
@@ -79,6 +80,7 @@ class Construct:
     def is_plain(self) -> bool:
         """Whether it means no more than its one body's equations."""
         form = CONSTRUCTS[self.eqn.primitive.name]
+        # Constants hang on the body: written out, its equations would miss them.
         constants = _compat.open_jaxpr(self.bodies[0]).constvars
         return form.is_plain(self.eqn.params) and not constants
 
@@ -94,12 +96,12 @@ class Construct:
 
     @property
     def manual_axes(self) -> frozenset[str] | None:
-        """Mesh axes over which its body is one device's program; None of most."""
+        """Mesh axes over which a shard_map's body runs on one device, else None."""
         return None if self.mesh is None else _compat.manual_axes(self.eqn.params)
 
     @property
     def sliced(self) -> dict[Var, Atom]:
-        """Of a variable of a scan's body, the array of which it is a slice."""
+        """Maps a variable of a scan's body to the array that it is a slice of."""
         slices = [x for x in self.inputs if x.kind == "slice"]
         return {x.inner[0]: x.operand for x in slices if x.inner[0] is not None}
 
@@ -110,35 +112,38 @@ class Construct:
     def visited(
         self, visit: Callable[..., Any], *contexts: Sequence[Any]
     ) -> "Construct":
-        """With `visit` of each body, and of its own entry in each of `contexts`.
+        """Replaces each body by `visit(body, *its entries in contexts)`.
 
         A body may come back with other variables, but as many. Not of a construct that
         was edited: its bodies are those of `eqn`, see `settled`.
         """
         bodies = list(map(visit, self.bodies, *contexts))
+        # The same object, so that callers see by `is` that nothing changed.
         if _is_same(bodies, self.bodies):
             return self
+        # Opened anew: `inputs` and `results` name variables of the bodies as they were.
         return dataclasses.replace(self, eqn=with_jaxprs(self.eqn, bodies)).reopened()
 
     def reopened(self) -> "Construct":
-        """The equation `eqn`, taken apart anew."""
+        """Takes `eqn` apart anew."""
         construct = Construct.of(self.eqn)
         assert construct is not None, "it is of the same primitive"
         return construct
 
     def constant(self, operand: Atom, inner: Var, body: int = 0) -> Input:
-        """A new input that one body reads as it is."""
+        """Makes an input that one body reads as it is."""
         return Input(operand, self._only(inner, body))
 
     def slices(self, operand: Atom, inner: Var) -> Input:
-        """A new input of which a scan's body reads a slice per iteration."""
+        """Makes an input of which a scan's body reads one slice per iteration."""
         return Input(operand, (inner,), "slice")
 
     def result(self, *inner: Atom) -> Result:
-        """A new result: what each body returns, stacked where the construct iterates.
+        """Makes a result of what each body returns, stacked if the construct iterates.
 
         In a loop of unknown length there is no such result: carry it.
         """
+        # Branches agree on types: the first one's is all of theirs.
         aval = inner[0].aval
         if self.length is None:
             return Result(core.Var(aval), inner)
@@ -148,28 +153,30 @@ class Construct:
         return tuple(inner if i == body else None for i, _ in enumerate(self.bodies))
 
     def with_body(self, body: int, **parts: Any) -> "Construct":
-        """With other `eqns` in a body."""
+        """Replaces parts of one body, such as its `eqns`."""
         bodies = list(self.bodies)
         bodies[body] = _compat.with_parts(bodies[body], **parts)
         return dataclasses.replace(self, bodies=tuple(bodies))
 
     def settled(self) -> "Construct":
-        """The same, its bodies with the variables that inputs and results name."""
+        """Writes the variables that inputs and results name into the bodies."""
         return dataclasses.replace(self, eqn=self.equation()).reopened()
 
     def equation(self) -> JaxprEqn:
-        """The equation of these bodies, inputs and results; `eqn` if they are its own.
+        """Puts the equation together; returns `eqn` itself if nothing was edited.
 
         A body whose variables are what they were stays the object that it is, so that
         what several equations share is shared still.
         """
         form = CONSTRUCTS[self.eqn.primitive.name]
+        # New ones were appended, and JAX tells kinds apart by their counts alone.
         inputs = sorted(self.inputs, key=form.place)
         results = sorted(self.results, key=lambda x: x.kind != "carry")
         bodies = []
         for i, body in enumerate(self.bodies):
             invars = [x.inner[i] for x in inputs if x.inner[i] is not None]
             outvars = [x.inner[i] for x in results if x.inner[i] is not None]
+            # A condition's one result is none of the equation's.
             if not form.returns(i):
                 outvars = _compat.open_jaxpr(body).outvars
             bodies.append(_with_variables(body, invars, outvars))

@@ -1,4 +1,4 @@
-"""The one dead-code elimination: what no result of a program depends on goes."""
+"""Removes what no result of a program depends on: the one dead-code elimination."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ Flags = tuple[bool, ...]
 
 
 def without_dead_code(jaxpr: AnyJaxpr) -> AnyJaxpr:
-    """The same program without equations whose results nothing reads, in bodies too.
+    """Removes equations whose results nothing reads, in bodies too.
 
     Loops, branches and calls lose what they carried, stacked or read for those alone.
     Our own calls stay whole, and so does what has side effects. JAX's own pass has no
@@ -27,7 +27,7 @@ def without_dead_code(jaxpr: AnyJaxpr) -> AnyJaxpr:
     """
 
     def pruned(jaxpr: AnyJaxpr, wanted: Flags) -> tuple[Any, set[Any]]:
-        """The jaxpr of the results wanted, and which variables it reads."""
+        """Returns the jaxpr of the results wanted, and which variables it reads."""
         inner = _compat.open_jaxpr(jaxpr)
         outvars = [x for x, is_it in zip(inner.outvars, wanted, strict=True) if is_it]
         read = _variables(outvars)
@@ -40,18 +40,19 @@ def without_dead_code(jaxpr: AnyJaxpr) -> AnyJaxpr:
 
     @memoized
     def visit(body: AnyJaxpr, wanted: Flags) -> tuple[Any, Flags]:
-        """The body of the results wanted, and which of its inputs they need."""
+        """Returns the body of the results wanted, and which of its inputs they need."""
         made, read = pruned(body, wanted)
         return made, tuple(v in read for v in _compat.open_jaxpr(body).invars)
 
     @memoized
     def cut(body: AnyJaxpr, stays: Flags) -> AnyJaxpr:
-        """The body with some of its inputs: one object for all that agree on them."""
+        """Drops inputs of a body; callers that drop the same ones share the result."""
         invars = _compat.open_jaxpr(body).invars
         left = [v for v, is_it in zip(invars, stays, strict=True) if is_it]
         return body if all(stays) else _compat.with_parts(body, invars=left)
 
     def live(eqn: JaxprEqn, read: set[Var]) -> JaxprEqn:
+        # Not our own calls: with another jaxpr they would no longer be known.
         construct = construct_of(eqn)
         # Effects on mutable arrays name operands by number: theirs must not change.
         if construct is None or _compat.has_input_effects(eqn):
@@ -76,6 +77,7 @@ def without_dead_code(jaxpr: AnyJaxpr) -> AnyJaxpr:
                 break
             for i in more:
                 wanted[i] = True
+        # A carry that nothing after the loop reads stays if an iteration reads it.
         needed |= dict(zip(carried, wanted, strict=False))
         bodies = [
             cut(body, tuple(needed[x] for x in inputs if x.inner[i] is not None))

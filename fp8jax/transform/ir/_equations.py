@@ -28,7 +28,7 @@ def is_product(eqn: JaxprEqn) -> bool:
 
 
 def dimension_numbers(product: JaxprEqn) -> Any:
-    """Of a `dot_general`, as in `jax.lax.dot_general`."""
+    """A product's `dimension_numbers`, as in `jax.lax.dot_general`."""
     return product.params["dimension_numbers"]
 
 
@@ -54,7 +54,8 @@ class RaggedNumbers(NamedTuple):
 
 
 def ragged_numbers(eqn: JaxprEqn) -> RaggedNumbers | None:
-    """Of a `ragged_dot_general` of all groups; None of all else."""
+    """The dimensions of a `ragged_dot_general` over all groups, else None."""
+    # With an offset it starts at a later group: the kernels count from the first.
     if eqn.primitive.name != RAGGED or eqn.params["group_offset"] is not None:
         return None
     numbers = eqn.params["ragged_dot_dimension_numbers"]
@@ -68,13 +69,13 @@ def ragged_numbers(eqn: JaxprEqn) -> RaggedNumbers | None:
 
 
 def output_channels(convolution: JaxprEqn) -> int:
-    """Of a `conv_general_dilated`."""
+    """The number of output channels of a `conv_general_dilated`."""
     kernel = aval_of(convolution.invars[1])
     return kernel.shape[convolution.params["dimension_numbers"].rhs_spec[0]]
 
 
 def permutation(eqn: JaxprEqn) -> tuple[int, ...]:
-    """The order of dimensions that a transposition gives; () of all else."""
+    """The permutation of a transposition; () for every other equation."""
     if eqn.primitive.name != "transpose":
         return ()
     return tuple(eqn.params["permutation"])
@@ -84,12 +85,13 @@ def gathers_rows(eqn: JaxprEqn) -> bool:
     """Whether the equation gathers whole entries along the first dimension."""
     if eqn.primitive.name != "gather":
         return False
+    # A row each: what looks up more of the table, or a part of a row, is no embedding.
     table = aval_of(eqn.invars[0])
     return tuple(eqn.params["slice_sizes"]) == (1, *table.shape[1:])
 
 
 def entries_of(eqn: JaxprEqn, before: int) -> Callable[..., jax.Array] | None:
-    """How an equation takes entries of a stack, if it takes whole ones.
+    """Returns how an equation takes whole entries of a stack, if it does.
 
     Args:
         eqn: the equation, of a stack and perhaps of indices.
@@ -103,6 +105,7 @@ def entries_of(eqn: JaxprEqn, before: int) -> Callable[..., jax.Array] | None:
     matrix, out = matrix[before:], aval_of(eqn.outvars[0]).shape
     if name == "squeeze" and max(params["dimensions"], default=0) < before:
         return functools.partial(jax.lax.squeeze, dimensions=params["dimensions"])
+    # A part of a matrix has no scales of its own: tiles would be cut.
     if name == "slice" and out[before:] == matrix:
         starts, strides = params["start_indices"], params["strides"]
         limits = params["limit_indices"][:before]
@@ -166,13 +169,14 @@ def signature(eqn: JaxprEqn) -> tuple[Hashable, ...]:
 def _hashable(item: tuple[str, Any]) -> Hashable:
     try:
         hash(item)
-    except TypeError:
+    except TypeError:  # Equal to itself alone: that errs on the safe side.
         return item[0], id(item[1])
     return item
 
 
 def is_differentiated(eqn: JaxprEqn) -> bool:
     """Whether the equation is the backward pass of a remat."""
+    # Remat alone has the parameter, and of the forward pass it says False.
     return eqn.params.get("differentiated", False)
 
 
@@ -192,5 +196,5 @@ def asks_what_is_differentiated(call: JaxprEqn) -> bool:
 
 
 def closes_over_arrays(call: JaxprEqn) -> bool:
-    """Whether the function of a custom_jvp or custom_vjp equation does."""
+    """Whether a function with a custom_jvp or custom_vjp closes over arrays."""
     return call.params["num_consts"] > 0

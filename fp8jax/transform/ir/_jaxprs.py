@@ -12,6 +12,8 @@ from fp8jax.transform.ir._types import AnyJaxpr
 def jaxprs_of(eqn: JaxprEqn) -> list[AnyJaxpr]:
     """The jaxprs among an equation's parameters, in the order that positions count."""
     found = []
+    # By name: the order of a dict depends on who made the equation, and a position must
+    # mean the same body whoever did.
     for _, value in sorted(eqn.params.items()):
         values = value if isinstance(value, (tuple, list)) else (value,)
         found += [v for v in values if _compat.is_jaxpr(v)]
@@ -19,17 +21,18 @@ def jaxprs_of(eqn: JaxprEqn) -> list[AnyJaxpr]:
 
 
 def called(eqn: JaxprEqn) -> AnyJaxpr | None:
-    """The jaxpr that a jit, or a construct like it, runs; None of all others."""
+    """The jaxpr that a jit, or a construct like it, runs, else None."""
     return eqn.params.get("jaxpr")
 
 
 def with_jaxprs(eqn: JaxprEqn, jaxprs: Iterable[Any]) -> JaxprEqn:
-    """An equation with other jaxprs in the places of its own."""
+    """Replaces an equation's jaxprs, in the order of `jaxprs_of`."""
     left = iter(jaxprs)
     params = dict(eqn.params)
     for name, value in sorted(eqn.params.items()):
         if _compat.is_jaxpr(value):
             params[name] = next(left)
+        # Not `isinstance`: a named tuple takes its parts one by one.
         elif type(value) in (tuple, list) and any(map(_compat.is_jaxpr, value)):
             params[name] = type(value)(
                 next(left) if _compat.is_jaxpr(v) else v for v in value
@@ -38,6 +41,6 @@ def with_jaxprs(eqn: JaxprEqn, jaxprs: Iterable[Any]) -> JaxprEqn:
 
 
 def shardings_of(eqn: JaxprEqn) -> list[Any]:
-    """Where an equation says that arrays lie: a constraint, or a jit of arguments."""
+    """The shardings that a constraint names, or a jit for its arguments."""
     one, several = eqn.params.get("sharding"), eqn.params.get("in_shardings", ())
     return [s for s in (one, *several) if s is not None]

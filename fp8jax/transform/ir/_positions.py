@@ -1,4 +1,4 @@
-"""Equations by their positions in nested jaxprs, and others instead of them.
+"""Replaces equations at given positions in nested jaxprs.
 
 An equation becomes equations that give the same results. No type changes, so shardings,
 donation, scan carries, branches and remat policies stay valid, and no primitive's
@@ -25,7 +25,7 @@ def rewrite_at(
     plan: Mapping[Position, Hashable],
     replacer: Callable[[AnyJaxpr, Mapping[int, Any]], Replacer],
 ) -> AnyJaxpr:
-    """`jaxpr` with some equations replaced.
+    """Replaces equations of `jaxpr` and of the jaxprs in it.
 
     Args:
         jaxpr: with or without constants.

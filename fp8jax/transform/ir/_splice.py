@@ -1,4 +1,4 @@
-"""Copies of equations with variables of their own, in another place."""
+"""Copies equations to another place, with variables of their own."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,16 +14,17 @@ Place = Callable[[Any], dict[str, Any]]  # Of an equation, what is another there
 
 
 def moved_to(place: JaxprEqn) -> Place:
-    """Equations get another one's name stack, source line and context."""
+    """Places equations where another one stands: its name stack, line and context."""
     placed = {"source_info": place.source_info, "ctx": place.ctx}
     return lambda _: placed
 
 
 def named_after(call: JaxprEqn) -> Place:
-    """Equations stay where they are, under the name stack of the call before theirs."""
+    """Puts a call's name stack before the equations' own."""
     outer = call.source_info.name_stack
 
     def place(eqn: JaxprEqn) -> dict[str, Any]:
+        # Passes of a step are told by names: a body's are relative to the call's.
         names = outer + eqn.source_info.name_stack
         return {"source_info": eqn.source_info.replace(name_stack=names)}
 
@@ -33,15 +34,16 @@ def named_after(call: JaxprEqn) -> Place:
 def copied(
     eqns: Iterable[JaxprEqn], env: dict[Var, Atom], place: Place
 ) -> tuple[list[Any], dict[Any, Any]]:
-    """Equations that compute others elsewhere, and what stands for each variable.
+    """Copies equations; returns the copies and what stands for each variable.
 
     Args:
         eqns: the others.
         env: what stands for the variables that they read and do not make.
         place: what of an equation is another there.
     """
-    env, made = dict(env), []
+    env, made = dict(env), []  # A copy: a caller may copy the same equations twice.
     for eqn in eqns:
+        # A variable is made in one place: equal ones in two would be one value.
         outvars = [core.Var(v.aval) for v in eqn.outvars]
         invars = [read(x, env) for x in eqn.invars]
         env.update(zip(eqn.outvars, outvars, strict=True))
@@ -52,7 +54,7 @@ def copied(
 def splice(
     traced: Jaxpr, inputs: Sequence[Any], place: Place
 ) -> tuple[list[JaxprEqn], list[Any]]:
-    """Equations that compute a jaxpr elsewhere, and the variables of its results.
+    """Copies a jaxpr's equations; returns the copies and its results there.
 
     Args:
         traced: a jaxpr without constants.
@@ -65,18 +67,18 @@ def splice(
 
 
 def written_out(call: Construct) -> tuple[list[JaxprEqn], list[Any]]:
-    """A plain call's equations where it stands, and the variables of its results."""
+    """Writes out a plain call: its equations and results, where it stands."""
     body, eqn = _compat.open_jaxpr(call.bodies[0]), call.eqn
     return splice(body, eqn.invars, named_after(eqn))
 
 
 def read(x: Atom, env: dict[Var, Atom]) -> Any:
-    """What stands for a variable, itself if nothing does; a literal as it is."""
+    """Looks up what stands for a variable; other atoms stand for themselves."""
     return x if isinstance(x, core.Literal) else env.get(x, x)
 
 
 def reading(eqn: JaxprEqn, env: dict[Var, Atom]) -> JaxprEqn:
-    """The equation with other variables for some that it reads."""
+    """Renames what an equation reads."""
     if not env:
         return eqn
     invars = [read(x, env) for x in eqn.invars]
@@ -85,7 +87,7 @@ def reading(eqn: JaxprEqn, env: dict[Var, Atom]) -> JaxprEqn:
 
 
 def casts_of_types(eqns: Iterable[JaxprEqn]) -> dict[Any, Any]:
-    """Of a variable, its cast to a type with an explicit sharding, if there is one."""
+    """Maps each variable that is cast to a type of explicit sharding to the cast."""
     return {
         eqn.invars[0]: eqn.outvars[0]
         for eqn in eqns

@@ -1,4 +1,4 @@
-"""Stacked weights in scans: which results are slices of them, stacked again."""
+"""Finds results of scans that are slices of stacked weights, stacked again."""
 
 import functools
 from collections.abc import Collection, Sequence
@@ -27,7 +27,7 @@ class Stacks:
         self._found: dict[Any, tuple[Any, list[Any]]] = {}
 
     def found_in(self, scan: Construct, weights: Collection[Any]) -> list[Any]:
-        """Those among an equation's results, of weights; none if it is no scan."""
+        """Registers results of an equation that are views of weights; returns them."""
         slices = scan.sliced
         views = views_in(equations(scan.bodies[0])) if slices else {}
         found = []
@@ -37,6 +37,7 @@ class Stacks:
             root, chain = chain_of(x.inner[0], views)
             stack = slices.get(root) if isinstance(root, core.Var) else None
             if isinstance(stack, core.Var) and stack in weights:
+                # A stack of a stack: its views come after those of the first.
                 before = self._found.get(stack, (stack, []))
                 self._found[x.outvar] = before[0], [*before[1], *chain]
                 found.append(x.outvar)
@@ -45,7 +46,7 @@ class Stacks:
     def views_of(
         self, stack: Var, chain: Sequence[JaxprEqn], scan: JaxprEqn
     ) -> tuple[list[Any], Any]:
-        """Views of each slice of an array, as equations in the place of a scan.
+        """Makes views of each slice of an array, as equations before a scan.
 
         Returns:
             The equations, and the variable that has the result.
@@ -53,6 +54,7 @@ class Stacks:
         stack, before = self._found.get(stack, (stack, []))
         eqns = []
         for view in (*before, *chain):
+            # By vmap of the view itself: whatever its parameters are, batching knows.
             with _compat.TracingContext.of(view).entered():
                 run = jax.vmap(functools.partial(_compat.bind, view))
                 traced = _compat.open_jaxpr(jax.make_jaxpr(run)(stack.aval))

@@ -18,7 +18,8 @@ from fp8jax.transform.ir._crossings import Input, InputKind, Result, ResultKind
 RuleKind = Literal["derivative", "linear", "partitioning", "batching"]
 
 
-# Parameters with an entry for each operand or result, and that of a new one.
+# Parameters with an entry per operand or result, and the entry of a new one. Those that
+# are no tuple hold for all operands, and need no entry.
 _OF_INPUTS: dict[str, Any] = {
     "donated_invars": False,
     "in_layouts": None,
@@ -36,7 +37,7 @@ _OF_RESULTS: dict[str, Any] = {
 def _entries(
     params: Mapping[str, Any], table: Mapping[str, Any], count: int
 ) -> list[dict[str, Any]]:
-    """For each of `count` operands or results, its entries in such parameters."""
+    """Splits such parameters into one entry per operand or result."""
     known = {
         name: params[name] for name in table if isinstance(params.get(name), tuple)
     }
@@ -46,7 +47,7 @@ def _entries(
 def _told(
     params: Mapping[str, Any], table: Mapping[str, Any], crossings: Sequence[Any]
 ) -> dict[str, Any]:
-    """Such parameters, of these inputs or results."""
+    """Joins the entries of these inputs or results to such parameters again."""
     return {
         name: tuple(x.params.get(name, new) for x in crossings)
         for name, new in table.items()
@@ -85,17 +86,19 @@ class Form:
         told = _entries(eqn.params, _OF_INPUTS, len(eqn.invars))
         left = [iter(body.invars) for body in bodies]
         inputs = []
+        # A form that another JAX gave the primitive: left alone rather than misread.
         if any(
             len(body.invars) != sum(i in where for _, where in kinds)
             for i, body in enumerate(bodies)
         ):
-            return None, []  # Of no form that is known.
+            return None, []
         for operand, (kind, where), params in zip(eqn.invars, kinds, told, strict=True):
             inner = tuple(
                 next(invars) if i in where else None for i, invars in enumerate(left)
             )
             inputs.append(Input(operand, inner, kind, params))
         told = _entries(eqn.params, _OF_RESULTS, len(eqn.outvars))
+        # Only a scan says how long it is; what a `while` returns is all carried.
         rest: ResultKind = "stack" if eqn.params.get("length") is not None else "value"
         results = []
         for i, (outvar, params) in enumerate(zip(eqn.outvars, told, strict=True)):
@@ -110,6 +113,7 @@ class Form:
 
     def place(self, x: Input) -> tuple[int, bool]:
         """The order of operands: by kind; of constants, a loop's condition's first."""
+        # JAX's own order, which the counts among the parameters rely on.
         rank = ("choice", "constant", "carry", "slice").index(x.kind)
         return rank, x.kind == "constant" and x.inner[0] is not None
 
@@ -155,6 +159,7 @@ _BODY, _CONDITION = 0, 1
 
 
 def _of_while(eqn: JaxprEqn, bodies: int) -> Any:
+    # The condition's constants come first, though its jaxpr counts second.
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     carry = len(eqn.invars) - n_cond - n_body
     kinds: list[tuple[InputKind, set[int]]] = [("constant", {_CONDITION})] * n_cond
@@ -171,16 +176,20 @@ def _while_counts(
 
 
 _CALL = Form(_of_call)
+# A jit's shardings, layouts and donation are the user's words on each operand.
 _JIT = Form(_of_call, takes_inputs=False, is_plain=_compat.is_plain_call)
 
 
 def _ruled(rule: RuleKind) -> Form:
+    # Where derivatives are taken their rules are spent, and the body is all that is
+    # left; how to split or batch it is needed after that.
     def is_plain(params: dict[str, Any]) -> bool:
         return rule == "derivative"
 
     return Form(_of_call, takes_inputs=False, rule=rule, is_plain=is_plain)
 
 
+# Primitives of all versions that are supported: what one of them lacks never matches.
 CONSTRUCTS: dict[str, Form] = {
     "checkpoint": _CALL,
     "closed_call": _CALL,

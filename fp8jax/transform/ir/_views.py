@@ -1,4 +1,4 @@
-"""Views: equations that give the numbers of their one operand in another form."""
+"""Finds views: equations that give their one operand's numbers in another form."""
 
 from collections.abc import Hashable, Iterable
 from typing import TypeAlias
@@ -9,6 +9,8 @@ from jax.extend.core import JaxprEqn, Var
 from fp8jax.transform.ir._equations import signature
 from fp8jax.transform.ir._types import Atom
 
+# Cheap, and equal for equal parameters: a pass may make one again in another place
+# instead of moving its result there. A broadcast repeats numbers, and is none.
 VIEWS = ("convert_element_type", "reshape", "slice", "squeeze", "transpose")
 
 Views: TypeAlias = dict[Var, JaxprEqn]  # Of a variable, the equation that makes it.
@@ -24,12 +26,12 @@ def is_view(eqn: JaxprEqn) -> bool:
 
 
 def views_in(eqns: Iterable[JaxprEqn]) -> Views:
-    """Those among a jaxpr's equations."""
+    """The views among a jaxpr's equations, by the variable that each makes."""
     return {eqn.outvars[0]: eqn for eqn in eqns if is_view(eqn)}
 
 
 def name_of(x: Atom, views: Views) -> Hashable:
-    """The same for equal views of the same variable.
+    """Names a variable by its views: equal views of one variable get one name.
 
     Equal ones of one value are known to be equal: each layer may cast its input itself.
     """
@@ -42,7 +44,7 @@ def name_of(x: Atom, views: Views) -> Hashable:
 
 
 def chain_of(x: Atom, views: Views) -> tuple[Atom, list[JaxprEqn]]:
-    """The variable that `x` is a view of, and the views in between, in order."""
+    """Follows views back to a variable; returns it and the views in order."""
     chain: list[JaxprEqn] = []
     while x in views:
         chain.insert(0, views[x])

@@ -36,7 +36,7 @@ def memoized(
 
 
 def construct_of(eqn: JaxprEqn, with_rules: bool = False) -> Construct | None:
-    """The construct whose bodies a pass may change; None of our own calls, and others.
+    """Takes an equation apart if a pass may change its bodies; our calls' stay.
 
     Args:
         eqn: an equation.
@@ -54,7 +54,7 @@ def construct_of(eqn: JaxprEqn, with_rules: bool = False) -> Construct | None:
 def with_bodies(
     eqn: JaxprEqn, visit: Callable[..., Any], *contexts: Sequence[Any]
 ) -> JaxprEqn:
-    """The equation with its bodies visited; itself if that changes none.
+    """Visits an equation's bodies; returns the equation itself if none changes.
 
     Args:
         eqn: an equation.
@@ -68,7 +68,8 @@ def with_bodies(
 def with_equations(
     jaxpr: AnyJaxpr, eqns: Sequence[JaxprEqn], outvars: Sequence[Any] | None = None
 ) -> Any:
-    """The jaxpr of other equations and results; itself if they are the same objects."""
+    """Replaces a jaxpr's equations and results; returns itself if they are its own."""
+    # Unchanged it stays the object that it is: what several equations run stays shared.
     inner = _compat.open_jaxpr(jaxpr)
     results = list(inner.outvars if outvars is None else outvars)
     old, new = (*inner.eqns, *inner.outvars), (*eqns, *results)
@@ -78,5 +79,5 @@ def with_equations(
 
 
 def equations(jaxpr: AnyJaxpr) -> list[JaxprEqn]:
-    """Of a jaxpr with constants or without."""
+    """The equations of a jaxpr with constants or without."""
     return list(_compat.open_jaxpr(jaxpr).eqns)

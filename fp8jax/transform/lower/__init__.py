@@ -17,7 +17,7 @@ from fp8jax.transform.lower._calls import (
 from fp8jax.transform.lower._chains import Chain, Graph, chain_to, may_be_in_chain
 from fp8jax.transform.lower._program import Program
 from fp8jax.transform.lower._ragged import ragged_call
-from fp8jax.transform.lower._stored_calls import static_equations
+from fp8jax.transform.lower._stored_calls import stored_equations
 
 __all__ = [
     "COLLECTED",
@@ -38,5 +38,5 @@ __all__ = [
     "chain_to",
     "may_be_in_chain",
     "ragged_call",
-    "static_equations",
+    "stored_equations",
 ]

@@ -45,16 +45,16 @@ class Quantize:
 
     @property
     def matrix(self) -> ops.Operand:
-        """The same for operands that are the same matrix, whichever side contracts."""
+        """The operand without its contracted side: one key per matrix."""
         return dataclasses.replace(self.operand, contraction=1)
 
     @property
     def other_tiles(self) -> QuantSpec:
-        """The same for specs that differ in their tiles alone."""
+        """The spec without its tile: specs that differ in tiles alone are equal."""
         return dataclasses.replace(self.spec, tile=(1, 1))
 
     def stacked(self, length: int) -> "Quantize":
-        """Of `length` such arrays, stacked: their codes, stacked."""
+        """The quantization of `length` such arrays, stacked, to stacked codes."""
         old = self.operand
         permutation = (0, *(1 + dim for dim in old.permutation))
         shape = (length, *old.shape)

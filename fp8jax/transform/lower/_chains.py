@@ -1,7 +1,7 @@
 """Elementwise chains of a jaxpr, found from their ends upwards."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypeAlias
 
 import jax.numpy as jnp
@@ -28,9 +28,19 @@ _MOST_STEPS = 48  # Of a chain: what a block's registers and the compiler bear.
 
 
 class Graph:
-    """Which equation of a jaxpr makes each variable, and which ones read it."""
+    """Which equation of a jaxpr makes each variable, and which ones read it.
 
-    def __init__(self, eqns: Sequence[JaxprEqn], results: Iterable[Atom]):
+    Attributes:
+        maker: of each variable that an equation makes.
+        kept: those that a forward pass makes and a backward pass in the jaxpr reads.
+    """
+
+    def __init__(
+        self,
+        eqns: Sequence[JaxprEqn],
+        results: Iterable[Atom],
+        in_backward: Callable[[JaxprEqn], bool],
+    ):
         self.maker = {v: eqn for eqn in eqns for v in eqn.outvars}
         self._readers: dict[Var, list[JaxprEqn]] = {}
         for eqn in eqns:
@@ -38,6 +48,13 @@ class Graph:
                 if isinstance(x, Var):
                     self._readers.setdefault(x, []).append(eqn)
         self._results = {x for x in results if isinstance(x, Var)}
+        later = {id(eqn) for eqn in eqns if in_backward(eqn)}
+        self.kept = {
+            x
+            for x, eqn in self.maker.items()
+            if id(eqn) not in later
+            and any(id(reader) in later for reader in self._readers.get(x, []))
+        }
 
     def is_read_beside(self, x: Var, eqns: Collection[int]) -> bool:
         """Whether others than these equations, by `id`, read a variable."""
@@ -90,7 +107,8 @@ def chain_to(
 
     It begins where other equations are no longer elementwise, and already at a value
     that exists anyway, because something else reads it too, if it would take two
-    matrices to compute that one.
+    matrices to compute that one. It does not reach from a backward pass into a forward
+    pass: what is kept between the two stays what it is.
 
     Args:
         roots: of one shape.
@@ -158,7 +176,8 @@ class _Walk:
         if eqn is not None and dimensions is not None:
             self._same[x] = self._broadcast(eqn.invars[0], dimensions)
             return self._same[x]
-        if eqn is None or x in self._stops or not _is_elementwise(eqn):
+        begins = x in self._stops or x in self.graph.kept
+        if eqn is None or begins or not _is_elementwise(eqn):
             if aval_of(x).dtype not in _FLOATS:
                 raise _NoChainError
             self._kinds[x] = "matrix"

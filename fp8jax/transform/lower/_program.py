@@ -33,5 +33,5 @@ class Program:
     collected: tuple[int | None, ...] = ()
 
     def of(self, jaxpr: AnyJaxpr) -> "Program":
-        """The same with another jaxpr."""
+        """Replaces the jaxpr."""
         return self if jaxpr is self.jaxpr else dataclasses.replace(self, jaxpr=jaxpr)

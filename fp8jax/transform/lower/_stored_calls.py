@@ -14,7 +14,7 @@ from fp8jax.ops import marked
 from fp8jax.quant import QTensor, QuantSpec, quantize
 from fp8jax.recipes import Recipe
 from fp8jax.transform.ir import aval_of, dimension_numbers
-from fp8jax.transform.plan import StaticDot
+from fp8jax.transform.plan import StoredDot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class _Whole:
     multiply: "_Multiply"
 
     def __call__(self, *arrays: jax.Array) -> jax.Array:
-        return marked("static_dot", self._run)(*arrays)
+        return marked("stored_dot", self._run)(*arrays)
 
     def _run(self, x: jax.Array, data: jax.Array, scale: jax.Array) -> jax.Array:
         x = self.operand.arrange(x)
@@ -65,13 +65,13 @@ class _Multiply:
     recipe: Recipe
     tile: tuple[int, int]
     stored_tile: tuple[int, int]
-    turned: bool  # Whether codes are stored [n, k].
+    transposed: bool  # Whether codes are stored [n, k].
     weight_first: bool
     out_dtype: np.dtype
     implementation: str | None
 
     def __call__(self, *codes: jax.Array) -> jax.Array:
-        return marked("static_dot", self._run)(*codes)
+        return marked("stored_dot", self._run)(*codes)
 
     def _run(self, *codes: jax.Array) -> jax.Array:
         return self.product(QTensor(codes[0], codes[1], self.tile), *codes[2:])
@@ -83,7 +83,7 @@ class _Multiply:
         y = ops.static_weight_dot(
             "fp8_transform",
             x,
-            kernel.T if self.turned else kernel,
+            kernel.T if self.transposed else kernel,
             out_dtype=self.out_dtype,
             recipe=self.recipe,
             implementation=self.implementation,
@@ -92,13 +92,13 @@ class _Multiply:
         return y.reshape(self.layout.out_shape)
 
 
-def static_equations(
+def stored_equations(
     eqn: JaxprEqn,
-    what: StaticDot,
+    what: StoredDot,
     calls: Callable[..., tuple[list[JaxprEqn], list[Any]]],
     codes: dict[Hashable, list[Any]],
 ) -> list[JaxprEqn]:
-    """The equations that stand in for a `dot_general` of a stored weight.
+    """Makes the equations that stand in for a `dot_general` of a stored weight.
 
     Args:
         eqn: the product.
@@ -118,7 +118,7 @@ def static_equations(
         what.recipe,
         what.spec.tile,
         stored.tile,
-        turned=(what.contraction == 1) != stored.transposed,
+        transposed=(what.contraction == 1) != stored.transposed,
         weight_first=not first,
         out_dtype=np.dtype(aval_of(eqn.outvars[0]).dtype),
         implementation=what.implementation,

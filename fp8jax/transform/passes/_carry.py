@@ -28,7 +28,7 @@ from fp8jax.transform.lower import Program, Quantize
 
 
 def carry(program: Program) -> Program:
-    """The same program, with early quantizations in forward scans, where possible."""
+    """Moves quantizations for wgrad into the forward scans that keep their operands."""
 
     @memoized
     def visit(jaxpr: AnyJaxpr) -> AnyJaxpr:
@@ -37,11 +37,14 @@ def carry(program: Program) -> Program:
         for old in equations(jaxpr):
             eqn = with_bodies(old, visit)
             scan = construct_of(eqn)
+            # A loop of unknown length stacks nothing: only a scan keeps residuals.
             if scan is not None and scan.length is not None:
                 for early in _early_calls(scan, program.calls):
                     index = made_by.get(early.stacked)
+                    # A stack that is an argument has no scan to make its codes in.
                     if index is not None:
                         eqns[index], eqn = _carried(eqns[index], eqn, early)
+                # After the edit: a scan may be backward to one and forward to another.
                 made_by.update(dict.fromkeys(eqn.outvars, len(eqns)))
             eqns.append(eqn)
         return with_equations(jaxpr, eqns)
@@ -51,7 +54,7 @@ def carry(program: Program) -> Program:
 
 @dataclasses.dataclass(frozen=True)
 class _Early:
-    """A call in a scan's body that depends on a slice of one stacked array alone.
+    """A quantization in a scan's body that depends on a slice of one stack alone.
 
     Attributes:
         stacked: the array, where the scan is.
@@ -83,7 +86,7 @@ def _early_calls(scan: Construct, calls: Calls) -> list[_Early]:
 def _carried(
     forward_eqn: JaxprEqn, backward_eqn: JaxprEqn, early: _Early
 ) -> tuple[JaxprEqn, JaxprEqn]:
-    """Both scans, with the call in the forward one's body."""
+    """Moves the call from the backward scan's body into the forward scan's."""
     forward, backward = Construct.of(forward_eqn), Construct.of(backward_eqn)
     assert forward is not None, "its result is a scan's"
     assert backward is not None, "it reads a slice"
@@ -100,6 +103,7 @@ def _carried(
         backward.slices(stack.outvar, v)
         for stack, v in zip(stacks, call.outvars, strict=True)
     ]
+    # The views before the call stay: others may read them, and `clean` knows.
     left = [eqn for eqn in after if eqn is not call]
     return (
         dataclasses.replace(

@@ -38,7 +38,7 @@ Found = list[Any]  # Variables; None for what cannot be brought out.
 
 
 def collect(program: Program) -> Program:
-    """The program with the results of all calls that are collected after its own."""
+    """Returns the moments of every measured product after the program's own results."""
     if not program.measures:
         return program
 
@@ -54,6 +54,7 @@ def collect(program: Program) -> Program:
             found += [cast.get(v, v) for v in in_eqn]
         if not found:
             return jaxpr, []
+        # One result may be asked for twice: a body that is shared measures once.
         results = list(dict.fromkeys(v for v in found if v is not None))
         outvars = [*inner.outvars, *results]
         where = [None if v is None else results.index(v) for v in found]
@@ -69,12 +70,14 @@ def collect(program: Program) -> Program:
         if not any(where for _, where in visited):
             return [eqn], []
         wheres = [where for _, where in visited]
-        # A body that does not return the results keeps what it measures.
+        # A loop's condition returns one boolean and no more: what it measures stays
+        # inside, and the report says so.
         bodies = [body for i, (body, _) in enumerate(visited) if construct.returns(i)]
         kept = construct.bodies[len(bodies) :]
         construct = dataclasses.replace(construct, bodies=(*bodies, *kept))
         if construct.chooses:
             return _of_branches(construct, wheres)
+        # In the body, where the axes have names to sum over.
         if construct.manual_axes is not None:
             construct = _summed(construct)
         if construct.iterates and construct.length is None:
@@ -101,7 +104,10 @@ def _outside(more: Sequence[Result], where: Where) -> Found:
 
 
 def _of_loop(loop: Construct, wheres: Sequence[Where]) -> tuple[list[JaxprEqn], Found]:
-    """The loop of unknown length carries the moments of all iterations so far."""
+    """Carries the sum of all iterations' moments: an unknown number cannot be stacked.
+
+    The condition is given the carry as well, as it is every one, and leaves it unread.
+    """
     eqn, before, eqns = loop.eqn, [], equations(loop.bodies[0])
     inputs, more = [], []
     for v in _new_results(loop, 0):
@@ -126,7 +132,7 @@ def _of_loop(loop: Construct, wheres: Sequence[Where]) -> tuple[list[JaxprEqn], 
 def _of_branches(
     cond: Construct, wheres: Sequence[Where]
 ) -> tuple[list[JaxprEqn], Found]:
-    """Each branch has zeros for what the others measure: nothing was counted there."""
+    """Gives each branch zeros for what the others measure: they count nothing."""
     results = [_new_results(cond, i) for i, _ in enumerate(cond.bodies)]
     bodies = [equations(body) for body in cond.bodies]
     more, found = [], []
@@ -149,11 +155,12 @@ def _of_branches(
 
 
 def _zeros_like(v: Atom, place: JaxprEqn) -> tuple[list[JaxprEqn], list[Any]]:
-    """Equations for zeros of a variable's type, and them."""
+    """Makes zeros of a variable's type: equations and result."""
 
     def zeros() -> jax.Array:
         x = jnp.zeros(aval_of(v).shape, aval_of(v).dtype)
         varying = tuple(_compat.varying_axes(v.aval))
+        # Branches must agree on their types, the axes that values vary over included.
         return lax.pcast(x, varying, to="varying") if varying else x
 
     with _compat.TracingContext.of(place).entered():
@@ -162,7 +169,7 @@ def _zeros_like(v: Atom, place: JaxprEqn) -> tuple[list[JaxprEqn], list[Any]]:
 
 
 def _summed(construct: Construct) -> Construct:
-    """A `shard_map` whose body's moments are those of all devices together."""
+    """Sums a `shard_map`'s moments over its devices, in the body."""
     axes = tuple(construct.manual_axes or ())
     body = _compat.open_jaxpr(construct.bodies[0])
     eqns = list(body.eqns)
@@ -174,9 +181,11 @@ def _summed(construct: Construct) -> Construct:
         def sum_over_devices(
             x: jax.Array, varying: frozenset[str] = varying
         ) -> jax.Array:
+            # `psum` refuses to sum over several axes of which a value varies over some.
             missing = tuple(axis for axis in axes if axis not in varying)
             if missing and varying:
                 x = lax.pcast(x, missing, to="varying")
+            # All moments are sums but the last, the largest magnitude.
             assert len(MOMENTS) == x.shape[-1]
             sums, amax = lax.psum(x[..., :-1], axes), lax.pmax(x[..., -1:], axes)
             return jnp.concatenate([sums, amax], -1)

@@ -1,4 +1,4 @@
-"""Codes that a scan or a call would be given twice are given once.
+"""Gives a scan or a call once what it would be given twice: the same codes.
 
 Quantizations that leave two bodies, one within the other, are found to be equal where
 they meet. The outer body then has the same codes twice, and a loop would slice both.
@@ -25,7 +25,7 @@ from fp8jax.transform.lower import MAKING_CODES, Program
 
 
 def dedupe(program: Program) -> Program:
-    """The same program, no scan or call in it with the same codes twice."""
+    """Drops operands of scans and calls that are codes they have already."""
 
     @memoized
     def visit(jaxpr: AnyJaxpr, is_codes: tuple[bool, ...]) -> AnyJaxpr:
@@ -36,6 +36,7 @@ def dedupe(program: Program) -> Program:
             if isinstance(program.calls.of(eqn), MAKING_CODES):
                 codes.update(eqn.outvars)
             construct = construct_of(eqn)
+            # Before the visit of the body, whose constructs then see one variable.
             if construct is not None:
                 construct = _without_second(construct, codes)
                 construct = construct.visited(visit, _codes_in(construct, codes))
@@ -43,6 +44,7 @@ def dedupe(program: Program) -> Program:
             eqns.append(eqn)
         return with_equations(jaxpr, eqns)
 
+    # The program's own inputs are the user's arrays, none of which we made.
     nothing = (False,) * len(_compat.open_jaxpr(program.jaxpr).invars)
     return program.of(visit(program.jaxpr, nothing))
 
@@ -70,12 +72,13 @@ def _codes_in(construct: Construct, codes: set[Var]) -> list[tuple[bool, ...]]:
 
 
 def _without_second(construct: Construct, codes: set[Var]) -> Construct:
-    """Without operands that are others' codes again."""
+    """Drops operands that repeat the codes of another operand."""
     if not _has_them(construct):
         return construct
     first: dict[Any, Any] = {}
     env: dict[Var, Atom] = {}  # Of a variable of the body, the one with the same codes.
     for x in construct.inputs:
+        # Equal carries may differ after one iteration.
         if x.kind != "carry" and _is_known(x.operand, codes):
             (inner,) = x.inner
             assert inner is not None, "codes cross into its one body"

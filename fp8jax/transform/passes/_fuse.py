@@ -7,12 +7,13 @@ blocks they are neither: only their inputs are read.
 
 import dataclasses
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from jax.extend.core import JaxprEqn, Var
 
 from fp8jax import _compat
 from fp8jax.quant import maps_like_quantize
+from fp8jax.transform.analysis import OUTSIDE, Pass, Passes
 from fp8jax.transform.ir import (
     AnyJaxpr,
     Atom,
@@ -25,7 +26,6 @@ from fp8jax.transform.ir import (
     memoized,
     read,
     reading,
-    with_bodies,
     with_equations,
     written_out,
 )
@@ -44,24 +44,36 @@ _BLOCK = 128
 
 
 def fuse(program: Program) -> Program:
-    """The same program, with chains where their codes are made.
+    """Moves chains to where their codes are made.
 
-    A value that something else reads, too, is left: it exists anyway. The numbers are
+    A value that something else reads, too, is left: it exists anyway. So is one that
+    a forward pass keeps for a backward pass beside it. The numbers are
     those of the chain's steps, each rounded to its dtype.
     """
-    calls = program.calls
+    calls, passes = program.calls, Passes()
 
-    @memoized
-    def visit(jaxpr: AnyJaxpr) -> AnyJaxpr:
-        eqns = [with_bodies(eqn, visit) for eqn in equations(jaxpr)]
+    def visit(jaxpr: AnyJaxpr, outer: Pass) -> AnyJaxpr:
+        def in_backward(eqn: JaxprEqn) -> bool:
+            return passes.at(outer, eqn).phase in ("recompute", "backward")
+
+        eqns = []
+        for eqn in equations(jaxpr):
+            here = passes.at(outer, eqn)
+            construct = construct_of(eqn)
+            if construct is not None:
+                contexts = [here] * len(construct.bodies)
+                eqn = construct.visited(visited, contexts).equation()
+            eqns.append(eqn)
         outvars = _compat.open_jaxpr(jaxpr).outvars
+        # Only where chains are found are calls written out: elsewhere they stay shared.
         if any(_ways(eqn, calls) for eqn in eqns):
-            fused = _fused(eqns, outvars, calls)
+            fused = _fused(eqns, outvars, calls, in_backward)
             if fused is not None:
                 return with_equations(jaxpr, *fused)
         return with_equations(jaxpr, eqns)
 
-    return program.of(visit(program.jaxpr))
+    visited = memoized(visit, key=lambda outer: outer.phase)
+    return program.of(visited(program.jaxpr, OUTSIDE))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,7 +92,7 @@ class _Root:
 
     @property
     def kind(self) -> Hashable:
-        """The same for those that one call can make."""
+        """A key that roots share whose codes one call can make."""
         way, eqn = self.ways[0], self.eqns[0]
         return aval_of(self.value).shape, way.other_tiles, way.implementation, eqn.ctx
 
@@ -104,12 +116,15 @@ class _Group:
 
 
 def _fused(
-    old: Sequence[JaxprEqn], outvars: Sequence[Atom], calls: Calls
+    old: Sequence[JaxprEqn],
+    outvars: Sequence[Atom],
+    calls: Calls,
+    in_backward: Callable[[JaxprEqn], bool],
 ) -> tuple[list[JaxprEqn], list[Atom]] | None:
     """Equations and results with chains in calls; None if there are none."""
     eqns, env = _with_calls_written_out(old)
     outvars = [read(x, env) for x in outvars]
-    graph = Graph(eqns, outvars)
+    graph = Graph(eqns, outvars, in_backward)
     groups = _groups(_roots(eqns, graph, calls), graph)
     if not groups:
         return None
@@ -128,7 +143,7 @@ def _fused(
 def _with_calls_written_out(
     old: Sequence[JaxprEqn],
 ) -> tuple[list[JaxprEqn], dict[Var, Atom]]:
-    """The equations without calls of functions that chains may pass through.
+    """Writes out calls of functions that chains may pass through.
 
     Returns:
         The equations, and what stands for the results of those calls.
@@ -159,7 +174,7 @@ def _inner(eqn: JaxprEqn) -> list[JaxprEqn]:
 
 
 def _ways(eqn: JaxprEqn, calls: Calls) -> tuple[Quantize, ...]:
-    """How an equation quantizes its operand; () of all others."""
+    """How an equation quantizes its operand; () if it does not."""
     way = calls.of(eqn)
     if isinstance(way, QuantizeBoth):
         return way.one, way.other
@@ -177,7 +192,8 @@ def _roots(eqns: Sequence[JaxprEqn], graph: Graph, calls: Calls) -> list[_Root]:
         ways = tuple(way for eqn in several for way in _ways(eqn, calls))
         root = _Root(value, tuple(several), ways)
         alone = not graph.is_read_beside(value, {id(eqn) for eqn in several})
-        if alone and value in graph.maker and _fits(root):
+        made_here = value in graph.maker and value not in graph.kept
+        if alone and made_here and _fits(root):
             found.append(root)
     return found
 
@@ -191,6 +207,7 @@ def _fits(root: _Root) -> bool:
         len(set(sides)) == len(sides)
         and {(way.matrix, way.other_tiles) for way in root.ways}
         == {(first.matrix, first.other_tiles)}
+        # The kernel reads the matrix as it lies: nothing may be moved before.
         and first.operand.permutation == tuple(range(len(shape)))
         and first.operand.shape == matrix
         and all(side and side % _BLOCK == 0 for side in matrix)
@@ -200,22 +217,50 @@ def _fits(root: _Root) -> bool:
 
 def _groups(roots: Sequence[_Root], graph: Graph) -> list[_Group]:
     """The roots that are fused, those that read the same matrices together."""
+    groups = []
+    for together in _related(roots, graph):
+        group = _group(together, graph)
+        if group is not None:
+            groups.append(group)
+        elif len(together) > 1:
+            groups += _greedy(together, graph)
+    return groups
+
+
+def _related(roots: Sequence[_Root], graph: Graph) -> list[list[_Root]]:
+    """Roots of one kind that are connected by matrices that their chains read.
+
+    Without a matrix in common one call would read no less than two do.
+    """
+    related: list[tuple[list[_Root], set[Var]]] = []
+    for root in roots:
+        chain = chain_to([root.value], graph, {id(eqn) for eqn in root.eqns})
+        if chain is None:
+            continue
+        members, matrices = [root], set(chain.matrices)
+        apart = []
+        for others, theirs in related:
+            if others[0].kind == root.kind and not theirs.isdisjoint(matrices):
+                members, matrices = others + members, matrices | theirs
+            else:
+                apart.append((others, theirs))
+        related = [*apart, (members, matrices)]
+    return [members for members, _ in related]
+
+
+def _greedy(roots: Sequence[_Root], graph: Graph) -> list[_Group]:
+    """Groups of roots that no single call can make: each joins the first that may."""
     groups: list[_Group] = []
     for root in roots:
-        alone = _group([root], graph)
-        if alone is None:
-            continue
         for i, group in enumerate(groups):
-            if group.roots[0].kind != root.kind or set(group.chain.matrices).isdisjoint(
-                alone.chain.matrices
-            ):
-                continue
             together = _group([*group.roots, root], graph)
             if together is not None:
                 groups[i] = together
                 break
         else:
-            groups.append(alone)
+            alone = _group([root], graph)
+            if alone is not None:
+                groups.append(alone)
     return groups
 
 
@@ -223,9 +268,11 @@ def _group(roots: Sequence[_Root], graph: Graph) -> _Group | None:
     """A call for these roots; None if no kernel takes the chain, or order forbids."""
     eqns = {id(eqn) for root in roots for eqn in root.eqns}
     chain = chain_to([root.value for root in roots], graph, eqns)
+    # What is made of the group's own codes cannot stand before the call as well.
     if chain is None or any(graph.depends(x, eqns) for x in chain.inputs):
         return None
     group = _Group(tuple(roots), chain)
     call = group.call
     how = call.specs, call.implementation
+    # Asked now: once the equations are gone, a refusal would have no way back.
     return group if maps_like_quantize(call.function, call.shape, *how) else None

@@ -38,7 +38,7 @@ from fp8jax.transform.lower import Moments, Program, Quantize
 
 
 def hoist(program: Program) -> Program:
-    """The same program, with quantizations where they run once.
+    """Moves quantizations out to where they run once.
 
     What a loop does not change leaves it. Slices of stacked arrays do only if those are
     weights: the codes of all of an activation's would be one more thing to keep.
@@ -53,6 +53,7 @@ def hoist(program: Program) -> Program:
         for eqn in equations(jaxpr):
             construct, before = construct_of(eqn), []
             if construct is not None:
+                # Inner bodies first: what leaves one may leave this one, too.
                 construct = construct.visited(visit, inner_flags(construct, weights))
                 if construct.length:
                     more, construct = _slices_before(construct, weights, stacks, calls)
@@ -60,6 +61,7 @@ def hoist(program: Program) -> Program:
                 more, construct = _constants_before(construct, weights, calls)
                 before += more
                 eqn = construct.equation()
+            # What is made of weights alone counts as one: outer loops hoist it, too.
             for made in (*before, eqn):
                 add_results(made, weights)
             if construct is not None:
@@ -79,13 +81,15 @@ def _is_in(
 def _constants_before(
     construct: Construct, weights: set[Var], calls: Calls
 ) -> tuple[list[JaxprEqn], Construct]:
-    """Equations of the first body that read nothing but constants, and what is left.
+    """Splits the first body: equations that read constants alone, and what is left.
 
     Of a call all operands are constants: what it makes of weights leaves it. A branch
     keeps what is its own, which may never run, and so does what is placed on devices.
     """
     if construct.chooses or not construct.takes_inputs:
         return [], construct
+    # A call runs once: of an activation in it nothing would be saved, and the codes
+    # would live longer, across a remat even.
     sources: dict[Any, Atom] = {
         x.inner[0]: x.operand
         for x in construct.inputs
@@ -96,6 +100,8 @@ def _constants_before(
     values: dict[Any, Any] = {}  # Of a variable of the body, what stands for it.
     made, moved = [], []
     for old in body:
+        # Moments read codes: they follow once those have left, so that what is measured
+        # of a weight is measured once.
         if not isinstance(calls.of(old), (Quantize, Moments)):
             continue
         x, *codes = old.invars
@@ -128,6 +134,8 @@ def _slices_before(
         root, chain = chain_of(old.invars[0], views)
         if not _is_in(root, sources):
             continue
+        # Of the stack of what a scan casts there may be a copy already, in bfloat16:
+        # a backward scan quantizes slices of that one.
         new, stack = stacks.views_of(sources[root], chain, scan.eqn)
         assert scan.length is not None, "a scan says how long it is"
         codes, results = calls(quantize.stacked(scan.length), old, stack)
@@ -140,9 +148,10 @@ def _slices_before(
 def _given(
     construct: Construct, inputs: Sequence[Input], moved: Sequence[JaxprEqn]
 ) -> Construct:
-    """A construct whose first body is given what some of its equations made."""
+    """Passes into the first body what moved equations made there."""
     if not moved:
         return construct
+    # By identity: equations have no equality, and equal ones are several.
     gone = set(map(id, moved))
     left = [eqn for eqn in equations(construct.bodies[0]) if id(eqn) not in gone]
     return dataclasses.replace(

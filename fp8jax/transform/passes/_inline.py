@@ -30,7 +30,7 @@ from fp8jax.transform.lower import Program
 
 
 def inline(program: Program) -> Program:
-    """The same program, without calls of plain jitted functions with products.
+    """Writes out calls of plain jitted functions that hold products.
 
     Names of the equations within get those of the call before them. A function with
     shardings, donation or compiler options of its own stays a call, and so do ours.
@@ -41,6 +41,7 @@ def inline(program: Program) -> Program:
     @memoized
     def has_products(jaxpr: AnyJaxpr) -> bool:
         return any(
+            # Ours hold products that are in FP8 already: T(T(f)) leaves them whole.
             primitive_of(eqn) in (PRODUCT, RAGGED)
             or (ops.mark_of(eqn) is None and any(map(has_products, jaxprs_of(eqn))))
             for eqn in equations(jaxpr)
@@ -54,9 +55,12 @@ def inline(program: Program) -> Program:
         eqns = []
         for old in equations(jaxpr):
             eqn = reading(old, env)
+            # Under a `jvp` or `transpose` the derivative is taken: the rule beside the
+            # function means nothing any more.
             names = _compat.names_of(eqn)
             within = differentiated or any(part.is_derivative for part in names)
             construct = construct_of(eqn, with_rules=within)
+            # Without products, writing out would only make the program longer.
             if (
                 construct is None
                 or (construct.is_fixed and not construct.is_plain)

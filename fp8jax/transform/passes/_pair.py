@@ -55,12 +55,13 @@ class _Made:
         if one.operand == other.operand or one.other_tiles != other.other_tiles:
             return False
         same_codes = one.spec == other.spec.T
+        # Across passes the later codes would be one more residual, of an activation.
         same_pass = self.in_backward == later.in_backward
         return same_pass or self.is_weight or later.is_early or same_codes
 
 
 def pair(program: Program) -> Program:
-    """The same program, with equal quantizations merged and others paired."""
+    """Merges equal quantizations, and makes two ways of one matrix in one call."""
     calls, passes = program.calls, Passes()
 
     def visit(jaxpr: AnyJaxpr, flags: Flags, outer: Pass) -> AnyJaxpr:
@@ -86,6 +87,8 @@ def pair(program: Program) -> Program:
         env: dict[Var, Atom] = {}
         for several in found.values():
             _together(several, calls, new, env)
+        # In two steps: what reads codes may stand before the call that now makes them
+        # was known.
         eqns = [made for eqn in eqns for made in new.get(id(eqn), [eqn])]
         eqns = [reading(eqn, env) for eqn in eqns]
         outvars = [read(x, env) for x in _compat.open_jaxpr(jaxpr).outvars]
@@ -99,6 +102,7 @@ def pair(program: Program) -> Program:
 def _made(eqn: JaxprEqn, way: Quantize, weights: set[Var], phase: Phase) -> _Made:
     return _Made(
         eqn,
+        # When codes are made is no part of what they are: equal ones merge.
         dataclasses.replace(way, is_early=False),
         way.is_early,
         is_weight=all(v in weights for v in eqn.outvars),
@@ -107,9 +111,10 @@ def _made(eqn: JaxprEqn, way: Quantize, weights: set[Var], phase: Phase) -> _Mad
 
 
 def _value(made: _Made, views: Views) -> Hashable:
-    """The same for quantizations of the same matrix."""
+    """A key that quantizations of one matrix share."""
     way = made.way
     name = name_of(made.eqn.invars[0], views)
+    # In another context, of compute-on or a mesh say, the same call is another one.
     return name, way.matrix, way.implementation, made.eqn.ctx
 
 

@@ -40,14 +40,14 @@ from fp8jax.transform.lower import (
     Quantize,
     Statistics,
     ragged_call,
-    static_equations,
+    stored_equations,
 )
 from fp8jax.transform.plan import (
     Decision,
     LayerDot,
     QuantizedDot,
     RuleCall,
-    StaticDot,
+    StoredDot,
     specs_of,
 )
 
@@ -55,7 +55,7 @@ _Planned: TypeAlias = Mapping[int, Decision | RuleCall]
 
 
 def replace(program: Program) -> Program:
-    """The program with calls of `_calls`, or of a rule, instead of planned equations.
+    """Replaces planned equations by operations of `lower`, or by a rewritten rule.
 
     Of those that stand in for one, one has its results, and all keep its name stack,
     source line and context. Where `program.measures`, each product in FP8 comes with a
@@ -86,6 +86,7 @@ class _InJaxpr:
             eqns[i].outvars[0]
             for i in read_transposed(_compat.open_jaxpr(jaxpr), planned)
         }
+        # Of one jaxpr: a body's codes are no variables of the next one's.
         self._codes: dict[Hashable, list[Any]] = {}
         # What is needed before the backward pass, by the recipe or by a product.
         self._early: set[Hashable] = set()
@@ -98,15 +99,17 @@ class _InJaxpr:
     def replace(self, eqn: JaxprEqn, what: Decision | RuleCall) -> list[JaxprEqn]:
         if isinstance(what, RuleCall):
             return self._ruled(eqn, what)
-        if isinstance(what, StaticDot):
-            return static_equations(eqn, what, self._calls, self._codes)
+        if isinstance(what, StoredDot):
+            return stored_equations(eqn, what, self._calls, self._codes)
         if not is_product(eqn):
+            # Rows in groups are quantized within the call: groups share no codes yet.
             eqns, _ = self._calls(ragged_call(eqn, what), eqn, *eqn.invars)
         elif isinstance(what, QuantizedDot) and not what.split:
             eqns = self._shared(eqn, what)
         else:
             eqns = self._alone(eqn, what)
         (result,), out = eqns[-1].outvars, aval_of(eqn.outvars[0])
+        # What reads the result was traced for this type: JAX checks none of it again.
         same = (aval_of(result).shape, aval_of(result).dtype) == (out.shape, out.dtype)
         same &= _compat.varying_axes(aval_of(result)) == _compat.varying_axes(out)
         same &= not _compat.is_explicit(out) or aval_of(result).sharding == out.sharding
@@ -117,6 +120,7 @@ class _InJaxpr:
         """Equations of a function with a gradient rule, and of what it measures."""
         eqns, results = self._calls(what, eqn, *eqn.invars)
         assert eqns[-1].outvars == results, "one call gives all results"
+        # Moments come after a rule's own results: they have no cotangents.
         own = len(eqn.outvars)
         eqns[-1] = eqns[-1].replace(outvars=[*eqn.outvars, *results[own:]])
         for moments in results[own:]:
@@ -166,11 +170,12 @@ class _InJaxpr:
     def _quantized(
         self, side: Side, what: QuantizedDot, place: JaxprEqn
     ) -> tuple[list[JaxprEqn], list[Any]]:
-        """Equations for the codes and scales of an operand, and both."""
+        """Quantizes an operand: equations, and the variables of codes and scales."""
         x, quantize = _operand(place, what, side)
         key = self._key(x, quantize, place)
         if key in self._codes:
             return [], self._codes[key]
+        # Fprop's own codes are made in the forward pass anyway.
         is_early = key in self._early and what.role != "fprop"
         call = dataclasses.replace(quantize, is_early=is_early)
         eqns, self._codes[key] = self._calls(call, place, x)
@@ -179,7 +184,7 @@ class _InJaxpr:
     def _measured(
         self, side: Side, what: QuantizedDot, place: JaxprEqn
     ) -> tuple[list[JaxprEqn], list[Any]]:
-        """Equations for the moments of an operand that is quantized, and them."""
+        """Measures a quantized operand: equations, and the variable of its moments."""
         x, quantize = _operand(place, what, side)
         key = self._key(x, quantize, place)
         eqns = []
@@ -189,12 +194,13 @@ class _InJaxpr:
         return eqns, self._codes[key, Moments]
 
     def _key(self, x: Atom, quantize: Quantize, place: JaxprEqn) -> Hashable:
-        """The same for operands that are quantized to the same codes."""
+        """A key that operands of the same codes share."""
+        # By views, not by variable: each layer may cast or reshape its input itself.
         return name_of(x, self._views), quantize, place.ctx
 
 
 def _operand(eqn: JaxprEqn, what: QuantizedDot, side: Side) -> tuple[Any, Quantize]:
-    """A product's operand, and how it is quantized."""
+    """One operand of a product, and how it is quantized."""
     lhs, rhs = _quantizations(eqn, (what.lhs_spec, what.rhs_spec), what.implementation)
     x, y = eqn.invars
     return (x, lhs) if side == "lhs" else (y, rhs)

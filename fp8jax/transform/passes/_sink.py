@@ -33,7 +33,7 @@ from fp8jax.transform.lower import Program
 
 
 def sink(program: Program) -> Program:
-    """The same program; what a body reads as an array, it makes of codes itself.
+    """Moves dequantizations into the bodies that read the arrays.
 
     Of an entry of a stack of matrices, too, the codes are taken, and not the array.
     """
@@ -55,6 +55,8 @@ def sink(program: Program) -> Program:
                 left = [*written, *left]
                 results.update(zip(eqn.outvars, outvars, strict=True))
                 continue
+            # Entries are taken of the codes: the stack as an array would be the whole
+            # model in bfloat16.
             *before, eqn = _of_entries(eqn, made, calls) or [eqn]
             if isinstance(calls.of(eqn), Dequantize):
                 made[eqn.outvars[0]] = eqn
@@ -76,7 +78,7 @@ def _reads(eqn: JaxprEqn, made: dict[Var, JaxprEqn]) -> bool:
 def _of_entries(
     eqn: JaxprEqn, made: dict[Var, JaxprEqn], calls: Calls
 ) -> list[JaxprEqn]:
-    """Equations for entries of a stack that is made of codes; none if it is not so."""
+    """Takes entries of a stack's codes instead of its arrays; [] for all else."""
     source: Any = eqn.invars[0] if eqn.invars else None
     if not isinstance(source, core.Var) or source not in made:
         return []
@@ -101,7 +103,7 @@ def _of_entries(
 def _with_codes(
     construct: Construct, made: dict[Var, JaxprEqn], calls: Calls
 ) -> Construct:
-    """A construct that takes codes and scales where it took an array."""
+    """Passes codes and scales into a construct instead of the array they make."""
     taken = {
         x: made[x.operand]
         for x in construct.inputs
@@ -109,6 +111,7 @@ def _with_codes(
         and x.operand in made
         and x.kind in ("constant", "slice")
     }
+    # Where parameters place operands on devices, codes would need places of their own.
     if not taken or not construct.takes_inputs:
         return construct
     inputs = []
@@ -139,7 +142,7 @@ def _with_codes(
 def _dequantization(
     eqn: JaxprEqn, is_sliced: bool, calls: Calls
 ) -> tuple[Any, list[Any]]:
-    """That of what a body sees, as an equation, and the variables that it reads."""
+    """Makes a body's own dequantization: the equation, and the variables it reads."""
     call = calls.of(eqn)
     assert isinstance(call, Dequantize)
     given = map(aval_of, eqn.invars)

@@ -27,7 +27,7 @@ from fp8jax.transform.lower import Program
 
 
 def unblock(program: Program) -> Program:
-    """The same program, without barriers of remat in backward scans with our calls."""
+    """Removes barriers of remat with our calls in backward scans."""
     passes = Passes()
 
     def visit(jaxpr: AnyJaxpr, outer: Pass, in_backward_scan: bool) -> AnyJaxpr:
@@ -51,6 +51,7 @@ def unblock(program: Program) -> Program:
             out.append(eqn)
         return with_equations(jaxpr, out)
 
+    # By the pass alone, whatever the names around, so that what is shared stays so.
     visited = memoized(visit, key=lambda outer, inside: (outer.phase, inside))
     return program.of(visited(program.jaxpr, OUTSIDE, False))
 

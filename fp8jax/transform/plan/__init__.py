@@ -4,7 +4,7 @@ from fp8jax.transform.plan._decisions import (
     Decision,
     LayerDot,
     QuantizedDot,
-    StaticDot,
+    StoredDot,
     specs_of,
 )
 from fp8jax.transform.plan._found_rules import found_rules
@@ -24,7 +24,7 @@ __all__ = [
     "Report",
     "Row",
     "RuleCall",
-    "StaticDot",
+    "StoredDot",
     "doubting",
     "found_rules",
     "make_plan",

@@ -22,7 +22,7 @@ class QuantizedDot:
 
 @dataclasses.dataclass(frozen=True)
 class LayerDot:
-    """A forward product whose gradients shall follow the recipe, too."""
+    """A forward product whose gradients follow the recipe as well."""
 
     recipe: Recipe
     weight: Side
@@ -36,7 +36,7 @@ class LayerDot:
 
 
 @dataclasses.dataclass(frozen=True)
-class StaticDot:
+class StoredDot:
     """A product of an activation, quantized online, and a stored weight.
 
     Attributes:
@@ -62,13 +62,13 @@ class StaticDot:
 
     @property
     def spec(self) -> QuantSpec:
-        """Of the activation, `[free, contraction]`."""
+        """The activation's spec, `[free, contraction]`."""
         assert self.recipe.fprop is not None
         return self.recipe.fprop.lhs
 
     @property
     def specs(self) -> tuple[QuantSpec, QuantSpec]:
-        """Of lhs and rhs, `[free, contraction]`."""
+        """The specs of lhs and rhs, `[free, contraction]`."""
         rows, columns = self.stored.operand_tile
         tile = (rows, columns) if self.contraction == 1 else (columns, rows)
         stored = QuantSpec(tile=tile, dtype=self.stored.data.aval.dtype, scale="fp32")
@@ -76,12 +76,12 @@ class StaticDot:
         return pair if self.weight == "rhs" else (stored, self.spec)
 
 
-Decision = QuantizedDot | LayerDot | StaticDot
+Decision = QuantizedDot | LayerDot | StoredDot
 
 
 def specs_of(replacement: Decision | None) -> tuple[QuantSpec, ...]:
-    """Of both operands of the product that is in FP8 here, if one is."""
-    if isinstance(replacement, StaticDot):
+    """The specs of both operands, if the product itself is in FP8; else ()."""
+    if isinstance(replacement, StoredDot):
         return replacement.specs
     if isinstance(replacement, QuantizedDot):
         return replacement.lhs_spec, replacement.rhs_spec

@@ -22,7 +22,7 @@ class Verdict:
 def on_devices(
     verdict: Verdict, dot: Dot, spread: ops.Spread, kernel_of: Callable[..., str]
 ) -> Verdict:
-    """The verdict for arrays so spread: what XLA splits by rule, and what it cannot.
+    """Adapts a verdict to arrays spread over devices, which XLA splits by rules.
 
     Rows in groups have no such rule: XLA's own kernels run there.
     """

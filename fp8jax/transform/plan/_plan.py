@@ -17,7 +17,7 @@ from fp8jax.transform.analysis import (
 )
 from fp8jax.transform.call import Leaf
 from fp8jax.transform.ir import Position
-from fp8jax.transform.plan._decisions import Decision, LayerDot, QuantizedDot, StaticDot
+from fp8jax.transform.plan._decisions import Decision, LayerDot, QuantizedDot, StoredDot
 from fp8jax.transform.plan._doubts import doubts, inputs, would_be_layer
 from fp8jax.transform.plan._kernels import Verdict, implementation_of, on_devices
 from fp8jax.transform.plan._names import layers_of, names_of, told_apart
@@ -26,7 +26,7 @@ from fp8jax.transform.plan._policy import Policy
 from fp8jax.transform.plan._report import WOULD_BE, Report
 from fp8jax.transform.plan._rows import first_side, row_of
 from fp8jax.transform.plan._rule_call import RuleCall
-from fp8jax.transform.plan._stored_plan import notes_on, static_dot
+from fp8jax.transform.plan._stored_plan import notes_on, stored_dot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def make_plan(
     weights: int,
     stored: StoredOperands,
 ) -> Plan:
-    """Decides on every product.
+    """Decides what becomes of every product.
 
     Args:
         assignments: the roles.
@@ -80,7 +80,7 @@ def make_plan(
         of_dot = stored.of_dots.get(a.dot.position)
         verdict = Verdict(None)
         if of_dot and a.role != "wgrad":
-            verdict = Verdict(*static_dot(a, of_dot, leaves, policy, unsupported))
+            verdict = Verdict(*stored_dot(a, of_dot, leaves, policy, unsupported))
         # Codes of other tiles are made anew in a step, whose gradients read them, too.
         if not of_dot or (whole_step and verdict.replacement is None):
             verdict = _decide(a, leaves, policy, obstacles, whole_step, data)
@@ -88,8 +88,8 @@ def make_plan(
         if verdict.replacement is not None:
             replacements[a.dot.position] = verdict.replacement
         rows.append(row := row_of(a, leaves, verdict, kernel_of))
-        is_static = isinstance(verdict.replacement, StaticDot)
-        if row.tiles and not is_static and a.dot.ragged is None:
+        is_stored = isinstance(verdict.replacement, StoredDot)
+        if row.tiles and not is_stored and a.dot.ragged is None:
             measured.append((row.path, row.role))
     matched = {
         policy.rule_for(names_of(a, leaves[layer]), role, *_features(a))
@@ -115,7 +115,7 @@ def with_doubts(
     policy: Policy,
     told: bool,
 ) -> Plan:
-    """The plan of a whole step, and its report, with what to doubt about them.
+    """Adds to a whole step's plan what there is to doubt about it.
 
     Args:
         plan: without.
@@ -132,7 +132,7 @@ def with_doubts(
 
 
 def doubting(plan: Plan, doubts: tuple[str, ...]) -> Plan:
-    """The plan, and its report, with more to warn of."""
+    """Adds doubts to the plan and to its report."""
     report = dataclasses.replace(plan.report, notes=(*plan.report.notes, *doubts))
     return dataclasses.replace(plan, report=report, doubts=(*plan.doubts, *doubts))
 

@@ -53,7 +53,7 @@ class RuleCall:
 
     @classmethod
     def of(cls, eqn: JaxprEqn) -> "RuleCall":
-        """The function that an equation calls, its rule traced.
+        """Traces the rule of the function that an equation calls.
 
         Raises:
             Exception: whatever the user's rule raises when it is traced.
@@ -132,7 +132,7 @@ def _differentiable(variables: Iterable[Any]) -> tuple[bool, ...]:
 
 
 def _parted(xs: Sequence[Any], which: Sequence[bool]) -> tuple[tuple[Any, ...], ...]:
-    """Those that are meant, and the others."""
+    """Splits `xs` into the selected elements and the rest."""
     pairs = list(zip(xs, which, strict=True))
     return tuple(x for x, is_it in pairs if is_it), tuple(x for x, i in pairs if not i)
 
@@ -140,6 +140,6 @@ def _parted(xs: Sequence[Any], which: Sequence[bool]) -> tuple[tuple[Any, ...], 
 def _merged(
     chosen: Iterable[Any], others: Iterable[Any], which: Sequence[bool]
 ) -> list[Any]:
-    """`_parted` undone."""
+    """Undoes `_parted`."""
     left, right = iter(chosen), iter(others)
     return [next(left) if is_it else next(right) for is_it in which]

@@ -14,7 +14,7 @@ from fp8jax.transform.analysis import (
     StoredOperands,
 )
 from fp8jax.transform.call import Leaf
-from fp8jax.transform.plan._decisions import StaticDot
+from fp8jax.transform.plan._decisions import StoredDot
 from fp8jax.transform.plan._names import names_of
 from fp8jax.transform.plan._policy import Policy
 
@@ -22,13 +22,13 @@ _STORED = "stored in FP8"
 CONTRACTION_TILE = 128  # Of the products of codes.
 
 
-def static_dot(
+def stored_dot(
     a: Assignment,
     stored: Mapping[Side, Stored],
     leaves: Sequence[Leaf],
     policy: Policy,
     obstacle: Callable[[Dot], str],
-) -> tuple[StaticDot | None, str]:
+) -> tuple[StoredDot | None, str]:
     """The product of codes that stands in for one of arrays, or None, and the reason.
 
     Args:
@@ -69,7 +69,7 @@ def static_dot(
     if tile != CONTRACTION_TILE:
         return left(f"tiles of {tile} along the contraction, not {CONTRACTION_TILE}")
     implementation = policy.implementation
-    return StaticDot(a.side, weight, recipe, contracted[0], implementation), _STORED
+    return StoredDot(a.side, weight, recipe, contracted[0], implementation), _STORED
 
 
 def notes_on(stored: StoredOperands, leaves: Sequence[Leaf]) -> list[str]:

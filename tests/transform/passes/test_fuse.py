@@ -191,3 +191,21 @@ def test_integers_and_masks_are_no_chains():
 
     before = replaced(run, X, jnp.ones((D, D), jnp.int32), W)
     assert maps(after(before, *PASSES)) == []
+
+
+def test_what_a_forward_pass_keeps_for_a_backward_pass_stays_as_it_is():
+    def loss(w, x, other):
+        return jnp.sum(jnp.sin(jnp.tanh(x @ other) @ w))
+
+    step = jax.grad(loss, argnums=(0, 2))
+    before = replaced(
+        step, W, X, Y, roles=["fprop", "fprop", "wgrad", "dgrad", "wgrad"]
+    )
+    program = after(before, *PASSES)
+    # Of tanh(...) fprop and wgrad have codes, in two passes. The gradients are chains
+    # of the backward pass alone, which begin at what is kept.
+    assert "quantize" in outline(program.jaxpr)
+    for function, eqn in maps(program):
+        assert not {step.name for step in function.steps} & {"tanh", "sin"}
+        assert len(eqn.invars) <= 3
+    same_bits(before, program, W, X, Y)

@@ -1,0 +1,62 @@
+"""What XLA compiles for tests: with what effort, and what workers share of it."""
+
+import os
+import pathlib
+import tempfile
+
+import jax
+import pytest
+
+# Where a quantization's or a product's numbers are held to an oracle, and FP8 steps to
+# the bits of another program, XLA:CPU compiles as it does for users. Elsewhere LLVM
+# saves its effort, a third to a half of a test's time. XLA's passes, fusion and all,
+# are the same, and programs that are compared with each other are compiled alike; of
+# numbers only LLVM's contraction is missing, of a multiplication and an addition to one
+# rounding.
+OPTIMIZED = (
+    *("numerics", "quant", "matmul", "test_parity.py", "transform/test_bits.py"),
+    *("ops/test_dot_general.py", "ops/test_dtypes.py", "ops/test_einsum.py"),
+    *("ops/test_ragged_dot.py", "ops/test_rms_norm_dot.py", "ops/test_swiglu.py"),
+)
+
+
+def _is_optimized(item: pytest.Item) -> bool:
+    for_gpus = any(map(item.get_closest_marker, ("gpu", "compiled")))
+    return for_gpus or item.config.getoption("optimized") or lies_in(item, OPTIMIZED)
+
+
+def prepare(item: pytest.Item) -> None:
+    """For a test and the subprocesses that it starts."""
+    option = "jax_disable_most_optimizations"
+    saves_effort = not _is_optimized(item)
+    os.environ[option.upper()] = str(saves_effort)
+    if jax.config.read(option) != saves_effort:
+        jax.config.update(option, saves_effort)
+        jax.clear_caches()  # Which do not know that option.
+
+
+def lies_in(item: pytest.Item, places: tuple[str, ...]) -> bool:
+    here = pathlib.Path(__file__).parent
+    return item.path.relative_to(here).as_posix().startswith(places)
+
+
+def share(config: pytest.Config) -> None:
+    """What one worker or subprocess compiled, the others load: of this session."""
+    if jax.config.jax_compilation_cache_dir:
+        return
+    folder = tempfile.TemporaryDirectory(prefix="fp8jax-tests-")
+    config.add_cleanup(folder.cleanup)
+    for name, value in {
+        "jax_compilation_cache_dir": folder.name,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
+
+
+def tune_nothing() -> None:
+    """On a GPU, XLA would run several of each of its products to find the fastest."""
+    os.environ["XLA_FLAGS"] += (
+        " --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+    )
