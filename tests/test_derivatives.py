@@ -5,6 +5,7 @@ most losses. Each public name of the library is placed in one of the tables belo
 one fails `test_every_public_name_is_placed` until it is.
 """
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable
@@ -56,6 +57,26 @@ def product(q: QTensor) -> jax.Array:
 # What makes or reads codes, each by a function that differentiates nothing else, and
 # who the error says it is about.
 Use = tuple[Callable[[jax.Array], Any], str]
+
+
+def scaled(x: jax.Array) -> QTensor:
+    """W, of scales that depend on x."""
+    return dataclasses.replace(W, scale=W.scale * x[0, 0])
+
+
+def static_dot(x: jax.Array, w: QTensor) -> jax.Array:
+    return ops.static_weight_dot("layer", x, w, out_dtype=jnp.float32)
+
+
+def static_norm(x: jax.Array, w: QTensor) -> tuple[jax.Array, ...]:
+    how: Any = {"epsilon": 1e-6, "out_dtype": jnp.float32}
+    return ops.static_weight_rms_norm("layer", x, X[0], w, **how)
+
+
+def static_swiglu(x: jax.Array, w: QTensor) -> jax.Array:
+    return ops.static_weight_swiglu("layer", x, w, w, w, out_dtype=jnp.float32)
+
+
 REFUSES: dict[str, Use] = {
     "QTensor.dequantize": (lambda x: codes(x).dequantize(), "QTensor.dequantize"),
     "matmul.grouped_matmul": (
@@ -114,20 +135,10 @@ REFUSES: dict[str, Use] = {
         ),
         "quantized_ragged_dot",
     ),
-    "ops.static_weight_dot": (
-        lambda x: ops.static_weight_dot("layer", x, W, out_dtype=jnp.float32),
-        "layer",
-    ),
-    "ops.static_weight_rms_norm": (
-        lambda x: ops.static_weight_rms_norm(
-            "layer", x, X[0], W, epsilon=1e-6, out_dtype=jnp.float32
-        ),
-        "layer",
-    ),
-    "ops.static_weight_swiglu": (
-        lambda x: ops.static_weight_swiglu("layer", x, W, W, W, out_dtype=jnp.float32),
-        "layer",
-    ),
+    # Of the weight: the gradient of the input is in a test of its own.
+    "ops.static_weight_dot": (lambda x: static_dot(X, scaled(x)), "layer"),
+    "ops.static_weight_rms_norm": (lambda x: static_norm(X, scaled(x)), "layer"),
+    "ops.static_weight_swiglu": (lambda x: static_swiglu(X, scaled(x)), "layer"),
     "quant.moments": (lambda x: quant.moments(x, codes(X)), "moments"),
     "quant.quantize": (quant.quantize, "quantize"),
     "quant.quantize_add_rms_norm": (
@@ -440,6 +451,18 @@ def test_transformations_do_not_hide_the_refusal(name, wrap):
     use, about = REFUSES[name]
     with pytest.raises(TypeError, match=rf"^{about} "):
         jax.grad(WRAPS[wrap](lambda x: total(use(x))))(X)
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("use", [static_dot, static_norm, static_swiglu])
+def test_transformations_keep_the_gradient_through_stored_weights(use, wrap):
+    def loss(x):
+        return total(use(x, W))
+
+    expected = jax.grad(loss)(X)
+    assert jnp.abs(expected).max() > 0
+    got = jax.grad(WRAPS[wrap](loss))(X)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", REFUSES | MORE_REFUSALS)

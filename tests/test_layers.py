@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "fp8jax"
 
 LEVELS = [
-    {"numerics", "_compat", "_elementwise", "_extras", "_version"},
+    {"numerics", "_compat", "_described", "_elementwise", "_extras", "_version"},
     {"kernels"},
     {"_dispatch", "_lowered_once"},
     {"quant"},

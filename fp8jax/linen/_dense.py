@@ -40,11 +40,12 @@ class Dense(nn.Dense):
     `dtype`, or in the common dtype of `x` and the parameters. Only the three matrix
     products (fprop, dgrad, wgrad) are in FP8; the bias is added in the output's dtype.
 
-    For inference the parameter `kernel` may be a QTensor [in, features], as
-    `fp8jax.checkpoint.load(..., layout="flax")` gives it. The activation is quantized
-    online and the weight never inflated; the layer has no gradient then. Inputs may be
-    a QTensor [..., in] in tiles of (1, 128), made once for several layers or by a fused
-    quantization; `y` is then in `dtype`, which must be given.
+    For inference, or as a frozen base, the parameter `kernel` may be a QTensor [in,
+    features], as `fp8jax.checkpoint.load(..., layout="flax")` gives it. The activation
+    is quantized online and the weight never inflated, in the gradient of the input
+    neither; the kernel has none. Inputs may be a QTensor [..., in] in tiles of (1,
+    128), made once for several layers or by a fused quantization; `y` is then in
+    `dtype`, which must be given.
 
     Attributes:
         recipe: How the three products are quantized; None is

@@ -25,7 +25,8 @@ class RMSNormDense(nn.Module):
 
     For inference `dense/kernel` may be a QTensor [k, features], as in
     `fp8jax.linen.Dense`: what is normalized is quantized online, the weight never
-    inflated; the output is in `dtype`, or that of the input. There is no gradient then.
+    inflated; the output is in `dtype`, or that of the input. Such a kernel has no
+    gradient.
 
     Attributes:
         features: Size of the last dimension that goes out.

@@ -42,12 +42,13 @@ class Linear(nnx.Linear):
     Only the three matrix products (fprop, dgrad, wgrad) are in FP8; the bias is added
     in the output's dtype.
 
-    For inference the kernel may be a QTensor [in_features, out_features], as
-    `fp8jax.checkpoint.load(..., layout="flax")` gives it: `nnx.update(layer, {"kernel":
-    q})`. The activation is quantized online and the weight never inflated; the layer
-    has no gradient then. Inputs may be a QTensor [..., in_features] in tiles of (1,
-    128), made once for several layers or by a fused quantization; `y` is then in
-    `dtype`, which must be given.
+    For inference, or as a frozen base, the kernel may be a QTensor [in_features,
+    out_features], as `fp8jax.checkpoint.load(..., layout="flax")` gives it:
+    `nnx.update(layer, {"kernel": q})`. The activation is quantized online and the
+    weight never inflated, in the gradient of the input neither; the kernel has none.
+    Inputs may be a QTensor [..., in_features] in tiles of (1, 128), made once for
+    several layers or by a fused quantization; `y` is then in `dtype`, which must be
+    given.
 
     Args:
         in_features: Size of the contracted dimension.

@@ -24,7 +24,8 @@ class RMSNormLinear(nnx.Module):
 
     For inference `linear.kernel` may be a QTensor [in_features, out_features], as in
     `fp8jax.nnx.Linear`: what is normalized is quantized online, the weight never
-    inflated; the output is in `dtype`, or that of the input. There is no gradient then.
+    inflated; the output is in `dtype`, or that of the input. Such a kernel has no
+    gradient.
 
     Args:
         in_features: Size of the last dimension that comes in.

@@ -91,7 +91,7 @@ def rms_norm_dot(
 def _plain(
     epsilon: float, x: jax.Array, scale: jax.Array, *weights: jax.Array
 ) -> tuple[jax.Array, ...]:
-    h = _rms_norm(epsilon, x, scale)
+    h = rms_norm(epsilon, x, scale)
     return tuple(summed_product(h, w) for w in weights)
 
 
@@ -114,13 +114,13 @@ def _norm_and_products(
         arrays = vary_alike((rows, scale, weights))
         ys: Any = _fused(_Static(products, epsilon), *arrays)
     else:
-        h = _rms_norm(epsilon, rows, scale)
+        h = rms_norm(epsilon, rows, scale)
         how: Any = {"recipe": recipe, "implementation": implementation}
         ys = [dot_general(h, w, MATRICES, **how) for w in weights]
     return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
-def _rms_norm(epsilon: float, x: jax.Array, scale: jax.Array) -> jax.Array:
+def rms_norm(epsilon: float, x: jax.Array, scale: jax.Array) -> jax.Array:
     """What `quantize_rms_norm` quantizes, in 16 bits where x has 16."""
     wide = x.astype(jnp.float32)
     mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
@@ -171,7 +171,7 @@ def _backward(static: _Static, kept: Any, douts: tuple[jax.Array, ...]) -> Any:
     assert dgrad is not None
     assert wgrad is not None
     x, scale, weights = kept
-    h, norm_vjp = jax.vjp(functools.partial(_rms_norm, epsilon), x, scale)
+    h, norm_vjp = jax.vjp(functools.partial(rms_norm, epsilon), x, scale)
     q_h_t = first.quantize(h, 0, wgrad.lhs)
     dhs, dweights = [], []
     for product, w, dout in zip(products, weights, douts, strict=True):

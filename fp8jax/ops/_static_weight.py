@@ -1,5 +1,9 @@
-"""Products of inference: an activation quantized online, weights stored in FP8."""
+"""Products by weights stored in FP8, of activations that are quantized online.
 
+Their inputs have gradients, by the same codes; the weights have none.
+"""
+
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +14,10 @@ from fp8jax import numerics
 from fp8jax.matmul import scaled_matmul, swiglu_matmul
 from fp8jax.ops._explicit import summed_product, typed_as
 from fp8jax.ops._gemm import INPUT_DTYPES
+from fp8jax.ops._rms_norm import rms_norm
+from fp8jax.ops._static_gradient import with_input_gradient
 from fp8jax.ops._static_split import over_devices
+from fp8jax.ops._swiglu import activation
 from fp8jax.quant import QTensor, QuantSpec, quantize, quantize_rms_norm
 from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
 
@@ -45,11 +52,16 @@ def static_weight_dot(
     Raises:
         ValueError: If shapes or dtypes do not fit, or the recipe has no FP8 fprop.
         NotImplementedError: If the implementation asked for cannot run.
-        TypeError: When differentiated.
+        TypeError: When codes are differentiated.
+
+    The gradient is `dx = q(dy) kernelᵀ`, by the recipe's `dgrad.lhs` and the same
+    codes, where the kernel has tiles of 128 along n and the recipe a dgrad in FP8; else
+    of the dequantized kernel.
 
     Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.
     """
     spec = activation_spec(name, x, out_dtype, recipe)
+    dgrad = (deepseek_v3() if recipe is None else recipe).dgrad
     if kernel.ndim != 2 or x.ndim < 1 or x.shape[-1] != kernel.shape[0]:
         raise ValueError(
             f"{name} takes x [..., k] and a kernel [k, n], got {x.shape} and "
@@ -57,26 +69,44 @@ def static_weight_dot(
         )
 
     _check_rows(name, x)
-    lead = _lead(x)
-    how: Any = {"out_dtype": np.dtype(out_dtype), "implementation": implementation}
-
-    def product(x: jax.Array | QTensor, kernel: QTensor) -> jax.Array:
-        return over_devices(
-            _dot,
-            x,
-            kernel,
-            names=((*lead, "k"), ("k", "n")),
-            results=((*lead, "n"),),
-            summed=("k",),
-            multiples={"k": spec.tile[1]},
-            spec=spec,
-            **how,
-        )
 
     def plain(x: jax.Array | QTensor, kernel: QTensor) -> jax.Array:
         return summed_product(_values(x, out_dtype), _values(kernel, out_dtype))
 
-    return _of_codes(name, plain, product, x, kernel)
+    def product(x: jax.Array | QTensor, kernel: QTensor) -> jax.Array:
+        return _split_dot(x, kernel, spec, np.dtype(out_dtype), implementation)
+
+    def backward(arrays: Any, kernels: Any, dout: jax.Array) -> tuple[jax.Array]:
+        (x,), (kernel,) = arrays, kernels
+        if dgrad is None or kernel.tile[1] != spec.tile[1] or 0 in dout.shape:
+            w = kernel.dequantize(dout.dtype)
+            return (jax.numpy.matmul(dout, w.T).astype(x.dtype),)
+        return (_split_dot(dout, kernel.T, dgrad.lhs, x.dtype, implementation),)
+
+    return _of_codes(name, plain, product, backward, x, kernel)
+
+
+def _split_dot(
+    x: jax.Array | QTensor,
+    kernel: QTensor,
+    spec: QuantSpec,
+    out_dtype: np.dtype,
+    implementation: str | None,
+) -> jax.Array:
+    """`x [..., k]` times `kernel [k, n]`, split over devices where arrays may be."""
+    lead = _lead(x)
+    return over_devices(
+        _dot,
+        x,
+        kernel,
+        names=((*lead, "k"), ("k", "n")),
+        results=((*lead, "n"),),
+        summed=("k",),
+        multiples={"k": spec.tile[1]},
+        spec=spec,
+        out_dtype=out_dtype,
+        implementation=implementation,
+    )
 
 
 def _dot(
@@ -115,6 +145,8 @@ def static_weight_rms_norm(
     Raises:
         ValueError, NotImplementedError, TypeError: As `static_weight_dot` does; x may
             not be a QTensor.
+
+    The gradient is that of the norm and `static_weight_dot`s after it, computed again.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
     """
@@ -158,7 +190,23 @@ def static_weight_rms_norm(
         h = _values(h, out_dtype)
         return tuple(summed_product(h, _values(w, out_dtype)) for w in kernels)
 
-    return _of_codes(name, plain, products, x, scale, *kernels)
+    def unfused(kernels: Any, x: jax.Array, scale: jax.Array) -> tuple[Any, ...]:
+        h = rms_norm(epsilon, x, scale)
+        again: Any = {"recipe": recipe, **how}
+        return tuple(static_weight_dot(name, h, w, **again) for w in kernels)
+
+    backward = _gradient_of(unfused)
+    return _of_codes(name, plain, products, backward, x, scale, *kernels)
+
+
+def _gradient_of(unfused: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward half of what one kernel does, by `unfused(kernels, *arrays)`."""
+
+    def backward(arrays: Any, kernels: Any, douts: Any) -> Any:
+        _, vjp = jax.vjp(functools.partial(unfused, kernels), *arrays)
+        return vjp(douts)
+
+    return backward
 
 
 def _rms_norm_dots(
@@ -207,6 +255,9 @@ def static_weight_swiglu(
     Raises:
         ValueError, NotImplementedError, TypeError: As `static_weight_dot` does.
 
+    The gradient is that of three `static_weight_dot`s and what lies between, computed
+    again from x, which alone is kept.
+
     Source: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
     """
     spec = activation_spec(name, x, out_dtype, recipe)
@@ -249,7 +300,13 @@ def static_weight_swiglu(
         h = summed_product(rows, weights[0]) * summed_product(rows, weights[1])
         return summed_product(h, weights[2])
 
-    return _of_codes(name, plain, product, x, *kernels)
+    def unfused(kernels: Any, x: jax.Array) -> jax.Array:
+        again: Any = {"recipe": recipe, **how}
+        gate, up = (static_weight_dot(name, x, w, **again) for w in kernels[:2])
+        h = activation(gate, up)
+        return static_weight_dot(name, h, kernels[2], **again)
+
+    return _of_codes(name, plain, product, _gradient_of(unfused), x, *kernels)
 
 
 def _gated(
@@ -344,25 +401,32 @@ def _quantized(
 
 
 def _of_codes(
-    name: str, plain: Callable[..., Any], product: Callable[..., Any], *args: Any
+    name: str,
+    plain: Callable[..., Any],
+    product: Callable[..., Any],
+    backward: Callable[..., Any],
+    *args: Any,
 ) -> Any:
-    """`product(*args)`, of the type that `plain(*args)` has, and without a derivative.
+    """`product(*args)`, of the type that `plain(*args)` has; codes have no derivative.
 
     Args:
         name: of the caller, for errors.
         plain: the same of dequantized operands. It also serves an x without elements,
             which no kernel takes.
         product: of codes.
+        backward: its gradient of arrays, as in `with_input_gradient`.
         args: the activation, then what it meets.
     """
     run = plain if 0 in args[0].shape else product
-    return typed_as(plain, without_derivative(name, run), *args)
+    return typed_as(plain, with_input_gradient(name, run, backward), *args)
 
 
 def without_derivative(name: str, product: Callable[..., Any]) -> Callable[..., Any]:
     """`product` of arrays, part of one by QTensors; TypeError if differentiated."""
     return numerics.refuse_derivatives(
         product,
-        f"{name} with a QTensor kernel has no gradient: it is for inference. Train "
-        "with an array as the kernel.",
+        f"{name} with a QTensor kernel has no gradient here: it is for inference. To "
+        "train adapters beside a frozen QTensor, apply fp8_transform to the whole step "
+        "that holds jax.grad, or take fp8jax.nnx.Linear or fp8jax.linen.Dense; else "
+        "train with an array as the kernel.",
     )

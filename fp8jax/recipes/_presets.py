@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from fp8jax import numerics
+from fp8jax._described import described
 from fp8jax.quant import BLOCK_128X128, TILE_1X128, QuantSpec
 from fp8jax.recipes._recipe import GemmSpec, Recipe, Residual
 
@@ -69,5 +70,6 @@ def check_recipe(caller: str, recipe: Any) -> None:
     if not isinstance(recipe, Recipe):
         presets = ", ".join(f"recipes.{name}()" for name in PRESETS)
         raise ValueError(
-            f"{caller} takes a Recipe or None, got {recipe=}; presets are {presets}."
+            f"{caller} takes a Recipe or None, got recipe={described(recipe)}; presets "
+            f"are {presets}."
         )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fp8jax import ops
+from fp8jax._described import described
 from fp8jax.recipes import Recipe, Rule, check_recipe, deepseek_v3
 from fp8jax.transform._custom_rules import check_custom_rules
 from fp8jax.transform._pipeline import check_without
@@ -23,9 +24,11 @@ from fp8jax.transform.call import (
     Static,
     Traced,
     Weights,
+    check_function,
     check_weights,
     filled,
     has_modules,
+    name_of,
     outer_jit,
     pure_jit,
     weights_after,
@@ -144,14 +147,14 @@ def fp8_transform(  # pyright: ignore[reportInconsistentOverload]
     if fn is _NOT_GIVEN:
         options = {k: v for k, v in locals().items() if k != "fn"}  # As they came.
         return functools.partial(fp8_transform, **options)
-    if not callable(fn):
-        raise ValueError(f"fp8_transform takes a function, got {fn!r}.")
+    check_function(fn)
     if recipe is not None:
         check_recipe("fp8_transform", recipe)
     rules = tuple(rules) if isinstance(rules, Sequence) else (rules,)
     if not all(isinstance(rule, Rule) for rule in rules):
         raise ValueError(
-            f"fp8_transform takes rules=[fp8jax.recipes.Rule(...), ...], got {rules!r}."
+            f"fp8_transform takes rules=[fp8jax.recipes.Rule(...), ...], got "
+            f"{described(rules)}."
         )
     check_weights(weights)
     if not isinstance(min_dim, int) or min_dim < 0:
@@ -194,6 +197,9 @@ class Fp8Function:
         self._step = Step(outer, policy, weights)
         self._without_modules: set[CallKey] = set()
         self._nnx_steps: dict[Hashable, Step] = {}
+
+    def __repr__(self) -> str:
+        return f"fp8_transform({name_of(self.__wrapped__)})"
 
     def __get__(self, instance: Any, owner: type | None = None) -> "Fp8Function":
         """The method of an instance; what is traced and compiled is for all of them."""

@@ -17,11 +17,11 @@ from fp8jax.transform.analysis import (
     RULES,
     Dot,
     Flow,
-    Scope,
     StoredOperands,
     assign,
     is_whole_step,
     opaque,
+    parameters_of,
     residual_bytes,
     spread_of_program,
     weight_mask,
@@ -196,8 +196,8 @@ class Step:
 
         stored_calls: list[Dequantize] = []
 
-        def flat(arrays: list[Any]) -> Any:
-            arguments = key.arguments(arrays)
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            arguments = key.arguments(jax.tree.leaves((args, kwargs)))
             dtype = self._policy.weight_dtype
             (args, kwargs), made, put_back = as_arrays(arguments, dtype)
             stored_calls[:] = made
@@ -206,14 +206,17 @@ class Step:
 
         try:
             with _compat.remat_as_jaxpr(), refusing_compiler_options(self.outer):
-                arrays = jax.tree.leaves((args, kwargs))
-                jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(arrays)
-        except jax.errors.JAXTypeError as error:
-            error.add_note(
-                f"fp8_transform({self._name}) traces the function, as jax.jit does: "
-                "what it needs as a Python value goes into static_argnums= or "
-                "static_argnames=."
-            )
+                # For JAX's errors: function and arguments by the user's names.
+                functools.update_wrapper(traced, self.outer.fn, updated=())
+                trace = jax.make_jaxpr(traced, return_shape=True)
+                jaxpr, out = trace(*args, **kwargs)
+        except TypeError as error:
+            if isinstance(error, jax.errors.JAXTypeError) or _is_about_tracing(error):
+                error.add_note(
+                    f"fp8_transform({self._name}) traces the function, as jax.jit "
+                    "does: what it needs as a Python value goes into static_argnums= "
+                    "or static_argnames=."
+                )
             raise
         lost = lost_donation(jaxpr, self.outer)
         program = Program(jaxpr)
@@ -228,19 +231,21 @@ class Step:
         leaves = self._describe(args, kwargs)
         flow = _flow(jaxpr, len(leaves))
         dots = [flow.dots[position] for position in sorted(flow.dots)]
-        mask = weight_mask(self._weights, leaves, dots)
-        sizes = [leaf.size for leaf in leaves]
+        evidence = flow.updated, flow.returned
+        mask = weight_mask(self._weights, leaves, dots, *evidence)
 
         def decide(
             dots: Sequence[Dot], whole_step: bool, programs: Sequence[Any]
         ) -> Plan:
-            found = assign(dots, mask, sizes)
+            found = assign(dots, parameters_of(mask, dots, leaves))
             told = map(_spread_of, self.outer.shardings)
             in_program = map(spread_of_program, (jaxpr, *programs))
             spread = max(key.spread, *told, *in_program)
             rules = found_rules(flow.readers, found, leaves)
             policy = dataclasses.replace(self._policy, found=rules)
-            plan = make_plan(found, leaves, policy, whole_step, spread, mask, stored)
+            # Of a gradient rule's program, positions are its own.
+            known = StoredOperands({}, frozenset()) if programs else stored
+            plan = make_plan(found, leaves, policy, whole_step, spread, mask, known)
             is_told = self._weights is not None
             return with_doubts(plan, found, leaves, policy, is_told)
 
@@ -258,7 +263,7 @@ def _flow(jaxpr: AnyJaxpr, n_leaves: int) -> Flow:
     """A program, walked: a second time by its names alone, if that has to be."""
     for trusts_names in (False, True):
         flow = Flow(RULES, opaque, 1 << n_leaves, trusts_names)
-        flow.walk(jaxpr, [flow.input(i) for i in range(n_leaves)], Scope())
+        flow.run(jaxpr)
         # Where a result of the forward pass is the cotangent, as in `vjp(f, x)[1](y)`,
         # all of the backward pass looks like a recomputation.
         if not flow.phases.overrules or is_whole_step([*flow.dots.values()]):
@@ -272,6 +277,10 @@ def _spread_of(sharding: jax.sharding.Sharding | PartitionSpec) -> ops.Spread:
         mesh = jax.sharding.get_abstract_mesh()
         return ops.Spread.MANY if mesh.empty else ops.spread_of_mesh(mesh)
     return ops.spread_of_sharding(sharding)
+
+
+def _is_about_tracing(error: TypeError) -> bool:
+    return "static_argnums" in str(error)  # As of shapes that are no Python numbers.
 
 
 def _is_about_derivatives(error: TypeError) -> bool:

@@ -1,5 +1,6 @@
 """Layers whose kernel is a QTensor, in NNX and in Linen alike."""
 
+import dataclasses
 import re
 
 import chex
@@ -102,8 +103,32 @@ def test_refusals_name_the_layer(params, x, apply):
         apply(params, x, recipe=recipes.bf16())
     with pytest.raises(ValueError, match=r"\(2, 5, 199\) and \(200, 160\)"):
         apply(params, x[..., 1:])
-    with pytest.raises(TypeError, match="has no gradient: it is for inference"):
-        jax.grad(lambda x: apply(params, x).sum())(x)
+    with pytest.raises(TypeError, match="has no gradient of that QTensor's codes"):
+        jax.grad(lambda params: apply(params, x).sum())(params)
+    with pytest.raises(TypeError, match=r"fp8jax\.(nnx|linen).* no second derivative"):
+        jax.hessian(lambda x: apply(params, x).sum())(x)
+
+
+@both
+def test_gradient_of_the_input_is_the_product_of_the_codes(params, x, apply):
+    dy = jax.random.normal(jax.random.key(8), (*x.shape[:-1], OUT))
+    _, vjp = jax.vjp(lambda x: apply(params, x), x)
+    q = fp8jax.quantize(dy.reshape(-1, OUT))
+    expected = fp8jax.scaled_matmul(q, params["kernel"], out_dtype=x.dtype)
+    chex.assert_trees_all_equal(vjp(dy)[0], expected.reshape(x.shape))
+
+
+@both
+def test_gradient_that_the_codes_cannot_give_is_that_of_their_values(params, x, apply):
+    # Tiles of one column: none of 128 along the features that dgrad contracts.
+    spec = fp8jax.QuantSpec(tile=(128, 1), scale="fp32")
+    columns = fp8jax.quantize(params["kernel"].dequantize(), spec)
+    grads = [jax.grad(lambda x: apply({**params, "kernel": columns}, x).sum())(x)]
+    by_rule = {"recipe": dataclasses.replace(recipes.deepseek_v3(), dgrad=None)}
+    grads += [jax.grad(lambda x: apply(params, x, **by_rule).sum())(x)]
+    for kernel, got in zip((columns, params["kernel"]), grads, strict=True):
+        expected = jnp.ones((*x.shape[:-1], OUT)) @ kernel.dequantize().T
+        chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_linen_checks_the_kernels_features(params, x):
@@ -227,8 +252,27 @@ def test_norm_refusals_name_the_layer(block, x, apply):
     for kernel in (block["kernel"], block["kernel"].dequantize()):
         with pytest.raises(ValueError, match=name + " normalizes its input: an array"):
             apply({**block, "kernel": kernel}, fp8jax.quantize(x), dtype=jnp.float32)
-    with pytest.raises(TypeError, match=name + " .*has no gradient: it is for infer"):
-        jax.grad(lambda x: apply(block, x).sum())(x)
+    with pytest.raises(TypeError, match=name + " .*has no gradient of that QTensor"):
+        jax.grad(lambda block: apply(block, x).sum())(block)
+
+
+@both_norms
+def test_norm_s_gradients_are_those_of_the_norm_and_products_after_it(block, x, apply):
+    def by_hand(scale, x):
+        h = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
+        how = {"out_dtype": x.dtype}
+        return fp8jax.ops.static_weight_dot("by hand", h, block["kernel"], **how)
+
+    def layer(scale, x):
+        return apply({**block, "norm": {"scale": scale}}, x)
+
+    def grads_of(fn):
+        return jax.grad(lambda *args: jnp.sum(jnp.sin(fn(*args))), (0, 1))
+
+    got, expected = (grads_of(fn)(block["norm"]["scale"], x) for fn in (layer, by_hand))
+    # A code of h may move by a step where it lies at a tie, and so the cosine.
+    for a, b in zip(got, expected, strict=True):
+        assert fp8jax.numerics.sqnr_db(b, a) > 30
 
 
 def test_norm_of_another_width_is_refused(block, x):

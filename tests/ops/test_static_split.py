@@ -145,7 +145,28 @@ def test_no_kernel_is_where_xla_would_gather_for_it(mesh, name, monkeypatch):
     assert "mosaic_gpu" not in text
 
 
-def test_codes_have_no_gradient_sharded_either(mesh):
-    x, w = put(mesh, stored([X, UP]), [ROWS, COLUMNS])
-    with pytest.raises(TypeError, match="test with a QTensor kernel has no gradient"):
-        jax.grad(lambda x: dense(x, w).sum())(x)
+def test_gated_gradient_is_that_of_three_products_by_the_codes():
+    """And not of their values: `fake_quantize` would give another."""
+    x, *weights = stored([X, *VALUES])
+
+    def by_hand(x):
+        gate, up = (dense(x, w) for w in weights[:2])
+        return dense(jax.nn.silu(gate) * up, weights[2])
+
+    got, expected = (
+        jax.grad(lambda x: jnp.sum(jnp.sin(fn(x))))(x)  # noqa: B023
+        for fn in (lambda x: gated(x, *weights), by_hand)
+    )
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_input_s_gradient_is_that_of_one_device_and_codes_have_none(mesh):
+    arrays = stored([X, UP])
+    x, w = put(mesh, arrays, [ROWS, COLUMNS])
+
+    def gradient(x, w):
+        return jax.grad(lambda x: jnp.sum(dense(x, w) ** 2))(x)
+
+    close(jax.jit(gradient)(x, w), gradient(*arrays))
+    with pytest.raises(TypeError, match="test with a QTensor has no gradient of that"):
+        jax.grad(lambda w: dense(x, w).sum())(w)

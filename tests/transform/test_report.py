@@ -1,6 +1,7 @@
 """The report says what is in FP8, what is not, and why."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -43,10 +44,86 @@ def test_text_has_every_row_the_totals_and_unmatched_rules():
     assert up[:6] == ["layer/up", "fprop", "128", "256", "128", "1"]
     assert "too narrow" in lines[2]
     assert down[7:] == ["fp8", "1x128", "128x128", "xla"]
-    assert "attention" in lines[4], scores
-    assert lines[5].startswith("1 of 3 matrix products in FP8: 44.4% of")
-    assert lines[6] == "Rule that matched nothing: 'nothing/.*'"
+    assert scores[-1] == "[1]"
+    assert lines[5].startswith("[1] no operand is a parameter (attention")
+    assert lines[6].startswith("1 of 3 matrix products in FP8: 44.4% of")
+    assert lines[7] == "Rule that matched nothing: 'nothing/.*'"
     assert len({len(line.split("skipped")[0]) for line in (lines[2], lines[4])}) == 1
+
+
+def test_table_fits_a_hundred_columns_and_loses_no_reason():
+    name = "a_module_of_a_long_name_and_of_many_words"
+    params = {name: {name: {str(i): normal(i, D, D) for i in range(2)}}}
+    params |= {f"{name}_{i}": {name: {"kernel": normal(i, D, D)}} for i in range(2)}
+
+    def deep(params, x):
+        for leaf in jax.tree.leaves(params):
+            x = jnp.tanh(x @ leaf)
+        return x
+
+    rules = [recipes.Rule(rf"{name}_1/.*", None, reason="kept, " + 30 * "for reasons ")]
+    report = fp8_transform(deep, rules=rules).report(params, normal(9, 64, D))
+    lines = str(report).splitlines()
+    table = lines[: 2 + len(report.rows)]
+    assert max(map(len, table)) <= 100
+    cut = [line.split()[0] for line in table[2:]]
+    assert all(path.startswith("a_module") for path in cut)
+    assert all(path.endswith("kernel") or path[-1].isdecimal() for path in cut)
+    assert sum("..." in path for path in cut) == len(cut)
+    (skipped,) = [row for row in report.rows if row.status == "skipped"]
+    notes = " ".join(" ".join(lines[len(table) :]).split())
+    assert f"[1] {skipped.reason}".strip() in notes
+
+
+def test_repr_is_the_table_and_notebooks_have_one_of_their_own():
+    report = fp8_transform(forward).report(PARAMS, TOKENS)
+    assert repr(report) == str(report)
+    page = report._repr_html_()
+    assert page.count("<tr>") == 1 + len(report.rows)
+    assert "btd,bsd-&gt;bts" in page
+    assert "2 of 3 matrix products" in page
+
+
+def test_convolutions_have_the_sizes_of_the_product_that_they_are():
+    def convolve(params, x):
+        dims = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, params["w"], (2, 2), "SAME", dimension_numbers=dims
+        )
+
+    w = normal(0, 3, 3, 16, 32)
+    (row,) = fp8_transform(convolve).report({"w": w}, normal(1, 2, 8, 8, 16)).rows
+    # Four by four places of two images; three by three of 16 channels for each.
+    assert (row.m, row.n, row.k) == (2 * 4 * 4, 32, 3 * 3 * 16)
+    assert row.flops == 2 * row.m * row.n * row.k
+
+
+def test_products_by_what_may_be_a_parameter_have_a_total_of_their_own():
+    def fn(x, other):
+        return jnp.tanh(x @ other["w"]) @ other["w"] @ other["narrow"]
+
+    args = normal(0, 64, D), {"w": normal(1, D, D), "narrow": normal(2, D, 8)}
+    report = fp8_transform(fn).report(*args)
+    reasons = [row.reason for row in report.rows]
+    would = "would be in FP8 if other/w were a parameter: name it in weights="
+    assert reasons[:2] == [would, would]
+    assert not reasons[2].startswith("would be")  # Narrower than `min_dim`.
+    share = sum(row.flops for row in report.rows[:2]) / report.flops
+    assert f"2 more ({share:.1%}) would be in FP8 if" in str(report)
+
+
+def test_small_numbers_are_written_without_exponents():
+    params, x = {"w": normal(0, D, 2)}, normal(1, 4, D)
+
+    def step(params, x):
+        return jax.grad(lambda p: jnp.mean(jnp.tanh(x @ p["w"]) ** 2))(params)
+
+    text = str(fp8_transform(step).report(params, x))
+    assert "e-0" not in text
+    assert "<0.001" in text
+    # Some float32 [4, 2], by JAX's version.
+    (kept,) = re.findall(r"without FP8: (\d+) B\.", text)
+    assert int(kept) % (4 * 4 * 2) == 0
 
 
 def test_fraction_weighs_products_by_flops_and_by_loop_trips():

@@ -1,5 +1,6 @@
 """Weights that come as QTensors: products of their codes, and nothing inflated."""
 
+import functools
 import re
 
 import chex
@@ -263,23 +264,89 @@ def test_what_is_returned_as_it_came_is_a_qtensor_still(x):
     chex.assert_trees_all_equal(same, q)
 
 
-def test_no_gradient(x):
+def test_forward_function_on_one_device_has_no_gradient(x, monkeypatch):
     f = transformed(lambda w, x: (x @ w).sum())
-    with pytest.raises(TypeError, match="no gradient: it is for inference"):
+    # What arrays' types do not tell, of one device as of several.
+    monkeypatch.setattr(fp8jax.ops, "spread", lambda *arrays: fp8jax.ops.Spread.ONE)
+    with pytest.raises(TypeError, match=r"here: .* apply fp8_transform to the whole"):
         jax.grad(f, argnums=1)(weight(0, K, N), x)
 
 
-def test_frozen_base_of_a_train_step_is_an_array(x):
-    q, adapter = weight(0, K, N), jnp.zeros((K, N))
+def matmul(x, w):
+    return x @ w
 
-    def loss(adapter, q, x):
-        return jnp.mean((x @ q + x @ adapter) ** 2)
 
-    step = jax.value_and_grad(loss)
-    value, _ = transformed(step)(adapter, q, x)
-    plain, _ = step(adapter, q.dequantize(), x)
-    # The adapter is zero, and the base is in float32.
-    np.testing.assert_allclose(value, plain, rtol=1e-5)
+def by_codes(x, w):
+    if not isinstance(w, fp8jax.QTensor):
+        return x @ w
+    return fp8jax.ops.static_weight_dot("by hand", x, w, out_dtype=x.dtype)
+
+
+def looped(base, adapters, x, dot):
+    for w, a, b in zip(base, adapters["a"], adapters["b"], strict=True):
+        x = jnp.tanh(dot(x, w) + x @ a @ b)
+    return jnp.mean(x**2)
+
+
+def scanned_base(base, adapters, x, dot):
+    def layer(x, weights):
+        w, a, b = weights
+        return jnp.tanh(dot(x, w) + x @ a @ b), None
+
+    weights = base, adapters["a"], adapters["b"]
+    return jnp.mean(jax.lax.scan(layer, x, weights)[0] ** 2)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_frozen_base_of_a_train_step_is_multiplied_by_its_codes(x, stacked, remat):
+    """In fprop, recomputation and dgrad; the adapters' gradients are those of that."""
+    base = weight(0, 2, K, K) if stacked else [weight(0, K, K), weight(1, K, K)]
+    adapters = {
+        "a": jax.random.normal(jax.random.key(2), (2, K, 8)) / 16,
+        "b": jax.random.normal(jax.random.key(3), (2, 8, K)),
+    }
+    loss = scanned_base if stacked else looped
+
+    def step(dot, adapters, base, x):
+        def of(adapters, base, x):
+            return loss(base, adapters, x, dot)
+
+        of = jax.checkpoint(of) if remat else of
+        return jax.value_and_grad(of)(adapters, base, x)
+
+    f = transformed(functools.partial(step, matmul))
+    by_base = [r for r in f.report(adapters, base, x).rows if r.status == "fp8"]
+    assert all("stored in FP8" in row.reason for row in by_base)
+    runs = dict.fromkeys(("fprop", "recompute", "dgrad", "wgrad"), 0)
+    for row in by_base:
+        runs[row.role] += row.count
+    # The first layer's input has no gradient, which a scan does not tell.
+    expected = {"fprop": 2, "dgrad": 1 + stacked, "wgrad": 0}
+    assert {role: runs[role] for role in expected} == expected
+    assert bool(runs["recompute"]) == remat
+    chex.assert_trees_all_equal(
+        f(adapters, base, x),
+        jax.jit(functools.partial(step, by_codes))(adapters, base, x),
+    )
+
+
+def test_frozen_base_in_tiles_of_another_kind_is_an_array_in_a_step(x):
+    base = weight(0, K, K, spec=fp8jax.QuantSpec(tile=(128, 64), scale="fp32"))
+
+    def step(adapter, base, x):
+        def loss(adapter):
+            x_1 = jnp.tanh(x @ base + x @ adapter)
+            return jnp.mean((x_1 @ base + x_1 @ adapter) ** 2)
+
+        return jax.value_and_grad(loss)(adapter)
+
+    adapter = jnp.zeros((K, K))
+    f = transformed(step)
+    assert f.report(adapter, base, x).fraction == 1
+    plain, _ = step(adapter, base.dequantize(), x)
+    # Rounded once more, to new codes: half a step of three bits of mantissa each.
+    np.testing.assert_allclose(f(adapter, base, x)[0], plain, rtol=2**-4)
 
 
 def test_sharded_weights(x):

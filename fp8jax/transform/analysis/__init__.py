@@ -2,6 +2,7 @@
 
 from fp8jax.transform.analysis._devices import spread_of_program
 from fp8jax.transform.analysis._flow import Flow
+from fp8jax.transform.analysis._frozen import multiplies_features
 from fp8jax.transform.analysis._gradients import gradient_sizes, operands_of, sizes_of
 from fp8jax.transform.analysis._phases import (
     JVP,
@@ -40,7 +41,7 @@ from fp8jax.transform.analysis._weight_flags import (
     flagged,
     inner_flags,
 )
-from fp8jax.transform.analysis._weights import weight_mask
+from fp8jax.transform.analysis._weights import parameters_of, weight_mask
 
 __all__ = [
     "JVP",
@@ -72,9 +73,11 @@ __all__ = [
     "gradient_sizes",
     "inner_flags",
     "is_whole_step",
+    "multiplies_features",
     "opaque",
     "operands_of",
     "other_side",
+    "parameters_of",
     "ragged_of",
     "read_transposed",
     "residual_bytes",

@@ -5,8 +5,9 @@ import functools
 from collections.abc import Callable, Hashable, Sequence
 
 from fp8jax.transform.analysis._flow import Flow
+from fp8jax.transform.analysis._lineage import in_all_iterations
 from fp8jax.transform.analysis._phases import OUTSIDE, Pass, Passes
-from fp8jax.transform.analysis._values import Scope, Value, joined
+from fp8jax.transform.analysis._values import Scope, Value
 from fp8jax.transform.ir import AnyJaxpr, Construct, Input, equations, jaxprs_of
 
 
@@ -88,10 +89,7 @@ def _fixpoint(
         carry.append(dataclasses.replace(x, number=number, root=root))
     while True:  # Ends: knowledge only grows, and there is finitely much of it.
         results = body(carry)
-        grown = [
-            dataclasses.replace(joined([c, r]), number=c.number, root=c.root)
-            for c, r in zip(carry, results, strict=False)
-        ]
+        grown = [in_all_iterations(c, r) for c, r in zip(carry, results, strict=False)]
         if trains or grown == carry:
             return grown, results
         carry = grown

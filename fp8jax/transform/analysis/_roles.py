@@ -5,7 +5,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from fp8jax.transform.analysis._gradients import gradients, operands_of
+from fp8jax.transform.analysis._gradients import gradients
+from fp8jax.transform.analysis._known_weights import Parameters
 from fp8jax.transform.analysis._phases import is_second_order
 from fp8jax.transform.analysis._values import (
     MARKED,
@@ -25,6 +26,11 @@ OUTSIDE = "outside differentiation: an optimizer's product, or an evaluation"
 SECOND_ORDER = "second-order differentiation: left as it is"
 TWO_WEIGHTS = "both operands are made of parameters: which one is the weight is unclear"
 UNKNOWN_WEIGHTS = "no argument is known to hold parameters: pass weights="
+CLOSED_OVER = (
+    "by an array that the function closes over, a constant of the program: if it is a "
+    "weight, make its model or the tree of parameters an argument"
+)
+CLOSED_OVER_BACKWARD = "gradient of a product by an array that the function closes over"
 UNCLEAR = "ambiguous: gradient of several layers that have different rules"
 
 
@@ -37,8 +43,9 @@ class Assignment:
         role: in the step.
         weight: index of the leaf that it multiplies by or is the gradient of.
         side: which operand is the weight, or, for wgrad, the activation.
-        layers: for wgrad, the leaves of all layers that it may be the gradient of;
-            more than one only if the program does not tell them apart.
+        layers: the leaves of the weight: several, if the step puts them side by side;
+            for wgrad, of all layers that it may be the gradient of, if the program
+            does not tell them apart.
         reason: why the role is "other".
         suspects: leaves that would be the weight, were they known to be parameters.
     """
@@ -58,14 +65,20 @@ def is_whole_step(dots: Sequence[Dot]) -> bool:
 
 
 def differentiated_leaves(
-    dots: Sequence[Dot], is_float: Sequence[bool]
+    dots: Sequence[Dot], is_float: Sequence[bool], updated: int
 ) -> tuple[int, int]:
     """Leaves that a forward product multiplies by and the step has a gradient of.
+
+    Args:
+        dots: of the whole step.
+        is_float: for each leaf.
+        updated: `Value.leaves` of what gradients went into.
 
     Returns:
         `Value.leaves` of those whose gradient is nothing else's, and of all others that
         a backward product may be the gradient of: of one of several.
     """
+    floats = sum(1 << i for i, x in enumerate(is_float) if x)
     operands: dict[Position, set[Value]] = collections.defaultdict(set)
     # One backward product may be the gradient of several: of the layers that share it.
     for gradient in gradients(dots):
@@ -73,38 +86,32 @@ def differentiated_leaves(
         operands[gradient.dot.position].add(operand)
     sure = unsure = 0
     for several in operands.values():
-        leaves = 0
+        known = maybe = 0
         for operand in several:
-            leaf = operand.only_leaf
-            if leaf is not None and leaf < len(is_float) and is_float[leaf]:
-                leaves |= 1 << leaf
+            one, other = _trained(operand, updated)
+            known, maybe = known | one, maybe | other
         # One value, though it may be read as several: a weight used twice is sure.
         if len({operand.root for operand in several}) == 1:
-            sure |= leaves
-        else:
-            unsure |= leaves
+            sure |= known & floats
+        unsure |= (known | maybe) & floats
     return sure, unsure & ~sure
 
 
-def forward_leaves(dots: Sequence[Dot]) -> int:
-    """Leaves that, cast or sliced at most, some forward product multiplies by."""
-    found = 0
-    for dot, side in operands_of(dots):
-        leaf = dot.operand(side).only_leaf
-        if leaf is not None and dot.scope.phase in ("forward", "recompute"):
-            found |= 1 << leaf
-    return found
+def _trained(x: Value, updated: int) -> tuple[int, int]:
+    """Leaves that an operand's gradient is that of, surely and perhaps."""
+    if x.only_leaf is not None:
+        return x.leaves, 0
+    # What else it was made of, as a mask or what a norm's gain scales, has none.
+    sure = x.versions & updated
+    return (sure, 0) if sure or x.others else (0, x.versions)
 
 
-def assign(
-    dots: Sequence[Dot], weights: int, leaf_sizes: Sequence[int]
-) -> list[Assignment]:
+def assign(dots: Sequence[Dot], parameters: Parameters) -> list[Assignment]:
     """Assigns a role to every product.
 
     Args:
         dots: of the whole function.
-        weights: `Value.leaves` of the parameters.
-        leaf_sizes: elements of each leaf.
+        parameters: among its leaves.
     """
     whole_step = is_whole_step(dots)
     second_order = is_second_order(dot.scope.within for dot in dots)
@@ -112,19 +119,21 @@ def assign(
     def role_of(dot: Dot) -> Assignment:
         phase = dot.scope.phase
         if dot.primitive == MARKED:
-            return _marked(dot, len(leaf_sizes))
+            return _marked(dot, len(parameters.sizes))
         if second_order:
             return Assignment(dot, "other", reason=SECOND_ORDER)
         # Wgrads among them are found below: they have no parameter for an operand.
         if phase == "backward":
-            return _dgrad(dot, weights, leaf_sizes)
+            return _dgrad(dot, parameters)
         # In a forward function all is outside: its callers differentiate it.
         if phase == "outside" and whole_step:
             return Assignment(dot, "other", reason=OUTSIDE)
         role = "recompute" if phase == "recompute" else "fprop"
-        return _forward(dot, weights, leaf_sizes, role)
+        return _forward(dot, parameters, role)
 
     assigned = [role_of(dot) for dot in dots]
+    if any(a.reason == CLOSED_OVER for a in assigned):
+        assigned = [_of_closed_over(a) for a in assigned]
     wgrads = _wgrads(dots, assigned)
     return [wgrads.get(a.dot.position, a) for a in assigned]
 
@@ -142,36 +151,49 @@ def _marked(dot: Dot, n_leaves: int) -> Assignment:
     return Assignment(dot, role, leaf if known else None, dot.blocked)
 
 
-def _forward(
-    dot: Dot, weights: int, leaf_sizes: Sequence[int], role: Role
-) -> Assignment:
-    sides: list[Side] = [side for side in SIDES if _is_weight(dot, side, weights)]
+def _forward(dot: Dot, parameters: Parameters, role: Role) -> Assignment:
+    pure: list[Side] = [s for s in SIDES if parameters.is_pure(dot.operand(s))]
+    sides: list[Side] = pure
     if len(sides) == 2:  # A parameter itself beats what was computed from some.
         sides = [s for s in sides if dot.operand(s).only_leaf is not None]
+    if not pure:
+        sides = [s for s in SIDES if parameters.is_derived(dot.operand(s))]
     if len(sides) == 1:
-        leaf = _largest(dot.operand(sides[0]).leaves, leaf_sizes)
-        return Assignment(dot, role, leaf, sides[0])
-    if sides or all(_is_weight(dot, side, weights) for side in SIDES):
+        return _layer(dot, role, sides[0], parameters)
+    if sides or len(pure) == 2:
         return Assignment(dot, "other", reason=TWO_WEIGHTS)
+    if any(parameters.is_closed_over(dot.operand(side)) for side in SIDES):
+        return Assignment(dot, "other", reason=CLOSED_OVER)
     found = [dot.operand(side).only_leaf for side in SIDES]
-    suspects = tuple(x for x in found if x is not None and x < len(leaf_sizes))
-    reason = NO_WEIGHT if weights else UNKNOWN_WEIGHTS
+    suspects = tuple(x for x in found if x is not None and x < len(parameters.sizes))
+    reason = NO_WEIGHT if parameters.mask else UNKNOWN_WEIGHTS
     return Assignment(dot, "other", reason=reason, suspects=suspects)
 
-
-def _dgrad(dot: Dot, weights: int, leaf_sizes: Sequence[int]) -> Assignment:
     # Without a cotangent beside it, a parameter in the backward pass is multiplied in
     # what a hand-written rule computes again.
-    sides: list[Side] = [
-        side
-        for side in SIDES
-        if _is_weight(dot, side, weights) and dot.operand(other_side(side)).cotangent
-    ]
+
+
+def _dgrad(dot: Dot, parameters: Parameters) -> Assignment:
+    against: list[Side] = [s for s in SIDES if dot.operand(other_side(s)).cotangent]
+    pure: list[Side] = [s for s in against if parameters.is_pure(dot.operand(s))]
+    derived: list[Side] = [s for s in against if parameters.is_derived(dot.operand(s))]
+    sides = pure or derived
     if len(sides) == 1:
-        leaf = _largest(dot.operand(sides[0]).leaves, leaf_sizes)
-        return Assignment(dot, "dgrad", leaf, sides[0])
-    reason = NO_WEIGHT_BACKWARD if weights else UNKNOWN_WEIGHTS
+        return _layer(dot, "dgrad", sides[0], parameters)
+    reason = NO_WEIGHT_BACKWARD if parameters.mask else UNKNOWN_WEIGHTS
     return Assignment(dot, "other", reason=reason)
+
+
+def _layer(dot: Dot, role: Role, side: Side, parameters: Parameters) -> Assignment:
+    """The assignment of a product by a weight, on this side."""
+    layers = parameters.layers(dot.operand(side))
+    return Assignment(dot, role, layers[0], side, layers)
+
+
+def _of_closed_over(a: Assignment) -> Assignment:
+    """The assignment, where the arrays in a closure are the ones to look at."""
+    unknown = a.reason == UNKNOWN_WEIGHTS and a.dot.scope.phase == "backward"
+    return dataclasses.replace(a, reason=CLOSED_OVER_BACKWARD) if unknown else a
 
 
 def _wgrads(
@@ -191,7 +213,7 @@ def _wgrads(
             continue
         assert layer.weight is not None, "layers have weights"
         new = Assignment(
-            gradient.dot, "wgrad", layer.weight, gradient.x_side, (layer.weight,)
+            gradient.dot, "wgrad", layer.weight, gradient.x_side, layer.layers
         )
         found[position] = _merged(found.get(position, new), new)
     return found
@@ -202,14 +224,3 @@ def _merged(a: Assignment, b: Assignment) -> Assignment:
     if a.side != b.side:
         return Assignment(a.dot, "other", reason=UNCLEAR)
     return dataclasses.replace(a, layers=tuple(dict.fromkeys((*a.layers, *b.layers))))
-
-
-def _is_weight(dot: Dot, side: Side, weights: int) -> bool:
-    value = dot.operand(side)
-    return value.leaves != 0 and not value.leaves & ~weights and not value.cotangent
-
-
-def _largest(leaves: int, leaf_sizes: Sequence[int]) -> int:
-    # Of a fused weight and its bias or scale, the weight names the layer.
-    members = [i for i, _ in enumerate(leaf_sizes) if leaves >> i & 1]
-    return max(members, key=lambda i: leaf_sizes[i])

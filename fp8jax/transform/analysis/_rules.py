@@ -9,6 +9,13 @@ from jax.extend.core import JaxprEqn
 
 from fp8jax import _compat, numerics, ops
 from fp8jax.transform.analysis._flow import Flow, FlowRule
+from fp8jax.transform.analysis._lineage import (
+    alternative,
+    changed,
+    picked,
+    spread,
+    updated,
+)
 from fp8jax.transform.analysis._loop_rules import loop_rule
 from fp8jax.transform.analysis._ragged_form import of_marked, ragged_of
 from fp8jax.transform.analysis._values import (
@@ -61,7 +68,7 @@ _VIEWS = (
     "squeeze",
     "transpose",
 )
-_SLICES = ("dynamic_slice", "gather", "slice", "split")
+_SLICES = ("dynamic_slice", "gather", "slice", "split", "unstack")
 # Why what a rule stands beside stays as it is: the rule would not agree with it.
 _LEFT: dict[str, str] = {
     "derivative": HAND_WRITTEN,
@@ -74,19 +81,41 @@ _LEFT: dict[str, str] = {
 def elementwise(
     flow: Flow, eqn: JaxprEqn, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
-    """The rule of every other primitive: results depend on all operands."""
+    """What is known of most primitives: results are operands, changed."""
+    value = changed(eqn, operands, _joined(operands, eqn, scope))
+    if scope.phase == "backward":
+        value = spread(value)
+    elif scope.phase == "outside":
+        flow.updated |= updated(eqn, operands)
+    return _seen(flow, eqn, operands, value)
+
+
+def _mixed(
+    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
+) -> list[Value]:
+    """What is known of any primitive: results depend on all operands."""
+    return _seen(flow, eqn, operands, _joined(operands, eqn, scope))
+
+
+def _joined(operands: Sequence[Value], eqn: Any, scope: Scope) -> Value:
     value = joined(operands)
     # Integers have no derivatives: a loop's counter is none, where it counts backward.
     is_integer = not any(is_inexact(v.aval) for v in eqn.outvars)
     is_forward = scope.phase in ("forward", "recompute")
-    value = dataclasses.replace(
+    cotangent = value.cotangent or (scope.phase == "backward" and not is_integer)
+    return dataclasses.replace(
         value,
-        cotangent=value.cotangent or (scope.phase == "backward" and not is_integer),
+        cotangent=cotangent,
         residual=is_forward or (is_integer and not value.cotangent),
+        others=0 if cotangent else value.others,
     )
+
+
+def _seen(flow: Flow, eqn: Any, operands: Sequence[Value], value: Value) -> list[Value]:
     if any(hasattr(v.aval, "inner_aval") for v in eqn.invars):
         # What is read from a mutable array may come from anywhere.
-        value = dataclasses.replace(value, leaves=value.leaves | flow.closure)
+        leaves, others = value.leaves | flow.closure, value.others | flow.closure
+        value = dataclasses.replace(value, leaves=leaves, others=others)
     value = flow.readers.computed(eqn, operands, value)
     return _numbered(flow, eqn, operands, value)
 
@@ -95,14 +124,17 @@ def opaque(
     flow: Flow, eqn: JaxprEqn, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
     """The rule of opaque primitives: products in their jaxprs are only reported."""
+    jaxprs = jaxprs_of(eqn)
+    if not jaxprs:
+        return elementwise(flow, eqn, operands, scope)
     # By position: what an unknown primitive computes equals nothing else.
     number = flow.number("unknown", scope.position)
     unknown = dataclasses.replace(joined(operands), number=number, root=number)
     reason = f"inside {primitive_of(eqn)}: not handled, left as it is"
-    for i, jaxpr in enumerate(jaxprs_of(eqn)):
+    for i, jaxpr in enumerate(jaxprs):
         inputs = [unknown] * len(_compat.open_jaxpr(jaxpr).invars)
         flow.walk(jaxpr, inputs, scope.inside(i, blocked=reason))
-    return elementwise(flow, eqn, operands, scope)
+    return _mixed(flow, eqn, operands, scope)
 
 
 def _view(
@@ -122,7 +154,14 @@ def _broadcast(
     # New dimensions of size one only: a view.
     if aval_of(eqn.invars[0]).size == aval_of(eqn.outvars[0]).size:
         return _view(flow, eqn, operands, scope)
-    return elementwise(flow, eqn, operands, scope)
+    return [*map(spread, elementwise(flow, eqn, operands, scope))]
+
+
+def _random(
+    flow: Flow, eqn: Any, operands: Sequence[Value], scope: Scope
+) -> list[Value]:
+    # Noise on a weight leaves it the weight.
+    return [*map(spread, elementwise(flow, eqn, operands, scope))]
 
 
 def _slice(
@@ -130,7 +169,8 @@ def _slice(
 ) -> list[Value]:
     # No arithmetic: taken in the backward pass, a slice of a weight is no cotangent.
     flow.readers.gathered(eqn, operands)
-    return _numbered(flow, eqn, operands, joined(operands))
+    value = picked(joined(operands), operands[0], operands[1:])
+    return _numbered(flow, eqn, operands, value)
 
 
 def _dot_general(
@@ -155,9 +195,11 @@ def _ragged_dot(
 def _convolution(
     flow: Flow, eqn: JaxprEqn, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
-    per_output = aval_of(eqn.invars[1]).size // max(output_channels(eqn), 1)
-    flops = 2 * aval_of(eqn.outvars[0]).size * per_output
-    _record(flow, eqn, operands, scope, flops=flops)
+    channels = max(output_channels(eqn), 1)
+    per_output = aval_of(eqn.invars[1]).size // channels
+    size = aval_of(eqn.outvars[0]).size
+    sizes = size // channels, channels, per_output
+    _record(flow, eqn, operands, scope, flops=2 * size * per_output, sizes=sizes)
     return _product(flow, eqn, operands, scope)
 
 
@@ -204,7 +246,7 @@ def _marked(
         return _product(flow, eqn, operands, scope)
     jaxprs = jaxprs_of(eqn)
     if len(jaxprs) != 1 or len(eqn.invars) == 1:
-        return elementwise(flow, eqn, operands, scope)
+        return _mixed(flow, eqn, operands, scope)
     return flow.walk(jaxprs[0], operands, scope.inside(blocked=OURS))
 
 
@@ -242,7 +284,9 @@ def _chosen(flow: Flow, index: Value, values: Sequence[Value]) -> Value:
     # One number per choice, so that a backward branch finds its own residual by it.
     number = flow.number("chosen", index.number, *(v.number for v in values))
     flow.chosen[number] = (index.number, tuple(values))
-    return dataclasses.replace(joined([index, *ordered]), number=number, root=number)
+    parts = any(v.parts for v in ordered)
+    value = alternative(joined([index, *ordered]), ordered, parts)
+    return dataclasses.replace(value, number=number, root=number)
 
 
 def _in_branch(flow: Flow, index: Value, branch: int, x: Value) -> Value:
@@ -259,7 +303,7 @@ def _product(
     flow: Flow, eqn: JaxprEqn, operands: Sequence[Value], scope: Scope
 ) -> list[Value]:
     # What was near its operands is read through this product: no longer near.
-    values = elementwise(flow, eqn, operands, scope)
+    values = _mixed(flow, eqn, operands, scope)
     near = flow.readers.product(scope.position)
     return [
         dataclasses.replace(value, product=True, near=near, part=0) for value in values
@@ -306,6 +350,7 @@ RULES: dict[str, FlowRule] = {
     "broadcast_in_dim": _broadcast,
     "conv_general_dilated": _convolution,
     "dot_general": _dot_general,
+    "random_bits": _random,
     "ragged_dot": _ragged_dot,
     "ragged_dot_general": _ragged_dot,
 }

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -35,6 +35,10 @@ class Value:
         cotangent: whether the backward pass went into it.
         residual: whether it was made in the forward pass, or made again as it was, or
             of integers alone.
+        ended: whether that pass is over: an optimizer, say, made it of gradients.
+        versions: leaves of which it is a version, scaled, masked, stacked or updated.
+        others: leaves that went into all of its elements otherwise, gradients aside.
+        parts: whether versions are side by side in it.
         near: products that it comes from without another one in between, as bits; no
             part of what makes two values equal.
         part: of a log-sum-exp: 1 for exponentials, 2 for their sum; likewise.
@@ -47,11 +51,22 @@ class Value:
     product: bool = False
     cotangent: bool = False
     residual: bool = False
+    ended: bool = False
+    versions: int = 0
+    others: int = 0
+    parts: bool = False
     # Not compared: loops are walked until nothing of their carries grows, and what a
     # value is does not depend on what reads it.
     near: int = dataclasses.field(default=0, compare=False)
     part: int = dataclasses.field(default=0, compare=False)
     one_hot: bool = dataclasses.field(default=False, compare=False)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether it is repeated numbers of arguments, a version of none."""
+        return bool(self.leaves) and not (
+            self.versions or self.others or self.cotangent
+        )
 
     @property
     def only_leaf(self) -> int | None:
@@ -62,17 +77,26 @@ class Value:
         return self.leaves.bit_length() - 1
 
 
+def union(leaves: Iterable[int]) -> int:
+    """All that are in one of these sets of bits."""
+    return functools.reduce(operator.or_, leaves, 0)
+
+
 def joined(values: Sequence[Value]) -> Value:
     """A value that depends on all of these and equals none of them."""
+    leaves = union(v.leaves for v in values)
+    cotangent = any(v.cotangent for v in values)
     return Value(
-        leaves=functools.reduce(operator.or_, (v.leaves for v in values), 0),
+        leaves=leaves,
         # Whoever joins gives the number: -1 would make all joined values one.
         number=-1,
         root=-1,
         product=any(v.product for v in values),
-        cotangent=any(v.cotangent for v in values),
+        cotangent=cotangent,
         residual=all(v.residual for v in values),
-        near=functools.reduce(operator.or_, (v.near for v in values), 0),
+        ended=any(v.ended for v in values),
+        others=0 if cotangent else leaves,
+        near=union(v.near for v in values),
         part=max((v.part for v in values), default=0),
     )
 
@@ -171,6 +195,7 @@ class Dot:
         dimension_numbers: as in `jax.lax.dot_general`; None for other primitives.
         blocked: for our own products, the operand in tiles of more than one row.
         flops: of one run, for a primitive that is no plain product of two operands.
+        sizes: rows, columns and contraction of a convolution, as a product.
         ragged: what it is as a product of rows in groups, if it is one.
     """
 
@@ -184,6 +209,7 @@ class Dot:
     dimension_numbers: Any = None
     blocked: Side | None = None
     flops: int | None = None
+    sizes: tuple[int, int, int] | None = None
     ragged: Ragged | None = None
 
     @property
@@ -215,7 +241,8 @@ class Dot:
     @property
     def _sizes(self) -> tuple[int, int, int]:
         """Elements of the operands and the result, as if there were one group."""
-        lhs, rhs, out = self.lhs_aval.size, self.rhs_aval.size, self.out_aval.size
+        avals = self.lhs_aval, self.rhs_aval, self.out_aval
+        lhs, rhs, out = (_count(aval.shape) for aval in avals)
         if self.ragged is None:
             return lhs, rhs, out
         if self.ragged.form == "wgrad":
@@ -235,7 +262,7 @@ class Dot:
         if self.dimension_numbers is None:
             return 1
         _, (dims, _) = self.dimension_numbers
-        return math.prod(self.lhs_aval.shape[d] for d in dims)
+        return _count([self.lhs_aval.shape[d] for d in dims])
 
     @property
     def has_batch(self) -> bool:
@@ -252,6 +279,11 @@ class Dot:
             sides = self.free("lhs") * self.free("rhs")
             flops = 2 * self.batch * sides * self.contraction
         return flops * self.scope.times
+
+
+def _count(shape: Sequence[Any]) -> int:
+    """Elements; a symbolic dimension of `jax.export` counts as one."""
+    return math.prod(size if isinstance(size, int) else 1 for size in shape)
 
 
 @dataclasses.dataclass(frozen=True)

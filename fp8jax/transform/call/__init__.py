@@ -7,10 +7,12 @@ from fp8jax.transform.call._arguments import (
     has_static_outputs,
     without_marks,
 )
+from fp8jax.transform.call._bound import check_function
 from fp8jax.transform.call._jit_step import jit_step
 from fp8jax.transform.call._leaves import Leaf, leaves_of, positional_names
+from fp8jax.transform.call._modules import has_modules
 from fp8jax.transform.call._nested_jit import lost_donation, refusing_compiler_options
-from fp8jax.transform.call._nnx import NnxCall, has_modules, pure_jit
+from fp8jax.transform.call._nnx import NnxCall, pure_jit
 from fp8jax.transform.call._outer_jit import OuterJit, outer_jit
 from fp8jax.transform.call._parameters import name_of
 from fp8jax.transform.call._qtensors import Dequantize, as_arrays
@@ -34,6 +36,7 @@ __all__ = [
     "Traced",
     "Weights",
     "as_arrays",
+    "check_function",
     "check_weights",
     "filled",
     "has_modules",

@@ -30,6 +30,8 @@ class Leaf:
         size: elements.
         is_float: whether it can be differentiated.
         is_stored: whether it holds the codes or the scales of a QTensor.
+        is_key: whether it is the state of a random number generator.
+        shows_argument: whether reports name the argument, too.
     """
 
     argument: str
@@ -39,6 +41,8 @@ class Leaf:
     size: int
     is_float: bool
     is_stored: bool = False
+    is_key: bool = False
+    shows_argument: bool = False
 
     @property
     def full_path(self) -> str:
@@ -47,6 +51,11 @@ class Leaf:
     @property
     def path(self) -> str:
         return "/".join(self.keys) or self.argument
+
+    @property
+    def shown(self) -> str:
+        """What reports and statistics call it."""
+        return self.full_path if self.shows_argument else self.path
 
     @property
     def family(self) -> tuple[str, ...]:
@@ -108,6 +117,7 @@ def _leaves(name: str, number: int | None, arg: Any) -> list[Leaf]:
                     size=math.prod(_aval(x).shape),
                     is_float=jnp.issubdtype(_aval(x).dtype, jnp.floating),
                     is_stored=is_stored,
+                    is_key=_is_key(_aval(x)),
                 )
             )
     return found
@@ -117,6 +127,12 @@ def _aval(x: Any) -> Any:
     return x if hasattr(x, "shape") and hasattr(x, "dtype") else jax.typeof(x)
 
 
+def _is_key(x: Any) -> bool:
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return True
+    return x.dtype == jnp.uint32 and x.shape[-1:] == (2,)  # As by `jax.random.PRNGKey`.
+
+
 def _class_names(x: Any) -> set[str]:
     return {
         cls.__name__ for cls in type(x).__mro__ if cls.__module__.startswith("flax.nnx")
@@ -124,7 +140,7 @@ def _class_names(x: Any) -> set[str]:
 
 
 def _is_node(x: Any) -> bool:
-    return _is_variable(x) or isinstance(x, QTensor)
+    return _is_variable(x) or _is_box(x) or isinstance(x, QTensor)
 
 
 def _arrays(node: Any) -> list[tuple[Any, bool]]:
@@ -138,6 +154,12 @@ def _arrays(node: Any) -> list[tuple[Any, bool]]:
 
 def _is_variable(x: Any) -> bool:
     return not _class_names(x).isdisjoint({"Variable", "VariableState"})
+
+
+def _is_box(x: Any) -> bool:
+    """Whether it is one of Linen's boxes, of an array and its partitioning."""
+    names = {(cls.__module__, cls.__name__) for cls in type(x).__mro__}
+    return ("flax.core.meta", "AxisMetadata") in names
 
 
 def _is_param(x: Any) -> bool:

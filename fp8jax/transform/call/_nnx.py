@@ -4,6 +4,7 @@ Flax is never imported here: where it is not, there are no modules either.
 """
 
 import dataclasses
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,24 +12,9 @@ from typing import Any
 import jax
 
 from fp8jax.transform.call._leaves import Leaf, leaves_of, positional_names
+from fp8jax.transform.call._modules import is_module, is_module_or_state
 from fp8jax.transform.call._outer_jit import OuterJit
 from fp8jax.transform.call._parameters import Chosen, name_of
-
-
-def has_modules(tree: Any) -> bool:
-    """Whether a pytree holds an NNX module, optimizer, or variable of its own."""
-    return any(map(_is_module, jax.tree.leaves(tree, is_leaf=_is_module_or_state)))
-
-
-def _is_module(x: Any) -> bool:
-    nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and isinstance(x, (nnx.Pytree, nnx.Module, nnx.Variable))
-
-
-def _is_module_or_state(x: Any) -> bool:
-    # Variables in a State are values: it came out of nnx.split.
-    nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and (_is_module(x) or isinstance(x, nnx.State))
 
 
 @jax.tree_util.register_dataclass
@@ -62,12 +48,12 @@ class NnxCall:
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "NnxCall":
         nnx: Any = sys.modules["flax.nnx"]
         arguments = args, kwargs
-        leaves, treedef = jax.tree.flatten(arguments, is_leaf=_is_module_or_state)
-        nodes = tuple(x for x in leaves if _is_module(x))
+        leaves, treedef = jax.tree.flatten(arguments, is_leaf=is_module_or_state)
+        nodes = tuple(x for x in leaves if is_module(x))
         # All at once: what two of them share is an array of the first.
         graphdef, state = nnx.split(nodes)
         states = iter(_states(state, len(nodes)))
-        leaves = [next(states) if _is_module(x) else x for x in leaves]
+        leaves = [next(states) if is_module(x) else x for x in leaves]
         args, kwargs = jax.tree.unflatten(treedef, leaves)
         return cls(graphdef, args, kwargs, nodes)
 
@@ -105,6 +91,20 @@ class PureFunction:
     @property
     def __name__(self) -> str:
         return name_of(self.fn)
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return self.fn
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the function, for the names of arguments in JAX's errors."""
+        try:
+            parameters = inspect.signature(self.fn).parameters.values()
+        except ValueError as error:
+            raise AttributeError("no signature") from error
+        first = inspect.Parameter("graphdef", inspect.Parameter.POSITIONAL_ONLY)
+        return inspect.Signature([first, *parameters])
 
     def __call__(
         self, graphdef: Any, *args: Any, **kwargs: Any

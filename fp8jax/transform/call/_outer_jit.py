@@ -16,6 +16,7 @@ import jax
 
 from fp8jax import _compat
 from fp8jax.transform.call._arguments import StaticScalars
+from fp8jax.transform.call._bound import holds_arrays, is_model
 from fp8jax.transform.call._equinox import is_of_equinox
 from fp8jax.transform.call._parameters import NONE, Chosen, chosen, completed, name_of
 
@@ -91,16 +92,25 @@ def outer_jit(fn: Callable[..., Any]) -> OuterJit:
     """What the outermost jit of `fn` says; the defaults for a function without.
 
     Partial application of a jitted function, and a method that is one, give it
-    arguments like a call's own.
+    arguments like a call's own. So do those of a plain function, and a model that is
+    called itself, where they hold arrays: those would be constants else.
 
     Raises:
         ValueError: If `fn` is jitted in a way that cannot be followed.
     """
     inner, args, kwargs = _unbound(fn)
+    if is_model(inner):
+        inner, args = _call_of(inner), (inner, *args)
     found = _jitted(inner)
     if found is None:
         scalars = "all" if is_of_equinox(fn) else "in Equinox modules"
-        return OuterJit(fn, is_jitted=False, static_scalars=scalars)
+        found = OuterJit(fn, is_jitted=False, static_scalars=scalars)
+        given = {name: x for name, x in kwargs.items() if holds_arrays(x)}
+        if not holds_arrays(args if args else given):
+            return found
+        left = {name: x for name, x in kwargs.items() if name not in given}
+        inner = functools.partial(inner, **left) if left else inner
+        return dataclasses.replace(found, fn=inner, args=args, kwargs=given)
     args, kwargs = (*found.args, *args), {**found.kwargs, **kwargs}
     return dataclasses.replace(found, args=args, kwargs=kwargs)
 
@@ -115,6 +125,20 @@ def _unbound(fn: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
             fn = fn.func
         else:
             return fn, args, kwargs
+
+
+def _call_of(model: Any) -> Callable[..., Any]:
+    """What calling a model runs, as a function of the model first."""
+    call = type(model).__call__
+    if _jitted(call) is not None:
+        return call
+
+    @functools.wraps(call)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    run.__name__ = run.__qualname__ = type(model).__name__
+    return run
 
 
 def _is_partial_of_equinox(fn: Any) -> bool:

@@ -112,7 +112,7 @@ def name_of(fn: Callable[..., Any]) -> str:
     """A function's name, for messages and the compiled program."""
     while isinstance(fn, functools.partial):
         fn = fn.func
-    return getattr(fn, "__name__", "fp8_transform")
+    return getattr(fn, "__name__", type(fn).__name__)
 
 
 def _several(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Sequence
 from typing import TypeAlias
 
+from fp8jax._described import described
 from fp8jax.transform.call._leaves import Leaf
 
 Weights: TypeAlias = Callable[[str], bool] | int | str | Collection[int | str] | None
@@ -19,7 +20,7 @@ def check_weights(weights: Weights) -> None:
     raise ValueError(
         "fp8_transform takes weights=None, a predicate on paths like "
         "'state/params/up/kernel', or the numbers or names of the arguments that are "
-        f"parameters, got {weights!r}."
+        f"parameters, got {described(weights)}."
     )
 
 

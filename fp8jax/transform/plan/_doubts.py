@@ -16,12 +16,14 @@ from fp8jax.transform.analysis import (
     Role,
     Side,
     gradient_sizes,
+    multiplies_features,
     operands_of,
     other_side,
     sizes_of,
 )
 from fp8jax.transform.call import Leaf
 from fp8jax.transform.ir import Position
+from fp8jax.transform.plan._names import names_of
 from fp8jax.transform.plan._policy import Policy
 
 _SHOWN = 3  # Paths in one message.
@@ -99,28 +101,23 @@ def overlooked(
     found: dict[int, list[Dot]] = collections.defaultdict(list)
     for a in assigned:
         for leaf in set(a.suspects) - data:
-            is_layer = leaves[leaf].is_float and _is_layer(a, leaf, leaves, policy)
+            is_layer = leaves[leaf].is_float and would_be_layer(a, leaf, leaves, policy)
             if is_layer and not unsupported(a.dot):
                 found[leaf].append(a.dot)
     for leaf, dots in found.items():
         yield Overlooked(leaf, len(dots), sum(dot.total_flops for dot in dots))
 
 
-def _is_layer(a: Assignment, leaf: int, leaves: Sequence[Leaf], policy: Policy) -> bool:
+def would_be_layer(
+    a: Assignment, leaf: int, leaves: Sequence[Leaf], policy: Policy
+) -> bool:
     """Whether a product would be a layer in FP8, were the leaf its weight."""
     dot = a.dot
-    sides: list[Side] = ["lhs", "rhs"]
-    sides = [side for side in sides if dot.operand(side).only_leaf == leaf]
-    if len(sides) != 1 or dot.dimension_numbers is None:
+    if not multiplies_features(dot, leaf):
         return False
-    (lhs, rhs), _ = dot.dimension_numbers
-    x = other_side(sides[0])
-    contracted, last = (lhs, rhs)[x == "rhs"], dot.aval(x).ndim - 1
-    # A matrix from the left mixes rows, as a graph's adjacency does: it is data.
-    if last not in contracted:
-        return False
-    k, n = dot.contraction, dot.free(sides[0])
-    return policy.gemm(leaves[leaf].path, "fprop", k, n)[0] is not None
+    side: Side = "lhs" if dot.lhs.only_leaf == leaf else "rhs"
+    k, n = dot.contraction, dot.free(side)
+    return policy.gemm(names_of(a, leaves[leaf]), "fprop", k, n)[0] is not None
 
 
 def doubts(

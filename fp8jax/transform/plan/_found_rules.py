@@ -27,7 +27,7 @@ def found_rules(
             for reason in _reasons(readers, a, a.weight):
                 reasons.setdefault(a.weight, reason)
     return tuple(
-        Rule(re.escape(leaves[leaf].path), None, reason)
+        Rule(re.escape(leaves[leaf].full_path), None, reason)
         for leaf, reason in reasons.items()
     )
 

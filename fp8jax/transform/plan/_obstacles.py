@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from fp8jax import _compat, ops
 from fp8jax.transform.analysis import Assignment, Dot
+from fp8jax.transform.plan._names import layers_of
 
 
 def unsupported(dot: Dot) -> str:
@@ -57,6 +58,7 @@ def layer_obstacles(assignments: Sequence[Assignment]) -> dict[int, str]:
         if a.weight is None or a.role not in ("fprop", "recompute"):
             continue
         # A weight used twice is in reach if one of its products is.
-        if obstacles.get(a.weight, "unknown"):
-            obstacles[a.weight] = unsupported(a.dot)
+        for layer in layers_of(a):
+            if obstacles.get(layer, "unknown"):
+                obstacles[layer] = unsupported(a.dot)
     return obstacles

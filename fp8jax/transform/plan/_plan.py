@@ -12,16 +12,18 @@ from fp8jax.transform.analysis import (
     Assignment,
     Role,
     StoredOperands,
+    multiplies_features,
     other_side,
 )
 from fp8jax.transform.call import Leaf
 from fp8jax.transform.ir import Position
 from fp8jax.transform.plan._decisions import Decision, LayerDot, QuantizedDot, StoredDot
-from fp8jax.transform.plan._doubts import doubts, inputs
+from fp8jax.transform.plan._doubts import doubts, inputs, would_be_layer
 from fp8jax.transform.plan._kernels import Verdict, implementation_of, on_devices
+from fp8jax.transform.plan._names import layers_of, names_of, told_apart
 from fp8jax.transform.plan._obstacles import another_form, layer_obstacles, unsupported
 from fp8jax.transform.plan._policy import Policy
-from fp8jax.transform.plan._report import Report
+from fp8jax.transform.plan._report import WOULD_BE, Report
 from fp8jax.transform.plan._rows import first_side, row_of
 from fp8jax.transform.plan._rule_call import RuleCall
 from fp8jax.transform.plan._stored_plan import notes_on, stored_dot
@@ -69,15 +71,18 @@ def make_plan(
         weights: `Value.leaves` of the parameters.
         stored: where QTensors are used.
     """
+    leaves = told_apart(leaves, assignments)
     obstacles = layer_obstacles(assignments)
     replacements, rows, measured = {}, [], []
     data = inputs(assignments, leaves)
     kernel_of = functools.cache(implementation_of)  # It traces a GEMM each time.
     for a in assignments:
         of_dot = stored.of_dots.get(a.dot.position)
-        if of_dot and not whole_step:
+        verdict = Verdict(None)
+        if of_dot and a.role != "wgrad":
             verdict = Verdict(*stored_dot(a, of_dot, leaves, policy, unsupported))
-        else:
+        # Codes of other tiles are made anew in a step, whose gradients read them, too.
+        if not of_dot or (whole_step and verdict.replacement is None):
             verdict = _decide(a, leaves, policy, obstacles, whole_step, data)
         verdict = on_devices(verdict, a.dot, spread, kernel_of)
         if verdict.replacement is not None:
@@ -87,9 +92,9 @@ def make_plan(
         if row.tiles and not is_stored and a.dot.ragged is None:
             measured.append((row.path, row.role))
     matched = {
-        policy.rule_for(leaves[layer].path, role, *_features(a))
+        policy.rule_for(names_of(a, leaves[layer]), role, *_features(a))
         for a in assignments
-        for layer in _layers(a)
+        for layer in layers_of(a)
         for role in ((_gemm_name(a.role),) if whole_step else GEMM_NAMES)
     }
     notes = (*_notes(policy, assignments), *notes_on(stored, leaves))
@@ -150,12 +155,6 @@ def _features(a: Assignment) -> tuple[int, int]:
     return (free, a.dot.contraction) if a.role == "dgrad" else (a.dot.contraction, free)
 
 
-def _layers(a: Assignment) -> tuple[int, ...]:
-    if a.weight is None or a.side is None or a.dot.primitive == MARKED:
-        return ()
-    return a.layers or (a.weight,)
-
-
 def _gemm_name(role: Role) -> GemmName:
     names: dict[Role, GemmName] = {"dgrad": "dgrad", "wgrad": "wgrad"}
     return names.get(role, "fprop")
@@ -174,34 +173,46 @@ def _decide(
         return Verdict(None, "by fp8jax itself")
     if a.role == "other" or a.weight is None:
         if dot.is_product and not dot.scope.blocked:
-            return Verdict(None, _why_other(a, leaves, data))
+            return Verdict(None, _why_other(a, leaves, policy, data))
         return Verdict(None, unsupported(dot))
     reason = unsupported(dot) or another_form(a)
     if reason:
         return Verdict(None, reason)
     choices: set[tuple[GemmSpec | None, str]] = set()
-    for layer in _layers(a):
+    for layer in layers_of(a):
         obstacle = obstacles.get(layer, "it has no forward product here")
         if obstacle:
             choices.add((None, f"as its layer: {obstacle}"))
             continue
-        gemm = policy.gemm(leaves[layer].path, _gemm_name(a.role), *_features(a))
+        gemm = policy.gemm(
+            names_of(a, leaves[layer]), _gemm_name(a.role), *_features(a)
+        )
         choices.add(gemm)
     if len(choices) > 1:
         return Verdict(None, UNCLEAR)
     gemm, reason = choices.pop()
-    layer = leaves[a.weight].path, *_features(a)
+    layer = names_of(a, leaves[a.weight]), *_features(a)
     if not whole_step:
         return _layer(a, policy.layer(*layer), reason, policy)
     return _quantized(a, gemm, reason, policy, policy.residual(*layer))
 
 
-def _why_other(a: Assignment, leaves: Sequence[Leaf], data: Collection[int]) -> str:
-    suspects = [i for i in a.suspects if i not in data]
-    paths = [leaves[i].full_path for i in suspects if leaves[i].is_float]
-    if not paths:
+def _why_other(
+    a: Assignment, leaves: Sequence[Leaf], policy: Policy, data: Collection[int]
+) -> str:
+    suspects = [
+        i
+        for i in a.suspects
+        if i not in data and leaves[i].is_float and multiplies_features(a.dot, i)
+    ]
+    # Of two arrays, one in a container is a parameter rather than one that is alone.
+    suspects = [i for i in suspects if leaves[i].keys] or suspects
+    if len(suspects) != 1:
         return a.reason
-    return f"{a.reason}; is {' or '.join(paths)} one? Then name it in weights="
+    leaf = leaves[suspects[0]]
+    if not would_be_layer(a, suspects[0], leaves, policy) or unsupported(a.dot):
+        return a.reason
+    return f"{WOULD_BE}{leaf.full_path} were a parameter: name it in weights="
 
 
 def _layer(a: Assignment, recipe: Recipe, reason: str, policy: Policy) -> Verdict:

@@ -1,6 +1,8 @@
 """What the user asked for, and what it says about one layer."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,11 @@ from fp8jax.recipes import (
     Recipe,
     Residual,
     Rule,
-    first_match,
     skip_narrow,
 )
+
+# Of a weight: its path within its argument first, then others that rules may match.
+Names: TypeAlias = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +49,28 @@ class Policy:
     without: frozenset[str] = frozenset()
     found: tuple[Rule, ...] = ()
 
-    def rule_for(self, path: str, role: GemmName, k: int, n: int) -> Rule | None:
-        defaults = (*DEFAULT_SKIPS, *self.found, skip_narrow(self.min_dim))
-        rules = (*self.rules, *defaults)
-        return first_match(rules, path, role, k, n)
+    def rule_for(self, names: Names, role: GemmName, k: int, n: int) -> Rule | None:
+        # An argument's name is for the user to match: `head` may be a whole network.
+        several = (
+            (self.rules, names),
+            (DEFAULT_SKIPS, names[:1]),
+            (self.found, names),
+            ((skip_narrow(self.min_dim),), names[:1]),
+        )
+        found = (_first(rules, seen, role, k, n) for rules, seen in several)
+        return next((rule for rule in found if rule is not None), None)
+
+    def users_rule_for(
+        self, names: Names, role: GemmName, k: int, n: int
+    ) -> Rule | None:
+        """As `rule_for`, without the default rules."""
+        return _first(self.rules, names, role, k, n)
 
     def gemm(
-        self, path: str, role: GemmName, k: int, n: int
+        self, names: Names, role: GemmName, k: int, n: int
     ) -> tuple[GemmSpec | None, str]:
         """How a GEMM of the weight [k, n] is quantized, or why it is not."""
-        rule = self.rule_for(path, role, k, n)
+        rule = self.rule_for(names, role, k, n)
         recipe = self.recipe if rule is None else rule.recipe
         if rule is not None and recipe is None:
             by = "rule" if rule in self.rules else "by default"
@@ -62,15 +78,24 @@ class Policy:
         spec = getattr(recipe, role)
         return spec, "" if spec else f"the recipe has no {role} in FP8"
 
-    def layer(self, path: str, k: int, n: int) -> Recipe:
+    def layer(self, names: Names, k: int, n: int) -> Recipe:
         """All three GEMMs of the weight [k, n], of as many rules."""
-        specs = {role: self.gemm(path, role, k, n)[0] for role in GEMM_NAMES}
-        return Recipe(**specs, residual=self.residual(path, k, n))
+        specs = {role: self.gemm(names, role, k, n)[0] for role in GEMM_NAMES}
+        return Recipe(**specs, residual=self.residual(names, k, n))
 
-    def residual(self, path: str, k: int, n: int) -> Residual:
+    def residual(self, names: Names, k: int, n: int) -> Residual:
         """What is kept of the input of the weight [k, n]."""
-        if any(self.gemm(path, role, k, n)[0] is None for role in GEMM_NAMES):
+        if any(self.gemm(names, role, k, n)[0] is None for role in GEMM_NAMES):
             return "bf16"
-        rule = self.rule_for(path, "fprop", k, n)
+        rule = self.rule_for(names, "fprop", k, n)
         recipe = self.recipe if rule is None else rule.recipe
         return "bf16" if recipe is None else recipe.residual
+
+
+def _first(
+    rules: Sequence[Rule], names: Names, role: GemmName, k: int, n: int
+) -> Rule | None:
+    for rule in rules:
+        if any(rule.matches(name, role, k, n) for name in names):
+            return rule
+    return None

@@ -1,11 +1,16 @@
 """What became of every matrix product, for people and for tests."""
 
 import dataclasses
+import html
 import json
 from collections.abc import Sequence
 from typing import Literal
 
 from fp8jax.transform.analysis import Role
+from fp8jax.transform.plan._table import readable, readable_bytes, text_table
+
+# How the reason begins of a product whose weight is not known as a parameter.
+WOULD_BE = "would be in FP8 if "
 
 Status = Literal["fp8", "skipped"]
 
@@ -39,7 +44,7 @@ class Row:
     flops: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
     """What `fp8_transform` does to one function, without running it.
 
@@ -76,17 +81,21 @@ class Report:
         return fp8 / self.flops if self.flops else 0.0
 
     def __str__(self) -> str:
-        cells = [_HEAD, *map(_cells, self.rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(
-                _align(i, c, w)
-                for i, (c, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in cells
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join(line.rstrip() for line in (*lines, *self._summary()))
+        table = text_table(_HEAD, [*map(_cells, self.rows)], _NUMBERS)
+        return "\n".join((*table, *self._summary()))
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """The table and the totals as a notebook shows them."""
+
+        def row(tag: str, cells: Sequence[str]) -> str:
+            inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+            return f"<tr>{inner}</tr>"
+
+        rows = [row("th", _HEAD), *(row("td", _cells(one)) for one in self.rows)]
+        totals = "".join(f"<p>{html.escape(line)}</p>" for line in self._summary())
+        return f"<table>{''.join(rows)}</table>{totals}"
 
     def to_markdown(self) -> str:
         """The table and the totals in Markdown."""
@@ -113,13 +122,18 @@ class Report:
         fp8 = [row for row in self.rows if row.status == "fp8"]
         lines = [
             f"{len(fp8)} of {len(self.rows)} matrix products in FP8: "
-            f"{self.fraction:.1%} of {self.flops / 1e9:.4g} GFLOP."
+            f"{self.fraction:.1%} of {readable(self.flops / 1e9)} GFLOP."
         ]
-        if self.residual_bytes is not None and self.plain_residual_bytes is not None:
-            fp8, plain = (
-                f"{size / 1e6:.4g} MB"
-                for size in (self.residual_bytes, self.plain_residual_bytes)
+        missed = [row for row in self.rows if row.reason.startswith(WOULD_BE)]
+        if missed:
+            share = sum(row.flops for row in missed) / max(self.flops, 1)
+            lines.append(
+                f"{len(missed)} more ({share:.1%}) would be in FP8 if their weights "
+                "were known as parameters."
             )
+        if self.residual_bytes is not None and self.plain_residual_bytes is not None:
+            sizes = self.residual_bytes, self.plain_residual_bytes
+            fp8, plain = map(readable_bytes, sizes)
             lines.append(f"Kept for the backward pass: {fp8}; without FP8: {plain}.")
         lines += [f"Rule that matched nothing: {p!r}" for p in self.unmatched_rules]
         lines += [
@@ -140,14 +154,10 @@ def _cells(row: Row) -> list[str]:
         row.role,
         *(str(size) if size else "?" for size in (row.m, row.n, row.k)),
         str(row.count),
-        f"{row.flops / 1e9:.4g}",
+        readable(row.flops / 1e9),
         row.status,
         "; ".join(part for part in (how, row.reason) if part),
     ]
-
-
-def _align(column: int, cell: str, width: int) -> str:
-    return cell.rjust(width) if column in _NUMBERS else cell.ljust(width)
 
 
 def describe_tiles(*tiles: Sequence[int]) -> str:

@@ -1,9 +1,10 @@
 """What becomes of the products of weights that came as QTensors."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from fp8jax import _compat
-from fp8jax.recipes import first_match
+from fp8jax.recipes import GemmName
 from fp8jax.transform.analysis import (
     SIDES,
     Assignment,
@@ -14,6 +15,7 @@ from fp8jax.transform.analysis import (
 )
 from fp8jax.transform.call import Leaf
 from fp8jax.transform.plan._decisions import StoredDot
+from fp8jax.transform.plan._names import names_of
 from fp8jax.transform.plan._policy import Policy
 
 _STORED = "stored in FP8"
@@ -41,7 +43,7 @@ def stored_dot(
     def left(reason: str) -> tuple[None, str]:
         return None, f"{reason}: its QTensor is dequantized"
 
-    dot = a.dot
+    dot, is_dgrad = a.dot, a.role == "dgrad"
     if reason := obstacle(dot):
         return left(reason)
     if len(stored) > 1 or a.side is None or a.weight is None or a.side not in stored:
@@ -52,12 +54,17 @@ def stored_dot(
     contracted = dot.dimension_numbers[0][SIDES.index(a.side)]
     if len(contracted) != 1 or dot.aval(a.side).ndim != 2:
         return left("no product of two matrices")
-    path, free = leaves[a.weight].path, dot.free(a.side)
-    rule = first_match(policy.rules, path, "fprop", dot.contraction, free)
+    names, free = names_of(a, leaves[a.weight]), dot.free(a.side)
+    gemm: GemmName = "dgrad" if is_dgrad else "fprop"
+    features = (free, dot.contraction) if is_dgrad else (dot.contraction, free)
+    rule = policy.users_rule_for(names, gemm, *features)
     recipe = policy.recipe if rule is None else rule.recipe
-    if recipe is None or recipe.fprop is None:
+    spec = None if recipe is None else getattr(recipe, gemm)
+    if recipe is None or spec is None:
         said = f"rule: {rule.reason or rule.pattern}" if rule else "the recipe"
-        return left(f"no fprop in FP8, by {said}")
+        return left(f"no {gemm} in FP8, by {said}")
+    # A gradient by codes is a product by their transpose, of cotangents.
+    recipe = dataclasses.replace(recipe, fprop=spec, residual="bf16")
     tile = weight.operand_tile[contracted[0]]
     if tile != CONTRACTION_TILE:
         return left(f"tiles of {tile} along the contraction, not {CONTRACTION_TILE}")
