@@ -41,7 +41,7 @@ def lies_in(item: pytest.Item, places: tuple[str, ...]) -> bool:
 
 
 def share(config: pytest.Config) -> None:
-    """What one worker or subprocess compiled, the others load: of this session.
+    """What one worker or subprocess compiled, the others load: of this run.
 
     And of the next, if the environment names a folder that stays.
     """

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fp8jax._elementwise import FUNCTIONS, Elementwise, Step
 from fp8jax.kernels import mosaic_gpu, xla
+from fp8jax.kernels.mosaic_gpu import _map
 from fp8jax.testing import assert_codes_differ_by_last_bits, assert_same_bits
 
 ROW, BOX = (1, 128), (128, 128)
@@ -207,6 +208,18 @@ def test_interpreted_under_vmap_columns_may_differ():
     for i, inputs in enumerate(several):
         expected = jax.tree.map(np.asarray, _oracle(function, tiles, inputs))
         assert_same_bits(jax.tree.map(lambda x, i=i: x[i], mapped), expected)
+
+
+def test_tanh_is_right_where_it_is_small_and_where_it_is_nearly_one():
+    """GELU multiplies by 1 + tanh: of its tail nothing must be left but rounding."""
+    x = np.concatenate([np.geomspace(1e-30, 30, 4001), [0.0]]).astype(np.float32)
+    x = np.concatenate([x, -x])
+    got = np.asarray(jax.jit(_map.tanh)(x)).astype(np.float64)
+    exact = np.tanh(x.astype(np.float64))
+    assert (np.abs(got - exact) <= 2.0**-17 * np.abs(exact)).all()
+    near_one = np.abs(x) > 1
+    assert (np.abs(got - exact)[near_one] <= 2.0**-20).all()
+    assert np.isnan(_map.tanh(jnp.float32(jnp.nan)))
 
 
 def test_refuses_what_it_cannot_do():

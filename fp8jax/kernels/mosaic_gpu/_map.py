@@ -1,9 +1,11 @@
 """Elementwise functions, computed and quantized in one read of their inputs."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fp8jax._elementwise import FUNCTIONS, Elementwise
@@ -41,8 +43,8 @@ def quantize_map(
             shared memory holds.
 
     Error: sums, differences and products are those of JAX, rounded at each step.
-    Exponentials, logistic, tanh, roots and divisions are taken in float32, to some 20
-    bits, and then rounded to the dtype of the step.
+    Exponentials, logistic, roots and divisions are taken in float32, to some 20 bits,
+    tanh to 17, and then rounded to the dtype of the step.
     """
     name = "quantize_map"
     count = function.kinds.count("matrix")
@@ -82,6 +84,21 @@ def quantize_map(
     )
 
 
+def tanh(x: jax.Array) -> jax.Array:
+    """Of float32 x, within 2^-17 of it, and within 2^-20 of 1 where it is near 1 or -1.
+
+    Mosaic's own is one instruction, right to 11 bits: what is left of 1 + tanh(x) in
+    GELU's tail would be noise.
+    """
+    square = x * x
+    # Its series to x^7: within 2^-36 of it where x is small, as 2 sigmoid - 1 is not.
+    terms = (np.float32(c) for c in (-17 / 315, 2 / 15, -1 / 3))
+    factor = functools.reduce(lambda sum_, c: sum_ * square + c, terms)
+    small = x + x * (square * factor)
+    large = np.float32(2) * sigmoid(np.float32(2) * x) - np.float32(1)
+    return jnp.where(jnp.abs(x) < np.float32(2.0**-4), small, large)
+
+
 def _in_float32(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return lambda *operands: function(*(x.astype(jnp.float32) for x in operands))
 
@@ -99,7 +116,7 @@ _IN_KERNEL = {
             ("logistic", sigmoid),
             ("rsqrt", lax.rsqrt),
             ("sqrt", lax.sqrt),
-            ("tanh", lax.tanh),
+            ("tanh", tanh),
         )
     },
 }
