@@ -52,11 +52,17 @@ def outcome(tmp_path_factory) -> tuple[pathlib.Path, str]:
 
 def test_report_has_every_kind_of_layer_and_leaves_out_what_it_should(outcome):
     lines = [line.split() for line in outcome[1].splitlines()]
-    told = {
-        (line[0], line[1]): line[7]
-        for line in lines
-        if len(line) > 7 and "/" in line[0]
-    }
+    rows = [line for line in lines if len(line) > 7 and "/" in line[0]]
+
+    def told(path, role):
+        """What rows say whose path, long ones cut in the middle, may be this one."""
+        found = set()
+        for shown, its_role, *columns in rows:
+            start, _, end = shown.partition("...")
+            if its_role == role and path.startswith(start) and path.endswith(end):
+                found.add(columns[5])
+        return found
+
     for role in ("fprop", "dgrad", "wgrad"):
         for layer in (
             "blocks/1/mlp/experts/gate",
@@ -67,9 +73,9 @@ def test_report_has_every_kind_of_layer_and_leaves_out_what_it_should(outcome):
             "mtp_block/attention/kv_a",
             "mtp_block/mlp/experts/up",
         ):
-            assert told[f"{layer}/kernel", role] == "fp8"
+            assert told(f"{layer}/kernel", role) == {"fp8"}
         for layer in ("blocks/1/mlp/router", "head"):
-            assert told[f"{layer}/kernel", role] == "skipped"
+            assert told(f"{layer}/kernel", role) == {"skipped"}
 
 
 def test_losses_fall_alike_in_both_arms(outcome):

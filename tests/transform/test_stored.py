@@ -364,6 +364,8 @@ def test_sharded_weights_run_in_the_gpu_kernels_of_each_device(x, monkeypatch):
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("x",))
     q = jax.device_put(weight(0, K, 8 * 128), jax.NamedSharding(mesh, jax.P(None, "x")))
     f = transformed(lambda w, x: x @ w)
+    # Of no other test's sizes: what JAX traced before has the CPU's implementation.
+    x = x[:16]
     monkeypatch.setattr(_dispatch, "check_available", lambda name: None)
     text = str(f.trace(q, x).jaxpr)
     assert "custom_partitioning[" in text

@@ -182,7 +182,9 @@ def is_differentiated(eqn: JaxprEqn) -> bool:
 
 def without_barrier(remat: JaxprEqn) -> JaxprEqn:
     """A remat that XLA may merge with what is around it."""
-    return remat.replace(params={**remat.params, "prevent_cse": False})
+    prevents = remat.params["prevent_cse"]  # One for each operand, or one for all.
+    free = (False,) * len(prevents) if isinstance(prevents, tuple) else False
+    return remat.replace(params={**remat.params, "prevent_cse": free})
 
 
 def called_name(eqn: JaxprEqn) -> str:

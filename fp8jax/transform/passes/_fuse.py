@@ -6,6 +6,7 @@ blocks they are neither: only their inputs are read.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 
@@ -51,6 +52,7 @@ def fuse(program: Program) -> Program:
     those of the chain's steps, each rounded to its dtype.
     """
     calls, passes = program.calls, Passes()
+    takes = functools.cache(maps_like_quantize)  # It traces a kernel each time.
 
     def visit(jaxpr: AnyJaxpr, outer: Pass) -> AnyJaxpr:
         def in_backward(eqn: JaxprEqn) -> bool:
@@ -67,7 +69,7 @@ def fuse(program: Program) -> Program:
         outvars = _compat.open_jaxpr(jaxpr).outvars
         # Only where chains are found are calls written out: elsewhere they stay shared.
         if any(_ways(eqn, calls) for eqn in eqns):
-            fused = _fused(eqns, outvars, calls, in_backward)
+            fused = _fused(eqns, outvars, calls, in_backward, takes)
             if fused is not None:
                 return with_equations(jaxpr, *fused)
         return with_equations(jaxpr, eqns)
@@ -120,12 +122,13 @@ def _fused(
     outvars: Sequence[Atom],
     calls: Calls,
     in_backward: Callable[[JaxprEqn], bool],
+    takes: Callable[..., bool],
 ) -> tuple[list[JaxprEqn], list[Atom]] | None:
     """Equations and results with chains in calls; None if there are none."""
     eqns, env = _with_calls_written_out(old)
     outvars = [read(x, env) for x in outvars]
     graph = Graph(eqns, outvars, in_backward)
-    groups = _groups(_roots(eqns, graph, calls), graph)
+    groups = _groups(_roots(eqns, graph, calls), graph, takes)
     if not groups:
         return None
     gone: set[int] = set()
@@ -153,8 +156,7 @@ def _with_calls_written_out(
     for eqn in old:
         eqn = reading(eqn, env)
         call = construct_of(eqn)
-        passes = all(map(may_be_in_chain, _inner(eqn)))
-        if call is None or not (call.is_plain and passes):
+        if call is None or not call.is_plain or not _may_be_in_chain(eqn):
             eqns.append(eqn)
             continue
         body, results = written_out(call)
@@ -163,6 +165,10 @@ def _with_calls_written_out(
         results = (read(x, within) for x in results)
         env.update(zip(eqn.outvars, results, strict=True))
     return eqns, env
+
+
+def _may_be_in_chain(call: JaxprEqn) -> bool:
+    return all(map(may_be_in_chain, _inner(call)))
 
 
 def _inner(eqn: JaxprEqn) -> list[JaxprEqn]:
@@ -215,15 +221,17 @@ def _fits(root: _Root) -> bool:
     )
 
 
-def _groups(roots: Sequence[_Root], graph: Graph) -> list[_Group]:
+def _groups(
+    roots: Sequence[_Root], graph: Graph, takes: Callable[..., bool]
+) -> list[_Group]:
     """The roots that are fused, those that read the same matrices together."""
     groups = []
     for together in _related(roots, graph):
-        group = _group(together, graph)
+        group = _group(together, graph, takes)
         if group is not None:
             groups.append(group)
         elif len(together) > 1:
-            groups += _greedy(together, graph)
+            groups += _greedy(together, graph, takes)
     return groups
 
 
@@ -248,23 +256,27 @@ def _related(roots: Sequence[_Root], graph: Graph) -> list[list[_Root]]:
     return [members for members, _ in related]
 
 
-def _greedy(roots: Sequence[_Root], graph: Graph) -> list[_Group]:
+def _greedy(
+    roots: Sequence[_Root], graph: Graph, takes: Callable[..., bool]
+) -> list[_Group]:
     """Groups of roots that no single call can make: each joins the first that may."""
     groups: list[_Group] = []
     for root in roots:
         for i, group in enumerate(groups):
-            together = _group([*group.roots, root], graph)
+            together = _group([*group.roots, root], graph, takes)
             if together is not None:
                 groups[i] = together
                 break
         else:
-            alone = _group([root], graph)
+            alone = _group([root], graph, takes)
             if alone is not None:
                 groups.append(alone)
     return groups
 
 
-def _group(roots: Sequence[_Root], graph: Graph) -> _Group | None:
+def _group(
+    roots: Sequence[_Root], graph: Graph, takes: Callable[..., bool]
+) -> _Group | None:
     """A call for these roots; None if no kernel takes the chain, or order forbids."""
     eqns = {id(eqn) for root in roots for eqn in root.eqns}
     chain = chain_to([root.value for root in roots], graph, eqns)
@@ -275,4 +287,4 @@ def _group(roots: Sequence[_Root], graph: Graph) -> _Group | None:
     call = group.call
     how = call.specs, call.implementation
     # Asked now: once the equations are gone, a refusal would have no way back.
-    return group if maps_like_quantize(call.function, call.shape, *how) else None
+    return group if takes(call.function, call.shape, *how) else None
