@@ -534,6 +534,16 @@ def test_whoever_says_that_arrays_are_sharded_products_are_split():
         assert partitioned(train_step(), params, x, y) == 5
 
 
+def test_reports_say_what_split_products_do_without():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    params, x, y = start()
+    split = jax.device_put(x, NamedSharding(mesh, P("data")))
+    step = fp8_transform(train_step())
+    assert step.report(params, x, y).notes == ()
+    (note,) = step.report(params, split, y).notes
+    assert "quantize for themselves" in note
+
+
 @pytest.mark.filterwarnings("ignore:fp8_transform")
 def test_ragged_products_keep_their_guard_and_the_call_warns_of_it(monkeypatch):
     pretend_hopper(monkeypatch)

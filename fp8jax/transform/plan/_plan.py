@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from fp8jax import ops
 from fp8jax.recipes import GEMM_NAMES, GemmName, GemmSpec, Recipe, Residual
@@ -97,7 +97,10 @@ def make_plan(
         for layer in layers_of(a)
         for role in ((_gemm_name(a.role),) if whole_step else GEMM_NAMES)
     }
-    notes = (*_notes(policy, assignments), *notes_on(stored, leaves))
+    notes = (
+        *_notes(policy, assignments, replacements.values()),
+        *notes_on(stored, leaves),
+    )
     unmatched = tuple(rule.pattern for rule in policy.rules if rule not in matched)
     return Plan(
         replacements,
@@ -137,8 +140,15 @@ def doubting(plan: Plan, doubts: tuple[str, ...]) -> Plan:
     return dataclasses.replace(plan, report=report, doubts=(*plan.doubts, *doubts))
 
 
-def _notes(policy: Policy, assignments: Sequence[Assignment]) -> tuple[str, ...]:
+def _notes(
+    policy: Policy, assignments: Sequence[Assignment], decisions: Iterable[object]
+) -> tuple[str, ...]:
     notes = []
+    if any(isinstance(what, QuantizedDot) and what.split for what in decisions):
+        notes.append(
+            "Products of sharded arrays quantize for themselves: codes are not shared, "
+            "and nothing is computed with them (hoist, pair, fuse)."
+        )
     if policy.stats and any(a.dot.scope.in_condition for a in assignments):
         notes.append("Products in a loop's condition are not measured (stats=).")
     if policy.stats and any(a.dot.ragged for a in assignments):
