@@ -72,7 +72,7 @@ def _hopper_missing() -> str | None:
     )
 
 
-# Some of every floor: what runs in a minute and a half, for before each commit.
+# Some of every floor: what runs in a minute, for before each commit.
 _QUICK = (
     *("numerics", "recipes", "testing", "cli", "transform/passes"),
     *("test_compat.py", "test_dispatch.py", "test_layers.py", "test_lowered_once.py"),
