@@ -83,6 +83,11 @@ class Elementwise:
             self.steps[number - len(self.kinds)].dtype for number in self.results
         )
 
+    def shapes(self, m: int, k: int) -> list[tuple[int, int]]:
+        """Of its inputs, where the matrices are [m, k]."""
+        by_kind = {"matrix": (m, k), "rows": (m, 1), "columns": (1, k)}
+        return [by_kind[kind] for kind in self.kinds]
+
     def __call__(
         self, *inputs: jax.Array, functions: Mapping[str, Function] = FUNCTIONS
     ) -> tuple[jax.Array, ...]:

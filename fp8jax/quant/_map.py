@@ -11,8 +11,9 @@ from fp8jax._elementwise import Elementwise
 from fp8jax.quant._qtensor import QTensor
 from fp8jax.quant._spec import QuantSpec
 
-# For a result and for its transpose; None where that is not asked for.
+# Of a matrix, and of its transpose; None where it was not asked for.
 Specs = tuple[QuantSpec | None, QuantSpec | None]
+Directions = tuple[QTensor | None, QTensor | None]
 
 
 def quantize_map(
@@ -21,7 +22,7 @@ def quantize_map(
     specs: Sequence[Specs],
     *,
     implementation: str | None = None,
-) -> tuple[tuple[QTensor | None, QTensor | None], ...]:
+) -> tuple[Directions, ...]:
     """`quantize` of an elementwise function's results and of their transposes.
 
     Args:
@@ -45,14 +46,21 @@ def quantize_map(
         implementation=implementation,
         **_static("quantize_map", function, specs),
     )
-    out = []
-    for codes, asked in zip(found, specs, strict=True):
-        along, across = (
-            None if q is None or spec is None else QTensor(q[0], q[1], spec.tile)
-            for q, spec in zip(codes, asked, strict=True)
-        )
-        out.append((along, across))
-    return tuple(out)
+    return tuple(map(in_both_directions, found, specs))
+
+
+def in_both_directions(codes: Any, specs: Specs) -> Directions:
+    """Codes and scales of a value and of its transpose, as QTensors.
+
+    Args:
+        codes: `fp8jax.kernels.Directions`.
+        specs: as they were asked for; None where they were not.
+    """
+    along, across = (
+        None if q is None or spec is None else QTensor(q[0], q[1], spec.tile)
+        for q, spec in zip(codes, specs, strict=True)
+    )
+    return along, across
 
 
 def maps_like_quantize(
@@ -68,10 +76,11 @@ def maps_like_quantize(
         shape: of the matrices.
     """
     name = "quantize_map"
-    shapes = {"matrix": shape, "rows": (shape[0], 1), "columns": (1, shape[1])}
     inputs = [
-        jax.ShapeDtypeStruct(shapes[kind], dtype)
-        for kind, dtype in zip(function.kinds, function.dtypes, strict=True)
+        jax.ShapeDtypeStruct(of_input, dtype)
+        for of_input, dtype in zip(
+            function.shapes(*shape), function.dtypes, strict=True
+        )
     ]
     static = _static(name, function, specs)
     result = jax.ShapeDtypeStruct(shape, function.result_dtypes[0])

@@ -6,14 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax import _dispatch
-from fp8jax.quant._qtensor import QTensor
+from fp8jax.quant._map import Directions, in_both_directions
 from fp8jax.quant._quantize import checked, each_matrix
 from fp8jax.quant._spec import TILE_1X128, QuantSpec
 
 _INPUT_DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32)))
-
-# Of a matrix, and of its transpose; None where it was not asked for.
-Directions = tuple[QTensor | None, QTensor | None]
 
 
 def quantize_swiglu(
@@ -120,14 +117,7 @@ def _quantize(
             scale=given[0].scale,
             eps=given[0].eps,
         )
-        out = []
-        for value in found:
-            along, across = (
-                None if q is None or s is None else QTensor(q[0], q[1], s.tile)
-                for q, s in zip(value, asked, strict=True)
-            )
-            out.append((along, across))
-        return tuple(out)
+        return tuple(in_both_directions(value, asked) for value in found)
 
     return each_matrix(run, *arrays)
 

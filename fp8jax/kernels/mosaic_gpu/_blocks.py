@@ -10,13 +10,13 @@ import numpy as np
 
 from fp8jax.kernels._contract import Directions, Quantized, Tile
 from fp8jax.kernels.mosaic_gpu._blocks_config import BlocksConfig, blocks_config
-from fp8jax.kernels.mosaic_gpu._blocks_kernel import (
+from fp8jax.kernels.mosaic_gpu._blocks_kernel import launch
+from fp8jax.kernels.mosaic_gpu._blocks_values import (
     ROW,
     Compute,
     Direction,
     Format,
     Values,
-    launch,
 )
 from fp8jax.kernels.mosaic_gpu._common import (
     ceil_div,

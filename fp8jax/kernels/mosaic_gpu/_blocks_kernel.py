@@ -11,10 +11,9 @@ blocks of inputs of their dtype in shared memory: all directions then see the sa
 numbers, those that a separate pass would have written.
 """
 
-import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,8 +24,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fp8jax import _compat
-from fp8jax.kernels._contract import ScaleKind, Tile
 from fp8jax.kernels.mosaic_gpu._blocks_config import BlocksConfig
+from fp8jax.kernels.mosaic_gpu._blocks_values import BOX, ROW, Direction, Format, Values
 from fp8jax.kernels.mosaic_gpu._common import (
     await_stores,
     called,
@@ -37,91 +36,9 @@ from fp8jax.kernels.mosaic_gpu._common import (
 )
 from fp8jax.kernels.mosaic_gpu._encode import BLOCK, amax_bits, encode, scales
 
-Compute = Callable[..., tuple[jax.Array, ...]]
-
-ROW: Tile = (1, BLOCK)
-_BOX: Tile = (BLOCK, BLOCK)
 _PIECE = 64  # Side of what is computed at a time: 32 numbers of an input a thread.
 _VECTOR_SLOTS = 2  # Pieces of a vector in shared memory at a time.
 _PER_ROW: Any = plgpu.Layout.WGMMA.reduce(1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Direction:
-    """One way to quantize a matrix of values.
-
-    Attributes:
-        tile: (1, 128) or (128, 128), of the codes as they are written.
-        transposed: whether they are written transposed.
-    """
-
-    tile: Tile
-    transposed: bool
-
-    @property
-    def name(self) -> str:
-        """Its tile as the matrix lies."""
-        rows, columns = self.tile[::-1] if self.transposed else self.tile
-        return f"{rows}x{columns}"
-
-
-_ALONG = Direction(ROW, transposed=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """What the codes are: `dtype`, kind of scale, and the floor of amax."""
-
-    dtype: np.dtype
-    kind: ScaleKind
-    eps: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Values:
-    """What is quantized, as computed from the inputs.
-
-    Attributes:
-        op: the op that asks for it, for the kernel's name.
-        compute: pieces of the matrices, in their dtypes, and of the vectors, float32
-            and repeated over rows or columns, to pieces of the values, elementwise;
-            None for the one matrix itself.
-        dtypes: of the values.
-        directions: for each value, how it leaves; at least one way.
-        sides: for each vector, which side of the matrices it lies along: 0, one number
-            per row, or 1, one per column.
-    """
-
-    op: str
-    compute: Compute | None
-    dtypes: tuple[np.dtype, ...]
-    directions: tuple[tuple[Direction, ...], ...]
-    sides: tuple[int, ...] = ()
-
-    @property
-    def is_direct(self) -> bool:
-        """Whether the one value leaves as it is computed, and only so.
-
-        Then it need not be in shared memory, where other directions would read it.
-        """
-        return self.compute is not None and self.directions == ((_ALONG,),)
-
-    def places(self, dtypes: Sequence[np.dtype]) -> tuple[int | None, ...]:
-        """The input whose block each value is written over; None for one of its own.
-
-        Args:
-            dtypes: of the matrices.
-        """
-        if self.is_direct:
-            return (0,)
-        free = list(range(len(dtypes)))
-        found: list[int | None] = []
-        for dtype in self.dtypes:
-            place = next((i for i in free if dtypes[i] == dtype), None)
-            if place is not None:
-                free.remove(place)
-            found.append(place)
-        return tuple(found)
 
 
 def launch(
@@ -186,7 +103,7 @@ def launch(
         scratch["vectors_full"] = plgpu.Barrier(
             num_barriers=_VECTOR_SLOTS, num_arrivals=len(vectors)
         )
-    if config.warpgroups > 1 and _BOX in (d.tile for d in directions):
+    if config.warpgroups > 1 and BOX in (d.tile for d in directions):
         scratch["peaks_smem"] = plgpu.SMEM((BLOCK,), jnp.int32)
     run = plgpu.kernel(
         functools.partial(
@@ -211,7 +128,7 @@ def launch(
 
 
 def _blocks_of(count: int, dtype: np.dtype) -> Any:
-    """Shared memory for so many blocks, as tensor copies and registers read them."""
+    """Shared memory for `count` blocks, in a layout for tensor copies and registers."""
     columns = BLOCK // dtype.itemsize  # 128 bytes, the widest swizzle.
     return plgpu.SMEM((count, BLOCK, BLOCK), dtype, transforms=swizzled(columns, BLOCK))
 
@@ -359,7 +276,7 @@ def _body(
         for value, directions in enumerate(values.directions):
             box = None  # Scales of the whole block, the same in both directions.
             for direction in directions:
-                is_box = direction.tile == _BOX
+                is_box = direction.tile == BOX
                 at, source = (row, column), sources[value]
                 if direction.transposed:
                     at, source = turned(*at), source.at[:, pl.ds(start, share)].T
@@ -472,7 +389,7 @@ def _store(
     data, scale_out = out
     if shared is None:
         bits = amax_bits(values)
-        if direction.tile == _BOX:
+        if direction.tile == BOX:
             bits = whole_block(bits)
         # JAX 0.10 finds no layout, or searches long, without being told.
         bits = plgpu.layout_cast(bits, _PER_ROW)

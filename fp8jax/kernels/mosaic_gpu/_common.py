@@ -73,6 +73,11 @@ def called(kernel: Callable[..., _Results], *operands: jax.Array) -> _Results:
     return lax.optimization_barrier(results)
 
 
+def in_float32(function: Callable[..., _Results]) -> Callable[..., _Results]:
+    """`function` of its operands as float32."""
+    return lambda *operands: function(*(x.astype(jnp.float32) for x in operands))
+
+
 def in_32_bits(kernel: _Function) -> _Function:
     """`kernel`, traced with 32-bit integers where the user has enabled 64-bit ones.
 

@@ -1,7 +1,6 @@
 """Elementwise functions, computed and quantized in one read of their inputs."""
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,8 @@ from fp8jax._elementwise import FUNCTIONS, Elementwise
 from fp8jax.kernels._contract import Directions, ScaleKind, Tile
 from fp8jax.kernels._swiglu import sigmoid
 from fp8jax.kernels.mosaic_gpu._blocks import quantize_directions
-from fp8jax.kernels.mosaic_gpu._blocks_kernel import Format
+from fp8jax.kernels.mosaic_gpu._blocks_values import Format
+from fp8jax.kernels.mosaic_gpu._common import in_float32
 from fp8jax.kernels.mosaic_gpu._encode import BLOCK, check_arguments
 
 _TILES = ((1, BLOCK), (BLOCK, BLOCK))
@@ -99,15 +99,11 @@ def tanh(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(x) < np.float32(2.0**-4), small, large)
 
 
-def _in_float32(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    return lambda *operands: function(*(x.astype(jnp.float32) for x in operands))
-
-
 # Mosaic's own take float32, or are rounded in between.
 _IN_KERNEL = {
     **FUNCTIONS,
     **{
-        name: _in_float32(function)
+        name: in_float32(function)
         for name, function in (
             ("div", lax.div),
             ("exp", lax.exp),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from fp8jax.kernels._contract import Directions, Quantized, ScaleKind, Tile
 from fp8jax.kernels._grouped import rows_apart
 from fp8jax.kernels.mosaic_gpu._blocks import quantize_blocks
-from fp8jax.kernels.mosaic_gpu._blocks_kernel import Direction, Format, Values
+from fp8jax.kernels.mosaic_gpu._blocks_values import Direction, Format, Values
 from fp8jax.kernels.mosaic_gpu._encode import BLOCK, check_arguments
 
 _ROW, _COLUMN, _BOX = (1, BLOCK), (BLOCK, 1), (BLOCK, BLOCK)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from fp8jax.kernels import _swiglu
 from fp8jax.kernels._contract import Directions, ScaleKind, Tile
 from fp8jax.kernels.mosaic_gpu._blocks import quantize_directions
-from fp8jax.kernels.mosaic_gpu._blocks_kernel import Format
+from fp8jax.kernels.mosaic_gpu._blocks_values import Format
+from fp8jax.kernels.mosaic_gpu._common import in_float32
 from fp8jax.kernels.mosaic_gpu._encode import BLOCK, check_arguments
 
 _TILES = ((1, BLOCK), (BLOCK, BLOCK))
@@ -83,14 +84,10 @@ def _quantize(
     eps: float,
 ) -> tuple[Directions, ...]:
     check_arguments(name, inputs, {"tile": tile, "tile_t": tile_t}, _TILES, dtype)
-
-    def in_float32(*pieces: jax.Array) -> tuple[jax.Array, ...]:
-        return compute(*(x.astype(jnp.float32) for x in pieces))
-
     return quantize_directions(
         name,
         inputs,
-        in_float32,
+        in_float32(compute),
         [inputs[0].dtype] * values,
         [(tile, tile_t)] * values,
         Format(jnp.dtype(dtype), scale, eps),

@@ -115,11 +115,9 @@ class QuantizeMap:
         return marked("quantize_map", self._run)(*inputs)
 
     def _run(self, *inputs: jax.Array) -> tuple[jax.Array, ...]:
-        rows, columns = self.shape
-        shapes = {"matrix": self.shape, "rows": (rows, 1), "columns": (1, columns)}
         arrays = [
-            x.reshape(shapes[kind]) if x.ndim else jnp.full(shapes[kind], x)
-            for x, kind in zip(inputs, self.function.kinds, strict=True)
+            x.reshape(shape) if x.ndim else jnp.full(shape, x)
+            for x, shape in zip(inputs, self.function.shapes(*self.shape), strict=True)
         ]
         found = quantize_map(
             self.function, arrays, self.specs, implementation=self.implementation

@@ -89,11 +89,7 @@ class Chain:
 
     @property
     def matrices(self) -> list[Var]:
-        kinds = self.function.kinds
-        return [x for x, kind in zip(self.inputs, kinds, strict=True) if kind in _FULL]
-
-
-_FULL: tuple[Kind, ...] = ("matrix",)
+        return list(self.inputs[: self.function.kinds.count("matrix")])
 
 
 class _NoChainError(Exception):
