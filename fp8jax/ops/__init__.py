@@ -28,7 +28,19 @@ from fp8jax.ops._product import INPUT_CODES, PRODUCT, WEIGHT_CODES
 from fp8jax.ops._ragged_dot import ragged_dot
 from fp8jax.ops._rms_norm import rms_norm_dot
 from fp8jax.ops._routing import Routing, balanced_bias, check_routing, route
-from fp8jax.ops._spread import Spread, spread, spread_of_mesh, spread_of_sharding
+from fp8jax.ops._sides import has_split_codes
+from fp8jax.ops._split_codes import multiply_split, split_codes
+from fp8jax.ops._spread import (
+    Placement,
+    Spread,
+    axes_of_mesh,
+    axes_of_sharding,
+    placement,
+    placement_of,
+    spread,
+    spread_of_mesh,
+    spread_of_sharding,
+)
 from fp8jax.ops._static_weight import (
     check_quantized_input,
     static_weight_dot,
@@ -48,10 +60,13 @@ __all__ = [
     "Dispatch",
     "Layout",
     "Operand",
+    "Placement",
     "RaggedForm",
     "Routing",
     "Spread",
     "attention_products",
+    "axes_of_mesh",
+    "axes_of_sharding",
     "balanced_bias",
     "check_quantized_input",
     "check_routing",
@@ -62,12 +77,16 @@ __all__ = [
     "gemm_implementation",
     "grouped_implementation",
     "has_gpu_kernels",
+    "has_split_codes",
     "mark_of",
     "marked",
     "moe",
     "multiply_operands",
+    "multiply_split",
     "output_dtype",
     "permute",
+    "placement",
+    "placement_of",
     "plan",
     "quantize_operand",
     "quantize_operand_both",
@@ -76,6 +95,7 @@ __all__ = [
     "ragged_dot",
     "rms_norm_dot",
     "route",
+    "split_codes",
     "spread",
     "spread_of_mesh",
     "spread_of_sharding",

@@ -25,7 +25,7 @@ from fp8jax.recipes import Recipe, bf16
 
 INPUT_DTYPES = tuple(np.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
 
-_NO_GRADIENT = (
+NO_GRADIENT = (
     "quantized_dot has no gradient: rounding to FP8 is a step function. Use "
     "fp8jax.dot_general, whose gradients are products in FP8 themselves; to "
     "differentiate a function that fp8_transform has rewritten as a whole step, "
@@ -175,7 +175,7 @@ def quantized_dot(
         return _whole(lhs, rhs, layout, specs, out_dtype, implementation)
     key = layout.numbers, specs, out_dtype, implementation, Surroundings.here()
     run = _split(lhs.ndim, rhs.ndim, *key)
-    return numerics.refuse_derivatives(run, _NO_GRADIENT)(lhs, rhs)
+    return numerics.refuse_derivatives(run, NO_GRADIENT)(lhs, rhs)
 
 
 def _whole(
@@ -234,7 +234,7 @@ def quantize_operand(
     def run(x: jax.Array) -> QTensor:
         return quantize_along(x, operand.contraction, spec, implementation)
 
-    return numerics.refuse_derivatives(run, _NO_GRADIENT)(operand.arrange(x))
+    return numerics.refuse_derivatives(run, NO_GRADIENT)(operand.arrange(x))
 
 
 def quantize_operand_both(
@@ -257,7 +257,7 @@ def quantize_operand_both(
         side = operand.contraction
         return quantize_both_ways(x, side, spec, spec_t, implementation)
 
-    return numerics.refuse_derivatives(run, _NO_GRADIENT)(operand.arrange(x))
+    return numerics.refuse_derivatives(run, NO_GRADIENT)(operand.arrange(x))
 
 
 def multiply_operands(

@@ -20,11 +20,13 @@ class Operand:
         permutation: of the dimensions, before the reshape.
         shape: `[*batch, rows, columns]`, after it.
         contraction: which of the last two is contracted, 0 (rows) or 1 (columns).
+        ranks: how many dimensions are batch, rows and columns.
     """
 
     permutation: tuple[int, ...]
     shape: tuple[int, ...]
     contraction: int
+    ranks: tuple[int, int, int]
 
     def arrange(self, x: jax.Array) -> jax.Array:
         if self.permutation != tuple(range(x.ndim)):
@@ -155,6 +157,8 @@ def _operand(
     contraction_size = math.prod(shape[d] for d in contracting)
     rows_first = batch + contracting + free
     if rows_first == tuple(range(len(shape))):  # Stored so: nothing moves.
-        return Operand(rows_first, (*sizes, contraction_size, free_size), 0)
+        ranks = len(batch), len(contracting), len(free)
+        return Operand(rows_first, (*sizes, contraction_size, free_size), 0, ranks)
+    ranks = len(batch), len(free), len(contracting)
     permutation = batch + free + contracting
-    return Operand(permutation, (*sizes, free_size, contraction_size), 1)
+    return Operand(permutation, (*sizes, free_size, contraction_size), 1, ranks)

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +42,12 @@ class Factorization:
         summed: names over which results are sums: no result has them.
         whole: names of dimensions of which each device needs all.
         multiples: for some names, what a device's part is a multiple of.
-        follows: for names of scales' dimensions, that of the codes they belong to.
+        follows: for names of scales' dimensions, that of the codes they belong to, and
+            how many of these have one scale.
+        tiles: for names of codes' dimensions that are whole tiles, how long those are:
+            the partitioner then knows which scales a part of them has.
+        moves_results: whether operands stay where they are, rather than follow the
+            result: of quantizations, whose results are smaller.
     """
 
     operands: tuple[Factors, ...]
@@ -50,7 +55,9 @@ class Factorization:
     summed: Factors = ()
     whole: Factors = ()
     multiples: tuple[tuple[str, int], ...] = ()
-    follows: tuple[tuple[str, str], ...] = ()
+    follows: tuple[tuple[str, str, int], ...] = ()
+    tiles: tuple[tuple[str, int], ...] = ()
+    moves_results: bool = False
 
     def mapped(self, is_mapped: Sequence[bool]) -> "Factorization":
         """Of the operation mapped over a new first dimension of some operands."""
@@ -76,9 +83,63 @@ class Factorization:
         free = [name for name in (*lhs, *rhs) if name[0] in "mn"]
         return cls((tuple(lhs), tuple(rhs)), ((*batch, *free),), summed)
 
+    @property
+    def leaders(self) -> dict[str, str]:
+        """Of each dimension of scales, that of the codes."""
+        return {name: leader for name, leader, _ in self.follows}
+
+    def in_rule(self, name: str) -> str:
+        """What a dimension is called in the partitioner's rule."""
+        in_tiles = dict(self.tiles)
+        for follower, leader, side in self.follows:
+            if follower == name:
+                if side == 1:
+                    return self.in_rule(leader)
+                # Else the partitioner can't tell: how many there are is rounded up.
+                return f"{leader}t" if leader in in_tiles else name
+        return f"({name}t {name}i)" if name in in_tiles else name
+
+    def factors(self, names: Factors) -> Factors:
+        """The factors of some dimensions in the partitioner's rule."""
+        joined = " ".join(map(self.in_rule, names))
+        return tuple(joined.replace("(", "").replace(")", "").split())
+
+    def told(
+        self, axes: Iterable[int], shapes: Sequence[Sequence[int]]
+    ) -> "Factorization":
+        """With those `tiles` alone that no split over a mesh can cut.
+
+        What else the partitioner made of an axis it would split in two: one part for
+        tiles, and one within them.
+
+        Args:
+            axes: sizes of the mesh's axes.
+            shapes: of the operands.
+        """
+        splits = {1}
+        for size in axes:
+            splits |= {size * split for split in splits}
+        sizes: dict[str, int] = {}
+        for names, shape in zip(self.operands, shapes, strict=False):
+            sizes.update(zip(names, shape, strict=True))
+        tiles = tuple(
+            (name, side)
+            for name, side in self.tiles
+            if all(
+                sizes[name] % split or sizes[name] // side % split == 0
+                for split in splits
+            )
+        )
+        return dataclasses.replace(self, tiles=tiles)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Those sizes of factors that no dimension tells."""
+        return {f"{name}i": side for name, side in self.tiles}
+
     def __str__(self) -> str:
         operands, results = (
-            ", ".join(" ".join(names) for names in arrays)
+            ", ".join(" ".join(map(self.in_rule, names)) for names in arrays)
             for arrays in (self.operands, self.results)
         )
         return f"{operands} -> {results}"
@@ -109,6 +170,7 @@ def split_over_devices(
     factors: Factorization,
     name: str,
     around: AbstractMesh | None = None,
+    across: Callable[[Mapping[str, tuple[str, ...]]], Product] | None = None,
 ) -> Product:
     """`product` with rules for the partitioner and for `vmap`.
 
@@ -118,6 +180,9 @@ def split_over_devices(
         factors: names of the dimensions.
         name: from `named`, of all that `product` depends on beside arrays.
         around: the mesh of a `shard_map` over some of its axes that it is called in.
+        across: makes the product of shards whose edges cut tiles, given the axes that
+            split each such dimension: its scales are then whole on each device. Without
+            it no such dimension is split.
     """
     count = len(factors.operands)
 
@@ -133,12 +198,14 @@ def split_over_devices(
                 free, unsplit = free_mesh(around), (*unsplit, *factors.summed)
         specs = [_spec(x, free) for x in (*arrays, *jax.tree.leaves(out))]
         axes = assign_axes(factors, *specs)
-        axes = _allowed(axes, dict(free.shape), factors, arrays, unsplit)
+        may_cut = across is not None
+        axes, cut = _allowed(axes, dict(free.shape), factors, arrays, unsplit, may_cut)
         summed = tuple(axis for name in factors.summed for axis in axes[name])
+        local = across(cut) if across is not None and cut else product
 
         @_without_mesh
         def shard(*args: jax.Array) -> Any:
-            out = product(*args[:count])
+            out = local(*args[:count])
             if not summed:
                 return out
             return jax.tree.map(lambda part: lax.psum(part, summed), out)
@@ -153,16 +220,23 @@ def split_over_devices(
         results = jax.tree.unflatten(jax.tree.structure(out), results)
         return mesh, shard, results, (*operands, *(x.sharding for x in rest))
 
-    rule = str(factors)
-    if around is not None:
-        rule = rule.replace(" ->", f", {' '.join(free_axes(around))} ->")
+    def rule(mesh: Any, operands: Sequence[Any], results: Any) -> Any:
+        del results
+        shapes = [x.shape for x in operands]
+        known = factors.told(mesh.shape.values(), shapes)
+        text = str(known)
+        if around is not None:
+            text = text.replace(" ->", f", {' '.join(free_axes(around))} ->")
+        return text, {
+            "reduction_factors": known.factors(factors.summed),
+            "need_replication_factors": known.factors(factors.whole),
+            **known.sizes,
+        }
+
     partitioned = custom_partitioning(whole)
-    partitioned.def_partition(
-        partition,
-        sharding_rule=rule,
-        reduction_factors=factors.summed,
-        need_replication_factors=factors.whole,
-    )
+    # NOTE: not every sharding that the partitioner tries is one by axes, as JAX decodes
+    # them: `_spec` does.
+    partitioned.def_partition(partition, sharding_rule=rule, decode_shardings=False)
 
     def run(*args: jax.Array) -> Any:
         first = _compat.here_only(args[0], _NO_EXPORT)
@@ -176,7 +250,11 @@ def split_over_devices(
     def over(is_mapped: tuple[bool, ...]) -> Product:
         in_axes = tuple(0 if mapped else None for mapped in is_mapped)
         mapped = jax.vmap(product, in_axes)
-        return split_over_devices(mapped, factors.mapped(is_mapped), name, around)
+        several = None
+        if across is not None:
+            several = functools.partial(_mapped_across, across, in_axes)
+        more = factors.mapped(is_mapped)
+        return split_over_devices(mapped, more, name, around, several)
 
     @mappable.def_vmap
     def _vmap(axis_size: int, is_mapped: Sequence[bool], *args: jax.Array) -> Any:
@@ -186,6 +264,14 @@ def split_over_devices(
         return out, jax.tree.map(lambda _: True, out)
 
     return mappable
+
+
+def _mapped_across(
+    across: Callable[[Mapping[str, tuple[str, ...]]], Product],
+    in_axes: tuple[int | None, ...],
+    cut: Mapping[str, tuple[str, ...]],
+) -> Product:
+    return jax.vmap(across(cut), in_axes)
 
 
 def _without_mesh(shard: Product) -> Product:
@@ -207,8 +293,11 @@ def _without_mesh(shard: Product) -> Product:
 
 
 def _spec(x: Any, mesh: Any) -> tuple[tuple[str, ...], ...]:
-    """The axes of `mesh` that split each dimension."""
-    spec = tuple(_compat.spec_on(mesh, x.sharding))
+    """The axes of `mesh` that split each dimension; () if it is no split by axes."""
+    try:
+        spec = tuple(_compat.spec_on(mesh, x.sharding))
+    except ValueError:
+        spec = ()
     spec += (None,) * (len(x.shape) - len(spec))
     return tuple(
         () if s is None else (s,) if isinstance(s, str) else tuple(s) for s in spec
@@ -221,26 +310,39 @@ def _allowed(
     factors: Factorization,
     args: Sequence[Any],
     unsplit: Factors,
-) -> dict[str, tuple[str, ...]]:
+    may_cut: bool,
+) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
     """`axes` without those that would leave a part of what each device needs whole.
 
-    Nor a padded shard, whose padding is garbage, nor one that cuts a tile of codes.
+    Nor a padded shard, whose padding is garbage, nor, unless it may, one that cuts a
+    tile of codes.
+
+    Returns:
+        The axes of each dimension, and of those whose tiles are cut.
     """
     sizes, multiples = {}, dict(factors.multiples)
     for names, x in zip(factors.operands, args, strict=True):
         sizes.update(zip(names, x.shape, strict=True))
 
-    def fits(name: str) -> bool:
+    def fits(name: str, multiple: int) -> bool:
         shards = math.prod(mesh_shape[a] for a in axes[name])
-        return sizes[name] % (shards * multiples.get(name, 1)) == 0
+        return sizes[name] % (shards * multiple) == 0
 
-    followers = dict(factors.follows)
-    found = {
-        name: axes[name] if name not in unsplit and fits(name) else ()
-        for name in axes
-        if name not in followers
-    }
-    return {**found, **{name: found[leader] for name, leader in followers.items()}}
+    leaders = factors.leaders
+    found, cut = {}, {}
+    for name in axes:
+        if name in leaders:
+            continue
+        found[name] = ()
+        if name in unsplit or not axes[name]:
+            continue
+        if fits(name, multiples.get(name, 1)):
+            found[name] = axes[name]
+        elif may_cut and fits(name, 1):
+            found[name] = cut[name] = axes[name]
+    for name, leader, side in factors.follows:
+        found[name] = () if side > 1 and leader in cut else found[leader]
+    return found, cut
 
 
 def assign_axes(factors: Factorization, *specs: Any) -> dict[str, tuple[str, ...]]:
@@ -248,25 +350,27 @@ def assign_axes(factors: Factorization, *specs: Any) -> dict[str, tuple[str, ...
 
     An axis splits the dimension that the most arrays agree on, and others that share no
     array with it. In a product of two, any two dimensions share one. Of dimensions with
-    as many votes the result's comes first, then that of the first operand.
+    as many votes the result's comes first, then that of the first operand. Where
+    results move, dimensions that the axis splits in operands come before all others.
 
     Args:
         factors: names of the dimensions.
         specs: mesh axes of each dimension of each operand and result, as the
             partitioner has them.
     """
-    followers = dict(factors.follows)
+    leaders = factors.leaders
     names = *factors.operands, *factors.results
     pairs = [*zip(names, specs, strict=True)]
     count = len(factors.operands)
+    weight = len(pairs) if factors.moves_results else 1
     votes: dict[str, collections.Counter[str]] = collections.defaultdict(
         collections.Counter
     )
-    for array, spec in (*pairs[count:], *pairs[:count]):
+    for i, (array, spec) in enumerate((*pairs[count:], *pairs[:count])):
         for name, axes in zip(array, spec, strict=True):
-            if name not in followers:
+            if name not in leaders:
                 for axis in axes:
-                    votes[axis][name] += 1
+                    votes[axis][name] += weight if i >= len(pairs) - count else 1
     assigned: dict[str, tuple[str, ...]]
     assigned = {name: () for array in names for name in array}
     for axis, found in votes.items():  # In order of the arrays, and so are ties.

@@ -1,13 +1,15 @@
 """Whether arrays are spread over several devices, as far as a trace can tell."""
 
+import dataclasses
 import enum
 import functools
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.core import Tracer
-from jax.sharding import AxisType, SingleDeviceSharding
+from jax.sharding import AxisType, PartitionSpec, SingleDeviceSharding
 
 from fp8jax.matmul import has_gpu_kernels
 
@@ -40,6 +42,54 @@ def spread(*arrays: Any) -> Spread:
         elif found == Spread.ONE and not _is_only_device():
             found = Spread.UNKNOWN
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """What arrays tell of the mesh that they are split over. Hashable.
+
+    Attributes:
+        axes: names and sizes of the mesh's axes.
+        split: for each array, the axes that split each of its dimensions, but for the
+            last ones that none splits.
+    """
+
+    axes: tuple[tuple[str, int], ...] = ()
+    split: tuple[tuple[tuple[str, ...], ...], ...] = ()
+
+
+def placement(arrays: Sequence[Any]) -> Placement:
+    """What the shardings of arrays tell; tracers have none to tell."""
+    known = (None if isinstance(x, Tracer) else x for x in arrays)
+    return placement_of([getattr(x, "sharding", None) for x in known])
+
+
+def placement_of(shardings: Sequence[Any]) -> Placement:
+    """What these tell, one for each array: shardings, specs or None."""
+    axes = {axis for x in shardings for axis in axes_of_sharding(x)}
+    return Placement(tuple(sorted(axes)), tuple(map(_split_by, shardings)))
+
+
+@functools.lru_cache(maxsize=4096)
+def axes_of_sharding(sharding: Any) -> tuple[tuple[str, int], ...]:
+    """Names and sizes of the axes of a sharding's mesh that has several devices."""
+    mesh = getattr(sharding, "mesh", None)
+    return () if mesh is None else axes_of_mesh(mesh)
+
+
+def axes_of_mesh(mesh: Any) -> tuple[tuple[str, int], ...]:
+    """Names and sizes of the axes along which a mesh has several devices."""
+    return tuple((name, size) for name, size in mesh.shape.items() if size > 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def _split_by(sharding: Any) -> tuple[tuple[str, ...], ...]:
+    spec = getattr(sharding, "spec", None) or ()
+    spec = sharding if isinstance(sharding, PartitionSpec) else spec
+    dims = [tuple(jax.tree.leaves(names)) for names in tuple(spec)]
+    while dims and not dims[-1]:
+        dims.pop()
+    return tuple(dims)
 
 
 def without_split(name: str, implementation: str | None, *arrays: Any) -> str | None:

@@ -53,7 +53,8 @@ def over_devices(
         if isinstance(x, QTensor):
             scales = tuple(f"s{i}{name}" for name in dimensions)
             arrays.append(scales)
-            follows += zip(scales, dimensions, strict=True)
+            sides = (*(1 for _ in dimensions[:-2]), *x.tile)
+            follows += zip(scales, dimensions, sides, strict=True)
             for name, side in zip(dimensions[-2:], x.tile, strict=True):
                 parts[name] = math.lcm(parts.get(name, 1), side)
     factors = Factorization(

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from fp8jax import _compat, ops
 from fp8jax.transform._custom_rules import with_custom_rules
 from fp8jax.transform._pipeline import lowered, prepared
+from fp8jax.transform._splits import splits_of, told_placement
 from fp8jax.transform.analysis import (
     RULES,
     Dot,
@@ -91,7 +92,9 @@ class Step:
             describe: tells the leaves of `(args, kwargs)`.
         """
         self.outer = outer
-        self.options = ArgumentOptions(outer.static, outer.static_scalars)
+        self.options = ArgumentOptions(
+            outer.static, outer.static_scalars, placed=outer.in_shardings is not None
+        )
         self.has_static_outputs = False
         self._policy = policy
         self._weights: Weights = weights
@@ -241,11 +244,17 @@ class Step:
             told = map(_spread_of, self.outer.shardings)
             in_program = map(spread_of_program, (jaxpr, *programs))
             spread = max(key.spread, *told, *in_program)
+            placement = key.placement
+            if self.options.placed:
+                placement = told_placement(self.outer.in_shardings, args)
+            splits = splits_of(placement, self.outer.shardings, jaxpr, mask)
             rules = found_rules(flow.readers, found, leaves)
             policy = dataclasses.replace(self._policy, found=rules)
             # Of a gradient rule's program, positions are its own.
             known = StoredOperands({}, frozenset()) if programs else stored
-            plan = make_plan(found, leaves, policy, whole_step, spread, mask, known)
+            plan = make_plan(
+                found, leaves, policy, whole_step, spread, splits, mask, known
+            )
             is_told = self._weights is not None
             return with_doubts(plan, found, leaves, policy, is_told)
 

@@ -1,6 +1,6 @@
 """What a program computes: values, passes of a step, roles of products."""
 
-from fp8jax.transform.analysis._devices import spread_of_program
+from fp8jax.transform.analysis._devices import axes_of_program, spread_of_program
 from fp8jax.transform.analysis._flow import Flow
 from fp8jax.transform.analysis._frozen import multiplies_features
 from fp8jax.transform.analysis._gradients import gradient_sizes, operands_of, sizes_of
@@ -69,6 +69,7 @@ __all__ = [
     "Value",
     "add_results",
     "assign",
+    "axes_of_program",
     "flagged",
     "gradient_sizes",
     "inner_flags",

@@ -78,11 +78,13 @@ class CallKey:
         treedef: of `(args, kwargs)`, static arguments being one leaf each.
         statics: the static leaves, by index.
         spread: over how many devices the arrays lie.
+        placement: and how, if they lie on several and the jit does not say.
     """
 
     treedef: Any
     statics: tuple[tuple[int, Static], ...]
     spread: ops.Spread
+    placement: ops.Placement
 
     def arguments(
         self, arrays: Iterable[Any], with_statics: bool = True
@@ -104,10 +106,12 @@ class ArgumentOptions:
     Attributes:
         static: arguments.
         static_scalars: which Python numbers are static, too.
+        placed: whether the jit says where arguments lie, wherever they came from.
     """
 
     static: Chosen
     static_scalars: StaticScalars = "none"
+    placed: bool = False
 
     def with_statics(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -129,11 +133,15 @@ class ArgumentOptions:
         leaves, treedef = jax.tree.flatten((args, kwargs))
         indices = self._no_arrays((args, kwargs), leaves)
         statics = tuple((i, _as_static(leaves[i])) for i in indices)
-        key = CallKey(treedef, statics, ops.spread(*leaves))
-        if not statics:
-            return key, args, kwargs
         static = {i for i, _ in statics}
         arrays = [x for i, x in enumerate(leaves) if i not in static]
+        spread = ops.spread(*leaves)
+        many = spread == ops.Spread.MANY
+        tells = many and not self.placed
+        placement = ops.placement(arrays) if tells else ops.Placement()
+        key = CallKey(treedef, statics, spread, placement)
+        if not statics:
+            return key, args, kwargs
         return key, *key.arguments(arrays, with_statics=False)
 
     def dynamic(

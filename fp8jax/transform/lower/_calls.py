@@ -29,19 +29,31 @@ class Quantize:
         spec: for `[free, contraction]`, as which the codes come.
         implementation: as in `fp8jax.dot_general`.
         is_early: whether it belongs into the forward pass.
+        split: whether XLA may split it over devices: then codes have a dimension for
+            each of the array's.
     """
 
     operand: ops.Operand
     spec: QuantSpec
     implementation: str | None
     is_early: bool = False
+    split: bool = False
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return marked("quantize", self._run)(x)
 
     def _run(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if self.split:
+            ways = ((self.way,),)
+            (codes,) = ops.split_codes(self.operand, ways, [x], self.implementation)
+            return codes
         q = ops.quantize_operand(x, self.operand, self.spec, self.implementation)
         return q.data, q.scale
+
+    @property
+    def way(self) -> tuple[int, QuantSpec]:
+        """The contracted side, and how the matrix is quantized along it."""
+        return self.operand.contraction, self.spec
 
     @property
     def matrix(self) -> ops.Operand:
@@ -57,8 +69,10 @@ class Quantize:
         """The quantization of `length` such arrays, stacked, to stacked codes."""
         old = self.operand
         permutation = (0, *(1 + dim for dim in old.permutation))
+        batch, rows, columns = old.ranks
+        ranks = 1 + batch, rows, columns
         shape = (length, *old.shape)
-        operand = dataclasses.replace(old, permutation=permutation, shape=shape)
+        operand = ops.Operand(permutation, shape, old.contraction, ranks)
         return dataclasses.replace(self, operand=operand)
 
 
@@ -78,6 +92,10 @@ class QuantizeBoth:
 
     def _run(self, x: jax.Array) -> tuple[jax.Array, ...]:
         one, other = self.one, self.other
+        if one.split:
+            ways = ((one.way, other.way),)
+            made = ops.split_codes(one.operand, ways, [x], one.implementation)
+            return tuple(a for codes in made for a in codes)
         both = ops.quantize_operand_both(
             x, one.operand, one.spec, other.spec, one.implementation
         )
@@ -115,6 +133,16 @@ class QuantizeMap:
         return marked("quantize_map", self._run)(*inputs)
 
     def _run(self, *inputs: jax.Array) -> tuple[jax.Array, ...]:
+        first = self.ways[0][0]
+        if first.split:
+            made = ops.split_codes(
+                first.operand,
+                tuple(tuple(way.way for way in ways) for ways in self.ways),
+                inputs,
+                self.implementation,
+                self.function,
+            )
+            return tuple(a for codes in made for a in codes)
         arrays = [
             x.reshape(shape) if x.ndim else jnp.full(shape, x)
             for x, shape in zip(inputs, self.function.shapes(*self.shape), strict=True)
@@ -138,6 +166,7 @@ class Multiply:
     Attributes:
         exchanged: whether to multiply rhs by lhs and transpose the result, for a reader
             that transposes it back: XLA cancels the two, and nothing moves.
+        split: whether XLA may split it over devices, as the quantizations are.
     """
 
     role: Role
@@ -146,21 +175,32 @@ class Multiply:
     out_dtype: np.dtype
     implementation: str | None
     exchanged: bool = False
+    split: bool = False
 
     def __call__(self, *codes: jax.Array) -> jax.Array:
         return marked(self.role, self._run)(*codes)
 
     def _run(self, *codes: jax.Array) -> jax.Array:
-        lhs, lhs_scale, rhs, rhs_scale = codes
-        lhs_tile, rhs_tile = self.tiles
-        q_lhs = QTensor(lhs, lhs_scale, lhs_tile)
-        q_rhs = QTensor(rhs, rhs_scale, rhs_tile)
-        how = self.out_dtype, self.implementation
+        lhs, rhs = (codes[0], codes[1]), (codes[2], codes[3])
         if not self.exchanged:
-            return ops.multiply_operands(q_lhs, q_rhs, self.layout, *how)
-        layout = self.layout.exchanged
-        out = ops.multiply_operands(q_rhs, q_lhs, layout, *how)
+            return self._product(lhs, rhs, self.layout, self.tiles)
+        layout, (lhs_tile, rhs_tile) = self.layout.exchanged, self.tiles
+        out = self._product(rhs, lhs, layout, (rhs_tile, lhs_tile))
         return layout.exchange_sides(out)
+
+    def _product(
+        self,
+        lhs: tuple[jax.Array, jax.Array],
+        rhs: tuple[jax.Array, jax.Array],
+        layout: ops.Layout,
+        tiles: tuple[tuple[int, int], tuple[int, int]],
+    ) -> jax.Array:
+        how = self.out_dtype, self.implementation
+        if self.split:
+            return ops.multiply_split(lhs, rhs, layout, tiles, *how)
+        (x, x_scale), (y, y_scale) = lhs, rhs
+        q_lhs, q_rhs = QTensor(x, x_scale, tiles[0]), QTensor(y, y_scale, tiles[1])
+        return ops.multiply_operands(q_lhs, q_rhs, layout, *how)
 
 
 @dataclasses.dataclass(frozen=True)

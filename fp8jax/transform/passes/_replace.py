@@ -91,7 +91,7 @@ class _InJaxpr:
         # What is needed before the backward pass, by the recipe or by a product.
         self._early: set[Hashable] = set()
         for index, what in planned.items():
-            if isinstance(what, QuantizedDot) and what.early and not what.split:
+            if isinstance(what, QuantizedDot) and what.early and not what.alone:
                 eqn = eqns[index]
                 x, quantize = _operand(eqn, what, what.first)
                 self._early.add(self._key(x, quantize, eqn))
@@ -104,7 +104,7 @@ class _InJaxpr:
         if not is_product(eqn):
             # Rows in groups are quantized within the call: groups share no codes yet.
             eqns, _ = self._calls(ragged_call(eqn, what), eqn, *eqn.invars)
-        elif isinstance(what, QuantizedDot) and not what.split:
+        elif isinstance(what, QuantizedDot) and not what.alone:
             eqns = self._shared(eqn, what)
         else:
             eqns = self._alone(eqn, what)
@@ -136,22 +136,29 @@ class _InJaxpr:
             exchanged = eqn.outvars[0] in self._exchanged
             call = Product(what, _layout(eqn), dtype, exchanged)
         product, _ = self._calls(call, eqn, *eqn.invars)
+        return [*self._measured_alone(eqn, what), *product]
+
+    def _measured_alone(
+        self, eqn: JaxprEqn, what: QuantizedDot | LayerDot
+    ) -> list[JaxprEqn]:
+        """Equations that quantize a product's operands to measure them."""
         specs = specs_of(what)
         if not self._statistics or not specs:
-            return product
+            return []
         # By a kernel that XLA can split: outside of the product there is no rule.
         measured_by = "xla" if what.split else what.implementation
         quantize = _quantizations(eqn, specs, measured_by)
         measure = Measure(quantize, what.first)
         spec = jax.sharding.PartitionSpec()
-        measured, _ = self._calls(measure, eqn, *eqn.invars, out_spec=spec)
-        return [*measured, *product]
+        return self._calls(measure, eqn, *eqn.invars, out_spec=spec)[0]
 
     def _shared(self, eqn: JaxprEqn, what: QuantizedDot) -> list[JaxprEqn]:
         """Equations of a product of codes that other products use, too."""
         codes = [self._quantized(side, what, eqn) for side in SIDES]
         eqns = [made for new, _ in codes for made in new]
-        if self._statistics:
+        if what.split:
+            eqns += self._measured_alone(eqn, what)
+        elif self._statistics:
             measured = [self._measured(side, what, eqn) for side in SIDES]
             eqns += [made for new, _ in measured for made in new]
             moments = [x for _, found in measured for x in found]
@@ -163,6 +170,7 @@ class _InJaxpr:
             np.dtype(aval_of(eqn.outvars[0]).dtype),
             what.implementation,
             exchanged=eqn.outvars[0] in self._exchanged,
+            split=what.split,
         )
         operands = [x for _, made in codes for x in made]
         return eqns + self._calls(multiply, eqn, *operands)[0]
@@ -201,18 +209,22 @@ class _InJaxpr:
 
 def _operand(eqn: JaxprEqn, what: QuantizedDot, side: Side) -> tuple[Any, Quantize]:
     """One operand of a product, and how it is quantized."""
-    lhs, rhs = _quantizations(eqn, (what.lhs_spec, what.rhs_spec), what.implementation)
+    specs = what.lhs_spec, what.rhs_spec
+    lhs, rhs = _quantizations(eqn, specs, what.implementation, what.split)
     x, y = eqn.invars
     return (x, lhs) if side == "lhs" else (y, rhs)
 
 
 def _quantizations(
-    eqn: JaxprEqn, specs: tuple[QuantSpec, ...], implementation: str | None
+    eqn: JaxprEqn,
+    specs: tuple[QuantSpec, ...],
+    implementation: str | None,
+    split: bool = False,
 ) -> tuple[Quantize, Quantize]:
     layout, (lhs_spec, rhs_spec) = _layout(eqn), specs
     return (
-        Quantize(layout.lhs, lhs_spec, implementation),
-        Quantize(layout.rhs, rhs_spec, implementation),
+        Quantize(layout.lhs, lhs_spec, implementation, split=split),
+        Quantize(layout.rhs, rhs_spec, implementation, split=split),
     )
 
 

@@ -12,6 +12,7 @@ from fp8jax.transform.plan._plan import Plan, doubting, make_plan, with_doubts
 from fp8jax.transform.plan._policy import Policy
 from fp8jax.transform.plan._report import Report, Row
 from fp8jax.transform.plan._rule_call import RuleCall
+from fp8jax.transform.plan._splits import Splits
 from fp8jax.transform.plan._statistics import named_statistics, plot_statistics
 from fp8jax.transform.plan._warn import warn
 
@@ -24,6 +25,7 @@ __all__ = [
     "Report",
     "Row",
     "RuleCall",
+    "Splits",
     "StoredDot",
     "doubting",
     "found_rules",

@@ -17,6 +17,7 @@ class QuantizedDot:
     implementation: str | None
     first: Side  # The operand that the recipe counts first.
     split: bool = False  # Whether XLA may split it over devices.
+    alone: bool = False  # Whether it then quantizes for itself.
     early: bool = False  # Whether wgrad's codes of x are made in the forward pass.
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from fp8jax import _compat, ops
 from fp8jax.transform.analysis import Dot
-from fp8jax.transform.plan._decisions import Decision, specs_of
+from fp8jax.transform.plan._decisions import Decision, QuantizedDot, specs_of
+from fp8jax.transform.plan._splits import Splits, shares_codes
 
 SPLIT = "sharded over devices, and XLA has no rule to split its GPU kernel by"
 
@@ -20,7 +21,11 @@ class Verdict:
 
 
 def on_devices(
-    verdict: Verdict, dot: Dot, spread: ops.Spread, kernel_of: Callable[..., str]
+    verdict: Verdict,
+    dot: Dot,
+    spread: ops.Spread,
+    splits: Splits,
+    kernel_of: Callable[..., str],
 ) -> Verdict:
     """Adapts a verdict to arrays spread over devices, which XLA splits by rules.
 
@@ -34,6 +39,8 @@ def on_devices(
     if dot.ragged is None:
         if spread or _compat.is_explicit(dot.out_aval):
             what = dataclasses.replace(what, split=True)
+            if isinstance(what, QuantizedDot) and not shares_codes(what, dot, splits):
+                what = dataclasses.replace(what, alone=True)
     elif spread and what.implementation is None:
         if kernel(what, dot, kernel_of) not in ("", "xla"):
             reason = "; ".join(filter(None, (reason, SPLIT)))

@@ -26,6 +26,7 @@ from fp8jax.transform.plan._policy import Policy
 from fp8jax.transform.plan._report import WOULD_BE, Report
 from fp8jax.transform.plan._rows import first_side, row_of
 from fp8jax.transform.plan._rule_call import RuleCall
+from fp8jax.transform.plan._splits import Splits
 from fp8jax.transform.plan._stored_plan import notes_on, stored_dot
 
 
@@ -57,6 +58,7 @@ def make_plan(
     policy: Policy,
     whole_step: bool,
     spread: ops.Spread,
+    splits: Splits,
     weights: int,
     stored: StoredOperands,
 ) -> Plan:
@@ -68,6 +70,7 @@ def make_plan(
         policy: what the user asked for.
         whole_step: whether the function holds a backward pass.
         spread: over how many devices XLA may split the function's arrays.
+        splits: what is known of the mesh.
         weights: `Value.leaves` of the parameters.
         stored: where QTensors are used.
     """
@@ -84,7 +87,7 @@ def make_plan(
         # Codes of other tiles are made anew in a step, whose gradients read them, too.
         if not of_dot or (whole_step and verdict.replacement is None):
             verdict = _decide(a, leaves, policy, obstacles, whole_step, data)
-        verdict = on_devices(verdict, a.dot, spread, kernel_of)
+        verdict = on_devices(verdict, a.dot, spread, splits, kernel_of)
         if verdict.replacement is not None:
             replacements[a.dot.position] = verdict.replacement
         rows.append(row := row_of(a, leaves, verdict, kernel_of))
@@ -144,10 +147,12 @@ def _notes(
     policy: Policy, assignments: Sequence[Assignment], decisions: Iterable[object]
 ) -> tuple[str, ...]:
     notes = []
-    if any(isinstance(what, QuantizedDot) and what.split for what in decisions):
+    alone = sum(isinstance(what, QuantizedDot) and what.alone for what in decisions)
+    if alone:
         notes.append(
-            "Products of sharded arrays quantize for themselves: codes are not shared, "
-            "and nothing is computed with them (hoist, pair, fuse)."
+            f"{alone} products of sharded arrays quantize for themselves: shards may "
+            "cut their tiles, or types hold their shardings. Their codes are not "
+            "shared, and nothing is computed with them (hoist, pair, fuse)."
         )
     if policy.stats and any(a.dot.scope.in_condition for a in assignments):
         notes.append("Products in a loop's condition are not measured (stats=).")
