@@ -134,6 +134,43 @@ def kernel_clock(
     return lambda: tune.kernel_times(fn, *args, iterations=iterations)
 
 
+def torch_kernel_clock(
+    run: Callable[[], Any], *, iterations: int = 5
+) -> Callable[[], list[float]]:
+    """Times of a torch function's kernels, by CUPTI, without gaps between them.
+
+    CUPTI sees every kernel of the process: the same clock as `kernel_clock`'s, whose
+    function for JAX does not wait for torch.
+    """
+    import torch  # pyright: ignore
+    from jax.experimental.mosaic.gpu import profiler
+
+    cupti = profiler.mosaic_gpu_lib._mosaic_gpu_ext  # pyright: ignore
+
+    def clock() -> list[float]:
+        run()
+        torch.cuda.synchronize()
+        cupti._cupti_init()
+        try:
+            for _ in range(iterations):
+                run()
+            torch.cuda.synchronize()
+        finally:
+            kernels = cupti._cupti_get_timings(True)
+        if not kernels or len(kernels) % iterations:
+            raise RuntimeError(
+                f"torch_kernel_clock: CUPTI saw {len(kernels)} kernels in "
+                f"{iterations} launches."
+            )
+        each = len(kernels) // iterations
+        milliseconds = [float(time) for _, time in kernels]
+        return [
+            sum(milliseconds[i : i + each]) * 1e3 for i in range(0, len(kernels), each)
+        ]
+
+    return clock
+
+
 def graph_clock(
     run: Callable[[], Any], *, launches: int = 20
 ) -> Callable[[], list[float]]:

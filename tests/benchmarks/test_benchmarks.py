@@ -10,9 +10,11 @@ import pytest
 from benchmarks import (
     _harness,
     _hlo,
+    _models,
     activations,
     decode,
     gemm,
+    gemm_models,
     inference,
     layer,
     plot_m,
@@ -66,6 +68,68 @@ def test_gemm(on_cpu, monkeypatch):
     one, two, three = rows(on_cpu / "gemm.csv")
     assert (one["gemm"], two["k"], three["commit"]) == ("1d2d", "256", "abc")
     assert one["ratio"] == one["cublaslt_blockwise"] == ""
+
+
+def test_gemm_of_models_in_halves_with_candidates(on_cpu, monkeypatch, capsys):
+    sides = [(256, 128, 128), (256, 256, 128), (512, 128, 128), (512, 128, 256)]
+    shapes = [_models.Shape(*s) for s in sides]
+    monkeypatch.setattr(gemm_models, "shapes", lambda: shapes)
+    monkeypatch.setattr(gemm_models, "half", lambda s: _models.HALVES[s.m // 512])
+
+    def multiply(*args, config, **static):
+        if config.cluster == 2:
+            raise RuntimeError("no clusters")
+        return xla.gemm(*args, **static)
+
+    monkeypatch.setattr(mosaic_gpu, "multiply", multiply)
+    monkeypatch.setattr(_harness, "SHORT_US", float("inf"))
+    # Shape by shape, then of the candidates.
+    ours = iter([[1.0], [2.0], [4.0], [8.0], [3.0], [2.0]])
+    others = iter([[2.0], [4.0], [8.0], [4.0]])
+    clock = lambda times: lambda *_: lambda: next(times, [6.0])  # noqa: E731
+    monkeypatch.setattr(_harness, "kernel_clock", clock(ours))
+    monkeypatch.setattr(_harness, "torch_kernel_clock", clock(others))
+    torch = {gemm_models.OTHER: lambda: jnp.ones(())}
+    monkeypatch.setattr(gemm_models._contenders, "torch_gemms", lambda *_: torch)
+    run(monkeypatch, gemm_models, "--rounds 1 --candidates 1 --commit abc")
+    found = rows(on_cpu / "gemm_models.csv")
+    assert [r["half"] for r in found] == ["tune", "report"] * 2
+    assert sorted((int(r["m"]), int(r["n"]), int(r["k"])) for r in found) == sides
+    assert [r["ratio"] for r in found] == ["2.000", "2.000", "2.000", "0.500"]
+    printed = capsys.readouterr().out
+    tune = "median 2.000, geometric mean 2.000, least 2.000, 0 below 1"
+    report = "median 1.250, geometric mean 1.000, least 0.500, 1 below 1"
+    assert f"tune, 2 shapes, ratio: {tune}" in printed
+    assert f"report, 2 shapes, ratio: {report}" in printed
+    assert "cluster 2 snake 0, 8 is left out: no clusters" in printed
+    compared = printed.partition("): chosen 128x128 ")[2]
+    assert "best 128x128 m chunks 1 acc 1 stages 3 cluster 1 snake 0, 4" in compared
+    assert "gain 1.500" in compared
+    assert "3.0 us   1.000   2.000  128x128" in compared
+
+
+def test_products_of_models_are_those_of_both_passes_in_fixed_halves():
+    shapes = _models.shapes()
+    assert len(shapes) == len(set(shapes))
+    # Llama 3 8B, config.json: hidden_size 4096, 32 heads of 128, 8 of keys and values,
+    # intermediate_size 14336: q and o, k and v, gate and up, down.
+    for n, k in ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)):
+        assert {_models.Shape(8192, n, k), _models.Shape(8192, k, n)} <= {*shapes}
+    sides = {}
+    for shape in shapes:
+        sides.setdefault(frozenset(shape[1:]), set()).add(_models.half(shape))
+    assert all(len(halves) == 1 for halves in sides.values())
+    counts = [sum(_models.half(s) == h for s in shapes) for h in _models.HALVES]
+    assert min(counts) > 0.4 * len(shapes)
+
+
+def test_candidates_near_a_choice_can_run_and_begin_with_it():
+    chosen = mosaic_gpu.choose_config("1d2d", 8192, 4096, 4096, "bfloat16", 132)
+    first, *others = found = gemm_models.variants(chosen)
+    assert first == chosen
+    assert len(others) == len({*found}) - 1
+    assert all(mosaic_gpu.refusal("1d2d", c) is None for c in found)
+    assert {c.block_n for c in found} == {64, 96, 128, 160, 192}
 
 
 def test_what_does_not_run_is_left_out_and_says_why(capsys):
