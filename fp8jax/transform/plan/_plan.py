@@ -40,6 +40,8 @@ class Plan:
         report: tells about all of them.
         whole_step: whether the function holds a backward pass.
         is_weight: for each leaf of the arguments, whether it is a parameter.
+        positions: of the products that the report's rows are about; None of those in
+            gradient rules, whose positions are their own.
         doubts: what the user is warned of.
     """
 
@@ -48,6 +50,7 @@ class Plan:
     report: Report
     whole_step: bool
     is_weight: tuple[bool, ...]
+    positions: tuple[Position | None, ...]
     doubts: tuple[str, ...] = ()
 
 
@@ -108,6 +111,7 @@ def make_plan(
         Report(tuple(rows), unmatched, notes),
         whole_step,
         tuple(bool(weights >> i & 1) for i, _ in enumerate(leaves)),
+        tuple(a.dot.position for a in assignments),
     )
 
 
