@@ -1,14 +1,16 @@
 """How fast is 1d2d against cuBLASLt's blockwise kernel on products of public models?
 
     python -m benchmarks.gemm_models [--only report] [--shapes 30] [--seconds 120]
-    python -m benchmarks.gemm_models --only tune --candidates 8
+    python -m benchmarks.gemm_models --candidates [--shapes 10] [--seed 1]
 
 The shapes (`_models.py`) are in two halves by a digest of their weight. What chooses
 block shapes may look at the tuning half alone; the other half is what is reported. Of
 each, `--shapes` are drawn by a fixed seed, and those that `--seconds` leave no time for
-are left out, last ones first. `--candidates` times block shapes near the chosen one for
-as many shapes of the tuning half, those with the least ratio. Writes
-benchmarks/results/gemm_models.csv.
+are left out, last ones first. Writes benchmarks/results/gemm_models.csv.
+
+`--candidates` times every order of the blocks, with and without a cluster, for shapes
+of the tuning half, and prints each one's speed over the chosen one's and over
+cuBLASLt's. Writes benchmarks/results/gemm_candidates.csv.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -30,10 +32,9 @@ from fp8jax.kernels.mosaic_gpu import GemmConfig
 
 OTHER = "cublaslt_blockwise"
 KIND = "1d2d"
-LAUNCHES = 12  # In one turn of a contender.
-TOGETHER = 8  # Shapes that are compiled beside each other, then timed.
-COLUMNS = ("half", "m", "n", "k", "fp8jax", OTHER, "ratio", "kernel_ratio", "clock")
-WIDTHS = (7, 7, 7, 7, 8, 20, 7, 14, 8)
+TOGETHER = 8  # Programs that are compiled beside each other, then timed.
+COLUMNS = ("half", "m", "n", "k", "fp8jax", OTHER, "ratio")
+WIDTHS = (7, 7, 7, 7, 8, 20, 7)
 
 
 def main() -> None:
@@ -41,13 +42,21 @@ def main() -> None:
     parser.add_argument("--only", choices=HALVES)
     parser.add_argument("--shapes", type=int, default=30, help="of each half")
     parser.add_argument("--seconds", type=float, default=120.0, help="at most, about")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
-    parser.add_argument("--candidates", type=int, default=0, metavar="SHAPES")
+    parser.add_argument("--candidates", action="store_true")
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
+    only = "tune" if options.candidates else options.only
     drawn = sample(options.shapes, options.seed)
-    drawn = [s for s in drawn if options.only in (None, half(s))]
+    drawn = [shape for shape in drawn if only in (None, half(shape))]
+    if options.candidates:
+        rows = []
+        for shape in drawn:
+            if time.monotonic() < end:
+                rows += _compared(shape, options.rounds)
+        print(f"wrote {_harness.write_csv('gemm_candidates', rows, options.commit)}")
+        return
     _print(COLUMNS)
     rows = []
     for i in range(0, len(drawn), TOGETHER):
@@ -57,9 +66,6 @@ def main() -> None:
         _print_half([r for r in rows if r["half"] == which], which)
     path = _harness.write_csv("gemm_models", rows, options.commit)
     print(f"ceiling {PEAK_TFLOPS} TFLOPS; wrote {path}")
-    worst = sorted((r for r in rows if r["half"] == "tune" and r["ratio"]), key=_ratio)
-    for row in worst[: options.candidates]:
-        _compare(Shape(*(row[side] for side in "mnk")), options.rounds)
 
 
 def sample(count: int, seed: int) -> list[Shape]:
@@ -71,72 +77,53 @@ def sample(count: int, seed: int) -> list[Shape]:
     return [shape for turn in turns for shape in turn if shape is not None]
 
 
-def variants(config: GemmConfig) -> list[GemmConfig]:
-    """Block shapes near a chosen one that the kernel can run, that one first.
-
-    Another order of the blocks, cluster, or width with the deepest pipeline that fits.
-    """
-    replaced = functools.partial(dataclasses.replace, config)
-    found = [config]
-    found += [replaced(snake_width=width) for width in (4, 16)]
-    found += [replaced(snake_axis=1 - config.snake_axis)]
-    found += [replaced(cluster=3 - config.cluster)]
-    for block_n, together in ((64, 2), (96, 2), (160, 1), (192, 1)):
-        chunks = min(together, config.chunks)
-        shaped = functools.partial(
-            replaced, block_n=block_n, chunks=chunks, accumulators=chunks
-        )
-        deep = [shaped(stages=stages) for stages in (6, 5, 4, 3, 2)]
-        found += [c for c in deep if mosaic_gpu.refusal(KIND, c) is None][:1]
-    return list(dict.fromkeys(found))
+def orders(config: GemmConfig) -> list[GemmConfig]:
+    """Every order of the blocks, with and without a cluster; the given one first."""
+    found = [
+        dataclasses.replace(config, cluster=c, snake_axis=axis, snake_width=width)
+        for c, axis, width in itertools.product((1, 2), (0, 1), (8, 16))
+    ]
+    return list(dict.fromkeys((config, *found)))
 
 
 def _rows(some: Sequence[Shape], rounds: int) -> list[dict[str, Any]]:
     """A row for each shape that runs; the others are left out, and why is printed."""
     run = _contenders.fp8_gemm(KIND)
-
-    def prepared(shape: Shape) -> _contenders.Operands:
-        x = _contenders.operands(KIND, *shape)
-        run(*x.quantized)
-        return x
-
+    operands = [_contenders.operands(KIND, *shape) for shape in some]
+    launches = [functools.partial(run, *x.quantized) for x in operands]
+    _compile(launches)
     rows = []
-    with futures.ThreadPoolExecutor(len(some)) as pool:
-        operands = [*pool.map(prepared, some)]
-    for shape in some:
-        x = operands.pop(0)
-        measured = functools.partial(_row, shape, run, x, rounds)
+    for shape, x, launch in zip(some, operands, launches, strict=True):
+        measured = functools.partial(_row, shape, launch, x, rounds)
         rows += _harness.working({str(tuple(shape)): measured}).values()
     return rows
 
 
-def _row(shape: Shape, run: Any, x: _contenders.Operands, rounds: int) -> dict:
-    ours = functools.partial(run, *x.quantized)
-    others = _contenders.torch_gemms(KIND, x, [OTHER])
-    clocks = {"fp8jax": _harness.kernel_clock(run, *x.quantized)}
-    clocks |= {name: _harness.torch_kernel_clock(f) for name, f in others.items()}
-    times = kernels = _harness.alternate_clocks(clocks, rounds=rounds)
-    clock = "kernel"
-    if kernels["fp8jax"] >= _harness.SHORT_US:
-        contenders = {"fp8jax": ours, **others}
-        times = _harness.alternate(contenders, launches=LAUNCHES, rounds=rounds)
-        clock = "wall"
+def _compile(launches: Iterable[Callable[[], Any]]) -> None:
+    """Compiles beside each other; what does not compile raises where it is used."""
+    with futures.ThreadPoolExecutor(TOGETHER) as pool:
+        futures.wait([pool.submit(launch) for launch in launches])
+
+
+def _row(
+    shape: Shape, launch: Callable[[], Any], x: _contenders.Operands, rounds: int
+) -> dict[str, Any]:
+    contenders = {"fp8jax": launch, **_contenders.torch_gemms(KIND, x, [OTHER])}
+    times = _harness.alternate_kernels(contenders, rounds=rounds)
     tflops = {c: 2 * shape.m * shape.n * shape.k / t * 1e-6 for c, t in times.items()}
     row = {
         "half": half(shape),
         **shape._asdict(),
         "fp8jax": f"{tflops['fp8jax']:.0f}",
         OTHER: f"{tflops[OTHER]:.0f}" if OTHER in tflops else "",
-        "ratio": _over(times),
-        "kernel_ratio": _over(kernels),
-        "clock": clock,
+        "ratio": _over(times, "fp8jax"),
     }
     _print(row.values())
     return row
 
 
-def _over(times: dict[str, float]) -> str:
-    return f"{times[OTHER] / times['fp8jax']:.3f}" if OTHER in times else ""
+def _over(times: dict[str, float], name: str) -> str:
+    return f"{times[OTHER] / times[name]:.3f}" if OTHER in times else ""
 
 
 def _print(cells: Iterable[Any]) -> None:
@@ -144,59 +131,52 @@ def _print(cells: Iterable[Any]) -> None:
 
 
 def _print_half(rows: list[dict[str, Any]], which: str) -> None:
-    for column in ("ratio", "kernel_ratio"):
-        ratios = [float(r[column]) for r in rows if r[column]]
-        if ratios:
-            least = min(ratios)
-            below = sum(ratio < 1 for ratio in ratios)
-            print(
-                f"{which}, {len(ratios)} shapes, {column}: median "
-                f"{statistics.median(ratios):.3f}, geometric mean {mean(ratios):.3f}, "
-                f"least {least:.3f}, {below} below 1"
-            )
+    ratios = [float(r["ratio"]) for r in rows if r["ratio"]]
+    if ratios:
+        print(
+            f"{which}, {len(ratios)} shapes: median {statistics.median(ratios):.3f}, "
+            f"geometric mean {mean(ratios):.3f}, least {min(ratios):.3f}, "
+            f"{sum(ratio < 1 for ratio in ratios)} below 1"
+        )
 
 
-def _ratio(row: dict[str, Any]) -> float:
-    return float(row["ratio"])
-
-
-def _compare(shape: Shape, rounds: int) -> None:
-    """Prints the speed of block shapes near the chosen one, over cuBLASLt's."""
+def _compared(shape: Shape, rounds: int) -> list[dict[str, Any]]:
+    """A row for each order of the blocks, and prints them, the fastest first."""
     x = _contenders.operands(KIND, *shape)
     sms = mosaic_gpu.num_sms()
-    configs = variants(mosaic_gpu.choose_config(KIND, *shape, "bfloat16", sms))
-    programs = {_brief(c): _contenders.fp8_gemm(KIND, config=c) for c in configs}
-    runs = {name: functools.partial(p, *x.quantized) for name, p in programs.items()}
-    with futures.ThreadPoolExecutor(TOGETHER) as pool:
-        for run in runs.values():
-            pool.submit(run)
-    ours = [*_harness.working(runs)]
-    runs = {name: runs[name] for name in ours}
+    configs = orders(mosaic_gpu.choose_config(KIND, *shape, "bfloat16", sms))
+    launches = {
+        _brief(c): functools.partial(_contenders.fp8_gemm(KIND, config=c), *x.quantized)
+        for c in configs
+    }
+    _compile(launches.values())
+    launches = {name: launches[name] for name in _harness.working(launches)}
     others = _contenders.torch_gemms(KIND, x, [OTHER])
+    times = _harness.alternate_kernels(launches | others, rounds=rounds)
     chosen = _brief(configs[0])
-    if _harness.kernel_us(programs[chosen], *x.quantized) >= _harness.SHORT_US:
-        times = _harness.alternate(runs | others, launches=LAUNCHES, rounds=rounds)
-    else:
-        clocks = {
-            name: _harness.kernel_clock(programs[name], *x.quantized) for name in ours
+    print(f"{tuple(shape)}: us, over the chosen one's speed, over cuBLASLt's")
+    for name in sorted(times, key=times.__getitem__):
+        mark = " (chosen)" if name == chosen else ""
+        gain = times[chosen] / times[name]
+        print(f"  {times[name]:9.1f}{gain:7.3f} {_over(times, name):>6} {name}{mark}")
+    return [
+        {
+            **shape._asdict(),
+            "cluster": c.cluster,
+            "snake_axis": c.snake_axis,
+            "snake_width": c.snake_width,
+            "us": f"{times[_brief(c)]:.2f}",
+            "ratio": _over(times, _brief(c)),
+            "chosen": int(c == configs[0]),
         }
-        clocks |= {name: _harness.torch_kernel_clock(f) for name, f in others.items()}
-        times = _harness.alternate_clocks(clocks, rounds=rounds)
-    base = times[chosen]
-    best = min(ours, key=lambda name: times[name])
-    gain = f"{base / times[best]:.3f}"
-    print(f"\n{tuple(shape)}: chosen {chosen}, best {best}, gain {gain}")
-    for name, us in sorted(times.items(), key=lambda item: item[1]):
-        over = times[OTHER] / us if OTHER in times else 0
-        print(f"  {us:9.1f} us {base / us:7.3f} {over:7.3f}  {name}", flush=True)
+        for c in configs
+        if _brief(c) in times
+    ]
 
 
 def _brief(config: GemmConfig) -> str:
-    return (
-        f"{config.block_m}x{config.block_n} {config.split} chunks {config.chunks} acc "
-        f"{config.accumulators} stages {config.stages} cluster {config.cluster} snake "
-        f"{config.snake_axis}, {config.snake_width}"
-    )
+    side = "mn"[config.snake_axis]
+    return f"cluster {config.cluster}, {config.snake_width} along {side}"
 
 
 if __name__ == "__main__":

@@ -70,11 +70,67 @@ def test_gemm(on_cpu, monkeypatch):
     assert one["ratio"] == one["cublaslt_blockwise"] == ""
 
 
-def test_gemm_of_models_in_halves_with_candidates(on_cpu, monkeypatch, capsys):
+def test_kernels_of_contenders_take_turns_of_equal_length(monkeypatch):
+    turns = []
+    us = {"slow": 50.0, "fast": 10.0}
+
+    def turn(name, launches):
+        turns.append((name, launches))
+        return us[name] * (100 if len(turns) < 5 else 1)  # The first ones are cold.
+
+    monkeypatch.setattr(_harness, "_kernel_turn", lambda f, count: turn(f(), count))
+    contenders = {name: lambda name=name: name for name in us}
+    monkeypatch.setattr(_harness, "_wait", lambda out: None)
+    found = _harness.alternate_kernels(contenders, turn_us=50_000.0, rounds=2)
+    assert found == us
+    # Ten cold launches fill a turn of the slow one, fifty of the fast one.
+    assert turns == [("slow", 3), ("fast", 3), *[("slow", 10), ("fast", 50)] * 3]
+
+
+@pytest.fixture
+def two_contenders(on_cpu, monkeypatch):
+    """Four shapes in two halves, and something in the place of torch."""
     sides = [(256, 128, 128), (256, 256, 128), (512, 128, 128), (512, 128, 256)]
     shapes = [_models.Shape(*s) for s in sides]
     monkeypatch.setattr(gemm_models, "shapes", lambda: shapes)
     monkeypatch.setattr(gemm_models, "half", lambda s: _models.HALVES[s.m // 512])
+    torch = {gemm_models.OTHER: lambda: jnp.ones(())}
+    monkeypatch.setattr(gemm_models._contenders, "torch_gemms", lambda *_: torch)
+
+    def take(*times):
+        """What the contenders take, shape by shape, in the order of their turns."""
+        left = iter(times)
+
+        def alternate(contenders, rounds):
+            assert rounds == 1
+            for launch in contenders.values():
+                launch()
+            return dict(zip(contenders, next(left), strict=True))
+
+        monkeypatch.setattr(_harness, "alternate_kernels", alternate)
+
+    return on_cpu, shapes, take
+
+
+def test_gemm_of_models_in_halves(two_contenders, monkeypatch, capsys):
+    folder, shapes, take = two_contenders
+    take((1, 2), (2, 4), (4, 8), (8, 4))
+    run(monkeypatch, gemm_models, "--rounds 1 --commit abc")
+    found = rows(folder / "gemm_models.csv")
+    assert [r["half"] for r in found] == ["tune", "report"] * 2
+    assert sorted((int(r["m"]), int(r["n"]), int(r["k"])) for r in found) == shapes
+    assert [r["ratio"] for r in found] == ["2.000", "2.000", "2.000", "0.500"]
+    printed = capsys.readouterr().out
+    tune = "median 2.000, geometric mean 2.000, least 2.000, 0 below 1"
+    report = "median 1.250, geometric mean 1.000, least 0.500, 1 below 1"
+    assert f"tune, 2 shapes: {tune}" in printed
+    assert f"report, 2 shapes: {report}" in printed
+
+
+def test_orders_of_blocks_are_compared_on_the_tuning_half(
+    two_contenders, monkeypatch, capsys
+):
+    folder, _, take = two_contenders
 
     def multiply(*args, config, **static):
         if config.cluster == 2:
@@ -82,30 +138,17 @@ def test_gemm_of_models_in_halves_with_candidates(on_cpu, monkeypatch, capsys):
         return xla.gemm(*args, **static)
 
     monkeypatch.setattr(mosaic_gpu, "multiply", multiply)
-    monkeypatch.setattr(_harness, "SHORT_US", float("inf"))
-    # Shape by shape, then of the candidates.
-    ours = iter([[1.0], [2.0], [4.0], [8.0], [3.0], [2.0]])
-    others = iter([[2.0], [4.0], [8.0], [4.0]])
-    clock = lambda times: lambda *_: lambda: next(times, [6.0])  # noqa: E731
-    monkeypatch.setattr(_harness, "kernel_clock", clock(ours))
-    monkeypatch.setattr(_harness, "torch_kernel_clock", clock(others))
-    torch = {gemm_models.OTHER: lambda: jnp.ones(())}
-    monkeypatch.setattr(gemm_models._contenders, "torch_gemms", lambda *_: torch)
-    run(monkeypatch, gemm_models, "--rounds 1 --candidates 1 --commit abc")
-    found = rows(on_cpu / "gemm_models.csv")
-    assert [r["half"] for r in found] == ["tune", "report"] * 2
-    assert sorted((int(r["m"]), int(r["n"]), int(r["k"])) for r in found) == sides
-    assert [r["ratio"] for r in found] == ["2.000", "2.000", "2.000", "0.500"]
+    # With no cluster two axes by two widths run, the chosen order first.
+    take((4, 2, 3, 8, 6))
+    run(monkeypatch, gemm_models, "--candidates --shapes 1 --rounds 1")
+    found = rows(folder / "gemm_candidates.csv")
+    assert {r["m"] for r in found} == {"256"}
+    assert [r["chosen"] for r in found] == ["1", "0", "0", "0"]
+    assert [r["ratio"] for r in found] == ["1.500", "3.000", "2.000", "0.750"]
     printed = capsys.readouterr().out
-    tune = "median 2.000, geometric mean 2.000, least 2.000, 0 below 1"
-    report = "median 1.250, geometric mean 1.000, least 0.500, 1 below 1"
-    assert f"tune, 2 shapes, ratio: {tune}" in printed
-    assert f"report, 2 shapes, ratio: {report}" in printed
-    assert "cluster 2 snake 0, 8 is left out: no clusters" in printed
-    compared = printed.partition("): chosen 128x128 ")[2]
-    assert "best 128x128 m chunks 1 acc 1 stages 3 cluster 1 snake 0, 4" in compared
-    assert "gain 1.500" in compared
-    assert "3.0 us   1.000   2.000  128x128" in compared
+    assert "cluster 2, 8 along m is left out: no clusters" in printed
+    assert "2.0  2.000  3.000 cluster 1, 16 along m" in printed
+    assert "4.0  1.000  1.500 cluster 1, 8 along m (chosen)" in printed
 
 
 def test_products_of_models_are_those_of_both_passes_in_fixed_halves():
@@ -123,13 +166,12 @@ def test_products_of_models_are_those_of_both_passes_in_fixed_halves():
     assert min(counts) > 0.4 * len(shapes)
 
 
-def test_candidates_near_a_choice_can_run_and_begin_with_it():
+def test_orders_of_a_choice_can_run_and_begin_with_it():
     chosen = mosaic_gpu.choose_config("1d2d", 8192, 4096, 4096, "bfloat16", 132)
-    first, *others = found = gemm_models.variants(chosen)
-    assert first == chosen
-    assert len(others) == len({*found}) - 1
+    found = gemm_models.orders(chosen)
+    assert found[0] == chosen
+    assert len(found) == len({*found}) == 8
     assert all(mosaic_gpu.refusal("1d2d", c) is None for c in found)
-    assert {c.block_n for c in found} == {64, 96, 128, 160, 192}
 
 
 def test_what_does_not_run_is_left_out_and_says_why(capsys):
