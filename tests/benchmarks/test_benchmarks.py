@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import fp8jax
 from benchmarks import (
     _harness,
     _hlo,
@@ -17,6 +18,7 @@ from benchmarks import (
     gemm_models,
     inference,
     layer,
+    narrow,
     plot_m,
     quantize,
     sanitize,
@@ -217,6 +219,19 @@ def test_layer_beside_bf16_with_its_kernels(on_cpu, monkeypatch):
     assert "deepseek_v3: tokens 128, in 256, out 384" in kernels
     assert "bf16_wgrad: tokens 128" in kernels
     assert "OTHER" in kernels
+
+
+def test_narrow_steps_are_in_fp8_but_for_nothing(on_cpu, monkeypatch):
+    monkeypatch.setattr(narrow, "LAYERS", 2)
+    run(monkeypatch, narrow, "--widths 128 --tokens 256 --rounds 1 --commit abc")
+    (row,) = rows(on_cpu / "narrow.csv")
+    assert (row["tokens"], row["width"], row["recipe"]) == ("256", "128", "deepseek_v3")
+    speed = float(row["bf16_us"]) / float(row["fp8_us"])
+    assert float(row["speed"]) == pytest.approx(speed, rel=0.01)
+    arrays = jax.eval_shape(functools.partial(narrow._arrays, 256, 128))
+    report = fp8jax.fp8_transform(narrow._step).report(*arrays)
+    assert report.fraction == 1
+    assert len(report.rows) == 3 * len(["q", "k", "v", "o", "gate", "up", "down"])
 
 
 def test_every_recipe_of_the_layer_benchmark_has_fp8_in_it():
