@@ -235,11 +235,11 @@ def test_narrow_steps_are_in_fp8_but_for_nothing(on_cpu, monkeypatch):
 
 
 def test_every_recipe_of_the_layer_benchmark_has_fp8_in_it():
-    arrays = layer._arrays(128, 256, 384)
+    arrays = layer.layer_arrays(128, 256, 384)
     for name, recipe in layer.RECIPES.items():
-        outputs = jax.jit(layer._layer(recipe))(*arrays)
+        outputs = jax.jit(layer.dense_layer(recipe))(*arrays)
         assert [o.shape for o in outputs] == [(128, 384), (128, 256), (256, 384)], name
-        hlo = layer._layer(recipe).lower(*arrays).as_text()
+        hlo = layer.dense_layer(recipe).lower(*arrays).as_text()
         assert "f8E4M3FN" in hlo, name
 
 
