@@ -227,8 +227,11 @@ def arguments():
     return {"up": up, "down": down}, x
 
 
-def test_without_a_gpu_it_says_so():
-    with pytest.raises(RuntimeError, match=r"train\).profile .* 'cpu'.*\.report"):
+def test_without_a_gpu_it_says_so(monkeypatch):
+    monkeypatch.setattr(_measure, "_is_on_gpu", lambda: False)
+    backend = jax.default_backend()
+    said = rf"train\)\.profile measures .* got the backend '{backend}'.*\.report"
+    with pytest.raises(RuntimeError, match=said):
         fp8_transform(train).profile(*arguments())
 
 
