@@ -280,6 +280,25 @@ def test_products_have_times_and_donated_arrays_stay(as_on_a_gpu, jit):
     assert updated["up"].shape == (D, 2 * D)
 
 
+def test_static_arguments_modules_and_names_of_arguments_are_a_call_s(as_on_a_gpu):
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.Linear(D, D, rngs=nnx.Rngs(0))
+    before = model.kernel[...]
+
+    def train(model, *, x, scale):
+        value, grads = nnx.value_and_grad(lambda m: jnp.mean(m(x) ** 2) * scale)(model)
+        nnx.update(model, jax.tree.map(lambda p, g: p - g, nnx.state(model), grads))
+        return value
+
+    step = fp8_transform(nnx.jit(train, donate_argnums=0), static_argnames="scale")
+    profile = step.profile(model, x=jnp.ones((256, D)), scale=2.0)
+    roles = [r.product.role for r in profile.rows if r.product and r.seconds]
+    assert roles == ["fprop", "wgrad"]
+    assert as_on_a_gpu
+    assert model.kernel[...] is before
+    assert not before.is_deleted()
+
+
 def test_marks_change_no_number():
     args = arguments()
     step = fp8_transform(train)
