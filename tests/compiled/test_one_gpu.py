@@ -90,7 +90,7 @@ def test_profiles_tell_each_product_s_operations_apart():
         report = transformed.report(*args)
         lowered = marked.lower(call[0], *call[1], **call[2])
         text = lowered.compile(compiler_options=_h100.OPTIONS).as_text()
-    found = origins(text)
+    found = origins(text).by_op
     multiplied = collections.Counter(o.row for o in found.values() if o.multiplies)
     rows = dict(enumerate(report.rows))
     assert all(multiplied[i] > 0 for i in rows), multiplied

@@ -11,7 +11,7 @@ from fp8jax.transform.plan import Report, Row
 from fp8jax.transform.profile import _measure
 from fp8jax.transform.profile._events import Event, busy_ns, events_of
 from fp8jax.transform.profile._kinds import kind_of
-from fp8jax.transform.profile._origins import Origin, origins
+from fp8jax.transform.profile._origins import Origin, Origins, origins
 from fp8jax.transform.profile._profile import profile_of
 
 D = 128
@@ -77,7 +77,7 @@ HloModule jit_step, is_scheduled=true
   %p.1 = f8e4m3fn[256,128]{1,0} parameter(0)
   %mpmd_map.1 = bf16[256,256]{1,0} custom-call(%p.1), \
 custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(step)/jvp()/while/body/\
-fp8jax_row_3/jit(fp8jax::fprop)/jit(fp8jax::gemm_mosaic_gpu)/mpmd_map"}
+fp8jax_row_3/jit(fp8jax::fprop)/jit(gemm)/fp8jax_gemm_1d2d_256x256x128/mpmd_map"}
   ROOT %dus.1 = bf16[3,256,256]{2,1,0} dynamic-update-slice(%p.1, %mpmd_map.1), \
 metadata={op_name="jit(step)/jvp()/while/body/fp8jax_row_9/dynamic_update_slice"}
 }
@@ -103,6 +103,12 @@ calls=%gemm_fusion_dot_computation
   %fusion.2 = s32[] fusion(%x), kind=kLoop, calls=%fused_add
   %cublas-gemm.1 = (bf16[2,2]{1,0}, s8[8]{0}) custom-call(%x), \
 custom_call_target="__cublas$gemm", metadata={op_name="jit(step)/optimizer/dot_general"}
+  %mpmd_map.7 = (f32[2]{0}, s8[8]{0}) custom-call(%x), \
+custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(step)/fp8jax_row_5/jit(\
+fp8jax::wgrad)/jit(gemm)/fp8jax_gemm_1d1d_256x128x512/mpmd_map"}
+  %mpmd_map.8 = (f32[2]{0}, s8[8]{0}) custom-call(%x), \
+custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(step)/fp8jax_row_6/jit(\
+fp8jax::wgrad)/jit(gemm)/fp8jax_gemm_1d1d_256x128x512/mpmd_map"}
   %quantized = f8e4m3fn[2]{0} fusion(%x), kind=kLoop, calls=%fused_add, \
 metadata={op_name="jit(step)/fp8jax_row_4/jit(fp8jax::quantize)/convert"}
   ROOT %t = f32[2]{0} copy(%x)
@@ -111,35 +117,46 @@ metadata={op_name="jit(step)/fp8jax_row_4/jit(fp8jax::quantize)/convert"}
 
 
 def test_origin_of_an_operation_is_that_of_the_product_within_it():
-    found = origins(HLO)
+    known = origins(HLO)
+    found = known.by_op
     assert found["fusion.1"] == Origin(3, multiplies=True)
     assert found["gemm_fusion_dot"] == Origin(2, multiplies=True)
     assert found["cublas-gemm.1"] == Origin(None, multiplies=True)
     assert found["quantized"] == Origin(4, quantizes=True)
-    assert found["fusion.2"] == found["t"] == Origin()
+    assert found["fusion.2"] == found["t"] == known.of("unknown") == Origin()
+    # XLA tells of kernels in fusions what they are of; others' names have to.
+    assert known.by_kernel == {"fp8jax_gemm_1d1d_256x128x512": (5, 6)}
+
+
+WGRAD = "fp8jax_gemm_1d1d_256x128x512"
 
 
 @pytest.mark.parametrize(
-    ("name", "origin", "kind"),
+    ("name", "origin", "kind", "rows"),
     [
-        (GEMM, Origin(3, multiplies=True), ("product", 3)),
-        (GEMM, Origin(), ("other GEMMs", None)),
-        ("fp8jax_grouped_gemm_1d2d_8x8x8", Origin(1), ("product", 1)),
-        ("fp8jax_quantize_both_1x128_128x1_8x8", Origin(3, True), ("quantization",)),
-        ("loop_convert_fusion", Origin(3, quantizes=True), ("quantization",)),
-        ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT", Origin(2), ("product", 2)),
-        ("nvjet_hsh_128x256", Origin(None, multiplies=True), ("other GEMMs",)),
-        ("gemm_fusion_dot_4", Origin(2, multiplies=True), ("product", 2)),
-        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", Origin(), ("attention",)),
-        ("cudnn::fusion::compute_dot_do_o_specialized", Origin(), ("attention",)),
-        ("MemcpyD2D", Origin(3), ("copies",)),
-        ("ncclDevKernel_AllReduce_Sum_bf16", Origin(), ("collectives",)),
-        ("input_reduce_fusion", Origin(2), ("product", 2)),
-        ("loop_add_fusion", Origin(), ("XLA's fusions",)),
+        (GEMM, Origin(3, multiplies=True), "product", (3,)),
+        (GEMM, Origin(), "other GEMMs", ()),
+        (WGRAD, Origin(), "product", (5, 6)),
+        (f"{WGRAD}_mosaic_gpu_kernel", Origin(), "product", (5, 6)),
+        (f"{WGRAD}0_mosaic_gpu_kernel", Origin(), "other GEMMs", ()),
+        (WGRAD, Origin(3, multiplies=True), "product", (3,)),
+        ("fp8jax_grouped_gemm_1d2d_8x8x8", Origin(1), "product", (1,)),
+        ("fp8jax_quantize_both_1x128_128x1_8x8", Origin(3, True), "quantization", ()),
+        ("loop_convert_fusion", Origin(3, quantizes=True), "quantization", ()),
+        ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT", Origin(2), "product", (2,)),
+        ("nvjet_hsh_128x256", Origin(None, multiplies=True), "other GEMMs", ()),
+        ("gemm_fusion_dot_4", Origin(2, multiplies=True), "product", (2,)),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash", Origin(), "attention", ()),
+        ("cudnn::fusion::compute_dot_do_o_specialized", Origin(), "attention", ()),
+        ("MemcpyD2D", Origin(3), "copies", ()),
+        ("ncclDevKernel_AllReduce_Sum_bf16", Origin(), "collectives", ()),
+        ("input_reduce_fusion", Origin(2), "product", (2,)),
+        ("loop_add_fusion", Origin(), "XLA's fusions", ()),
     ],
 )
-def test_kind_of_a_kernel(name, origin, kind):
-    assert kind_of(event(name), origin) == (*kind, None)[:2]
+def test_kind_of_a_kernel(name, origin, kind, rows):
+    known = Origins({"op": origin}, {WGRAD: (5, 6)})
+    assert kind_of(event(name, "op"), known) == (kind, rows)
 
 
 def row(**changed):
@@ -149,7 +166,9 @@ def row(**changed):
 
 
 REPORT = Report((row(), row(role="dgrad"), row(path="head", status="skipped")))
-ORIGINS = {"a": Origin(0, multiplies=True), "b": Origin(2, multiplies=True)}
+ORIGINS = Origins(
+    {"a": Origin(0, multiplies=True), "b": Origin(2, multiplies=True)}, {}
+)
 
 
 def steps():
@@ -184,6 +203,16 @@ def test_times_are_means_over_steps_and_devices():
     shares = sum(r.seconds for r in profile.rows)
     assert shares == pytest.approx(profile.seconds)
     assert profile.kernels[0].name == "fp8jax_quantize_1x128_8x8"
+
+
+def test_products_of_one_size_share_kernels_by_how_often_they_run():
+    report = Report((row(count=1), row(path="down", count=3)))
+    known = Origins({}, {GEMM: (0, 1)})
+    step = [event(GEMM, "", 10 * i, 10_000) for i in range(4)]
+    up, down, _ = profile_of([step], known, report, "a GPU").rows
+    assert (up.count, down.count) == (1, 3)
+    assert up.seconds == pytest.approx(10e-6)
+    assert down.seconds == pytest.approx(30e-6)
 
 
 def test_table_is_like_the_report_s():
@@ -247,7 +276,7 @@ def as_on_a_gpu(monkeypatch):
 
     def events(folder):
         del folder
-        ops = [op for op, origin in seen[-1].items() if origin.multiplies]
+        ops = [op for op, origin in seen[-1].by_op.items() if origin.multiplies]
         return [event("dot", op, 10 * i, 10) for i, op in enumerate(ops)]
 
     monkeypatch.setattr(_measure, "origins", one_each)
@@ -274,7 +303,10 @@ def test_products_have_times_and_donated_arrays_stay(as_on_a_gpu, jit):
     assert tuple(r.product for r in profile.rows if r.product) == report.rows
     # XLA:CPU multiplies codes by products of its own, each within the product's call.
     assert all(r.seconds > 0 for r in profile.rows if r.product)
-    assert {o.row for o in as_on_a_gpu[-1].values()} == {None, *range(len(report.rows))}
+    assert {o.row for o in as_on_a_gpu[-1].by_op.values()} == {
+        None,
+        *range(len(report.rows)),
+    }
     # The function itself is what it was.
     updated, _ = donating(params, x)
     assert updated["up"].shape == (D, 2 * D)

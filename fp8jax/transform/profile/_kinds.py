@@ -3,7 +3,7 @@
 import re
 
 from fp8jax.transform.profile._events import Event
-from fp8jax.transform.profile._origins import Origin
+from fp8jax.transform.profile._origins import Origins
 
 # What kernels are for that are no row's product, in the order of the table.
 OTHERS = (
@@ -28,21 +28,27 @@ _BY_NAME = tuple(
 )
 
 
-def kind_of(event: Event, origin: Origin) -> tuple[str, int | None]:
-    """What the kernel is for, and the report's row if it is a product's.
+def kind_of(event: Event, origins: Origins) -> tuple[str, tuple[int, ...]]:
+    """What the kernel is for, and the report's rows if it is a product's.
+
+    Several rows are those of products of one size, of which XLA does not say which one
+    launched it.
 
     Args:
         event: the kernel.
-        origin: of its operation.
+        origins: of the program's operations.
     """
     named = next((kind for p, kind in _BY_NAME if p.search(event.name)), None)
     if named is not None and named != "product":
-        return named, None
+        return named, ()
+    origin = origins.of(event.op)
     if named is None and origin.quantizes:
-        return "quantization", None
+        return "quantization", ()
     # XLA's own fusions of a product: it may be one, or a sum of its parts.
     if origin.row is not None:
-        return "product", origin.row
+        return "product", (origin.row,)
+    if rows := origins.rows_of_kernel(event.name):
+        return "product", rows
     if named == "product" or origin.multiplies:
-        return "other GEMMs", None
-    return "XLA's fusions", None
+        return "other GEMMs", ()
+    return "XLA's fusions", ()

@@ -17,6 +17,11 @@ _MULTIPLIES = re.compile(
 _QUANTIZES = "fp8jax::quantize"
 
 
+# The scope that one of our GEMMs is launched in, which profilers call it by.
+_GEMM = re.compile(r"\bfp8jax_\w*gemm\w*")
+_EVENT = re.compile(r"^(fp8jax_\w*gemm\w*?)(?:_mosaic_gpu_kernel)?$")
+
+
 @dataclasses.dataclass(frozen=True)
 class Origin:
     """What an operation was in the program that was traced.
@@ -32,15 +37,38 @@ class Origin:
     multiplies: bool = False
 
 
-def origins(hlo: str) -> Mapping[str, Origin]:
-    """The origin of every operation, by its name.
+@dataclasses.dataclass(frozen=True)
+class Origins:
+    """Of which products a compiled program's operations and kernels are.
 
-    Args:
-        hlo: the text of a compiled module.
+    XLA says of a kernel of ours which operation it is of if it lies in a fusion. Else
+    its name must do, which says its sizes.
+
+    Attributes:
+        by_op: the origin of each operation, by its name.
+        by_kernel: for the names of our GEMMs outside of fusions, the rows of all
+            products that launch one.
     """
+
+    by_op: Mapping[str, Origin]
+    by_kernel: Mapping[str, tuple[int, ...]]
+
+    def of(self, op: str) -> Origin:
+        """The origin of an operation, the same for all that are not known."""
+        return self.by_op.get(op, Origin())
+
+    def rows_of_kernel(self, name: str) -> tuple[int, ...]:
+        """The rows that a kernel may be of, by its name in a profile."""
+        known = _EVENT.match(name)
+        return self.by_kernel.get(known[1], ()) if known else ()
+
+
+def origins(hlo: str) -> Origins:
+    """Reads the text of a compiled module."""
     own: dict[str, Origin] = {}
     calls: dict[str, str] = {}
     inside: dict[str, list[str]] = {}
+    gemms: dict[str, str] = {}
     computation = ""
     for line in hlo.splitlines():
         if head := _COMPUTATION.match(line):
@@ -55,7 +83,18 @@ def origins(hlo: str) -> Mapping[str, Origin]:
             own[name] = Origin(row_in(scopes), quantizes, multiplies)
             if called := _CALLED.search(line):
                 calls[name] = called[1]
-    return {name: _with_inside(name, own, calls, inside) for name in own}
+            if multiplies and (kernel := _GEMM.findall(scopes)):
+                gemms[name] = kernel[-1]
+    fused = {name for called in calls.values() for name in inside.get(called, ())}
+    by_kernel: dict[str, list[int]] = {}
+    for name, kernel in gemms.items():
+        row = own[name].row
+        if row is not None and name not in fused:
+            by_kernel.setdefault(kernel, []).append(row)
+    return Origins(
+        {name: _with_inside(name, own, calls, inside) for name in own},
+        {kernel: tuple(rows) for kernel, rows in by_kernel.items()},
+    )
 
 
 def _with_inside(

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from fp8jax.transform.plan import (
     Report,
@@ -16,7 +16,7 @@ from fp8jax.transform.plan import (
 )
 from fp8jax.transform.profile._events import Event, busy_ns
 from fp8jax.transform.profile._kinds import OTHERS, kind_of
-from fp8jax.transform.profile._origins import Origin
+from fp8jax.transform.profile._origins import Origins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,9 +142,25 @@ _HEAD = ["path", "role", "m", "n", "k", "count", "ms", "TFLOPS", "share", "how"]
 _NUMBERS = range(2, 9)
 
 
+@dataclasses.dataclass
+class _Sum:
+    """Of a step and a device: how many kernels there are, and their seconds."""
+
+    count: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, count: float, seconds: float) -> None:
+        self.count += count
+        self.seconds += seconds
+
+    @property
+    def pair(self) -> tuple[float, float]:
+        return self.count, self.seconds
+
+
 def profile_of(
     steps: Sequence[Sequence[Event]],
-    origins: Mapping[str, Origin],
+    origins: Origins,
     report: Report,
     device_kind: str,
 ) -> Profile:
@@ -152,15 +168,15 @@ def profile_of(
 
     Args:
         steps: the events of each step, by start.
-        origins: of the compiled program's operations, by name.
+        origins: of the compiled program's operations.
         report: of the same program.
         device_kind: the GPU's name.
     """
     devices = {event.device for step in steps for event in step}
     share = 1 / (len(steps) * len(devices))  # Of what one event counts.
-    kernels: dict[tuple[str, str], list[float]] = {}
-    rows: dict[int, list[float]] = collections.defaultdict(list)
-    others: dict[str, list[float]] = collections.defaultdict(list)
+    kernels: dict[tuple[str, str], _Sum] = collections.defaultdict(_Sum)
+    rows: dict[int, _Sum] = collections.defaultdict(_Sum)
+    others: dict[str, _Sum] = collections.defaultdict(_Sum)
     total = busy = 0.0
     for step in steps:
         for device in devices:
@@ -169,24 +185,24 @@ def profile_of(
                 total += max(e.end_ns for e in events) - events[0].start_ns
                 busy += busy_ns(events)
         for event in step:
-            kind, row = kind_of(event, origins.get(event.op, Origin()))
-            times = others[kind] if row is None else rows[row]
-            times.append(event.duration_ns)
-            kernels.setdefault((event.name, kind), []).append(event.duration_ns)
-
-    def added(times: Sequence[float]) -> tuple[float, float]:
-        """Of a step and a device: how many there are, and their seconds."""
-        return len(times) * share, sum(times) * share * 1e-9
+            kind, of_rows = kind_of(event, origins)
+            seconds = event.duration_ns * 1e-9 * share
+            kernels[event.name, kind].add(share, seconds)
+            if not of_rows:
+                others[kind].add(share, seconds)
+            runs = [max(report.rows[row].count, 1) for row in of_rows]
+            for row, times in zip(of_rows, runs, strict=True):
+                part = times / sum(runs)
+                rows[row].add(share * part, seconds * part)
 
     table = [
-        ProfileRow("product", row, *added(rows[i]), row.flops / len(devices))
+        ProfileRow("product", row, *rows[i].pair, row.flops / len(devices))
         for i, row in enumerate(report.rows)
     ]
-    table += [
-        ProfileRow(kind, None, *added(others[kind])) for kind in OTHERS if others[kind]
-    ]
+    seen = [kind for kind in OTHERS if kind in others]
+    table += [ProfileRow(kind, None, *others[kind].pair) for kind in seen]
     table.append(ProfileRow("idle", None, 0, (total - busy) * share * 1e-9))
-    named = [KernelTime(*key, *added(times)) for key, times in kernels.items()]
+    named = [KernelTime(*key, *times.pair) for key, times in kernels.items()]
     named.sort(key=lambda kernel: -kernel.seconds)
     return Profile(
         tuple(table),
