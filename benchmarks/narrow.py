@@ -1,9 +1,11 @@
 """From which width on does FP8 pay? A train step of blocks, over the same in BF16.
 
     python -m benchmarks.narrow [--widths 768 1024] [--tokens 16384] [--seconds 120]
+        [--square-in-bf16]
 
 A scan over blocks of a decoder without the attention between q, k, v and o: products,
 norms, SwiGLU, every quantization, and an update of float32 weights by their gradients.
+With --square-in-bf16 q, k, v and o stay in BF16: they have the fewest FLOPs a byte.
 What `--seconds` leave no time for is left out, last rows first. Writes
 benchmarks/results/narrow.csv.
 """
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 import fp8jax
 from benchmarks import _harness
 from benchmarks.layer import RECIPES
+from fp8jax.recipes import Rule
 
 WIDTHS = (512, 768, 1024, 1536, 2048)
 TOKENS = (16384, 4096, 8192, 32768)
@@ -31,22 +34,27 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="deepseek_v3")
+    parser.add_argument("--square-in-bf16", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=300.0, help="at most, about")
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
     print(f"{'tokens':>7}{'width':>7}{'BF16 us':>10}{'FP8 us':>10}{'speed':>7}")
+    rules = [Rule("[qkvo]", None)] if options.square_in_bf16 else []
     rows = []
     for tokens in options.tokens:
         for width in options.widths:
             if time.monotonic() < end:
-                rows.append(_row(tokens, width, options.recipe, options.rounds))
+                row = _row(tokens, width, options.recipe, rules, options.rounds)
+                rows.append(row)
     print(f"wrote {_harness.write_csv('narrow', rows, options.commit)}")
 
 
-def _row(tokens: int, width: int, recipe: str, rounds: int) -> dict[str, Any]:
+def _row(
+    tokens: int, width: int, recipe: str, rules: list[Rule], rounds: int
+) -> dict[str, Any]:
     params, x = jax.jit(_arrays, static_argnums=(0, 1))(tokens, width)
-    fp8 = fp8jax.fp8_transform(jax.jit(_step), RECIPES[recipe])
+    fp8 = fp8jax.fp8_transform(jax.jit(_step), RECIPES[recipe], rules=rules)
     steps = {BASE: jax.jit(_step), recipe: fp8}
     launches = {name: functools.partial(f, params, x) for name, f in steps.items()}
     us = _harness.alternate(launches, launches=10, rounds=rounds)
@@ -59,6 +67,7 @@ def _row(tokens: int, width: int, recipe: str, rounds: int) -> dict[str, Any]:
         "width": width,
         "layers": LAYERS,
         "recipe": recipe,
+        "square_in_bf16": int(bool(rules)),
         "bf16_us": f"{us[BASE]:.0f}",
         "fp8_us": f"{us[recipe]:.0f}",
         "speed": f"{speed:.3f}",

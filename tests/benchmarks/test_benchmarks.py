@@ -223,8 +223,10 @@ def test_layer_beside_bf16_with_its_kernels(on_cpu, monkeypatch):
 
 def test_narrow_steps_are_in_fp8_but_for_nothing(on_cpu, monkeypatch):
     monkeypatch.setattr(narrow, "LAYERS", 2)
-    run(monkeypatch, narrow, "--widths 128 --tokens 256 --rounds 1 --commit abc")
+    options = "--widths 128 --tokens 256 --rounds 1 --commit abc"
+    run(monkeypatch, narrow, f"{options} --square-in-bf16")
     (row,) = rows(on_cpu / "narrow.csv")
+    assert row["square_in_bf16"] == "1"
     assert (row["tokens"], row["width"], row["recipe"]) == ("256", "128", "deepseek_v3")
     speed = float(row["bf16_us"]) / float(row["fp8_us"])
     assert float(row["speed"]) == pytest.approx(speed, rel=0.01)

@@ -21,6 +21,7 @@ from fp8jax.transform.plan._decisions import Decision, LayerDot, QuantizedDot, S
 from fp8jax.transform.plan._doubts import doubts, inputs, would_be_layer
 from fp8jax.transform.plan._kernels import Verdict, implementation_of, on_devices
 from fp8jax.transform.plan._names import layers_of, names_of, told_apart
+from fp8jax.transform.plan._narrow import narrow_notes
 from fp8jax.transform.plan._obstacles import another_form, layer_obstacles, unsupported
 from fp8jax.transform.plan._policy import Policy
 from fp8jax.transform.plan._report import WOULD_BE, Report
@@ -104,6 +105,9 @@ def make_plan(
         *_notes(policy, assignments, replacements.values()),
         *notes_on(stored, leaves),
     )
+    if whole_step:
+        pairs = zip(rows, assignments, strict=True)
+        notes += narrow_notes([(row, _features(a)) for row, a in pairs if row.tiles])
     unmatched = tuple(rule.pattern for rule in policy.rules if rule not in matched)
     return Plan(
         replacements,
