@@ -196,6 +196,8 @@ def test_times_are_means_over_steps_and_devices():
     # Half of the FLOPs are each device's: 2 * 256 * 256 * 128 / 2 in 20 us.
     assert fprop.tflops == pytest.approx(256 * 256 * 128 / 20e-6 * 1e-12)
     assert dgrad.seconds == dgrad.tflops == 0
+    in_three = profile_of(steps(), ORIGINS, REPORT, "a GPU", processes=3)
+    assert in_three.rows[0].tflops == pytest.approx(fprop.tflops / 3)
     assert head.seconds == pytest.approx(35e-6)
     assert (quantization.what, quantization.product) == ("quantization", None)
     assert profile.of("quantization") == pytest.approx(40e-6)

@@ -88,7 +88,7 @@ def measured(
             f"fp8_transform({name}).profile: JAX's profiler saw no kernel on a GPU."
         )
     kind = jax.local_devices()[0].device_kind
-    return profile_of(steps, known, report, kind)
+    return profile_of(steps, known, report, kind, jax.process_count())
 
 
 def _is_on_gpu() -> bool:

@@ -163,6 +163,7 @@ def profile_of(
     origins: Origins,
     report: Report,
     device_kind: str,
+    processes: int = 1,
 ) -> Profile:
     """Adds up what a profiler saw.
 
@@ -171,8 +172,10 @@ def profile_of(
         origins: of the compiled program's operations.
         report: of the same program.
         device_kind: the GPU's name.
+        processes: how many run the step, each with as many devices.
     """
     devices = {event.device for step in steps for event in step}
+    everywhere = processes * len(devices)
     share = 1 / (len(steps) * len(devices))  # Of what one event counts.
     kernels: dict[tuple[str, str], _Sum] = collections.defaultdict(_Sum)
     rows: dict[int, _Sum] = collections.defaultdict(_Sum)
@@ -196,7 +199,7 @@ def profile_of(
                 rows[row].add(share * part, seconds * part)
 
     table = [
-        ProfileRow("product", row, *rows[i].pair, row.flops / len(devices))
+        ProfileRow("product", row, *rows[i].pair, row.flops / everywhere)
         for i, row in enumerate(report.rows)
     ]
     seen = [kind for kind in OTHERS if kind in others]
