@@ -64,15 +64,26 @@ def operands(kind: str, m: int, n: int, k: int, seed: int = 0) -> Operands:
 
 
 def fp8_gemm(
-    kind: str, out_dtype: jax.typing.DTypeLike = jnp.bfloat16
+    kind: str,
+    out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    config: mosaic_gpu.GemmConfig | None = None,
 ) -> Callable[..., jax.Array]:
-    """Our jitted GEMM of `Operands.quantized`."""
+    """Our jitted GEMM of `Operands.quantized`.
+
+    Args:
+        kind: of `TILES`.
+        out_dtype: of the product; with a config bfloat16 or float32.
+        config: the block shape, in the place of the one that is chosen.
+    """
     lhs_tile, rhs_tile = TILES[kind]
+    product: Callable[..., jax.Array] = mosaic_gpu.gemm
+    if config is not None:
+        product = functools.partial(mosaic_gpu.multiply, config=config)
 
     @jax.jit
     def run(lhs8, lhs_scale, rhs8, rhs_scale):
         # Scales lie as the kernels want them: these transposes cancel.
-        return mosaic_gpu.gemm(
+        return product(
             lhs8,
             lhs_scale.T if lhs_tile[0] == 1 else lhs_scale,
             rhs8,

@@ -103,10 +103,10 @@ def compiled(function: Any, *args: Any) -> str:
     """
     count = max(len(x.sharding.device_set) for x in jax.tree.leaves(args))
     with as_where_they_are(count):
-        text = function.lower(*args).compile(compiler_options=_OPTIONS).as_text()
+        text = function.lower(*args).compile(compiler_options=OPTIONS).as_text()
     assert text is not None
     return text
 
 
 # Nothing can be timed here. What LLVM makes of a fusion does not show in HLO.
-_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_backend_optimization_level": 0}
+OPTIONS = {"xla_gpu_autotune_level": 0, "xla_backend_optimization_level": 0}

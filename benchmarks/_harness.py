@@ -134,6 +134,54 @@ def kernel_clock(
     return lambda: tune.kernel_times(fn, *args, iterations=iterations)
 
 
+def alternate_kernels(
+    contenders: Mapping[str, Callable[[], Any]],
+    *,
+    turn_us: float = 8e3,
+    rounds: int = 9,
+) -> dict[str, float]:
+    """Median microseconds that a launch's kernels take, by CUPTI, taking turns.
+
+    One clock for JAX and torch, without launches and gaps, on a card as hot as a step
+    has it: what it may draw is spread over everybody, as turns are shorter than it
+    takes to change its frequency, and follow one another at once.
+
+    Args:
+        contenders: as in `alternate`.
+        turn_us: how long a turn lasts, about.
+        rounds: how often every contender has its turn.
+    """
+    counts = {}
+    for name, run in contenders.items():
+        _wait(run())
+        counts[name] = max(3, round(turn_us / max(_kernel_turn(run, 3), 1.0)))
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for i in range(rounds + 1):
+        for name, run in contenders.items():
+            us = _kernel_turn(run, counts[name])
+            if i > 0:  # The first round is for warmth.
+                times[name].append(us)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def _kernel_turn(run: Callable[[], Any], launches: int) -> float:
+    """Mean microseconds that a launch's kernels take, of any library, by CUPTI."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    # JAX's own function for it takes JAX's functions alone.
+    cupti = profiler.mosaic_gpu_lib._mosaic_gpu_ext  # pyright: ignore
+    cupti._cupti_init()
+    try:
+        for _ in range(launches):
+            out = run()
+        _wait(out)
+    finally:
+        kernels = cupti._cupti_get_timings(False)
+    if not kernels:
+        raise RuntimeError("alternate_kernels: CUPTI saw no kernel.")
+    return sum(float(milliseconds) for _, milliseconds in kernels) / launches * 1e3
+
+
 def graph_clock(
     run: Callable[[], Any], *, launches: int = 20
 ) -> Callable[[], list[float]]:

@@ -13,12 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-import fp8jax
 from benchmarks import _harness, _hlo
 from benchmarks._peaks import PEAK_TFLOPS
 from fp8jax import recipes
+from fp8jax.tune._against import dense_layer, layer_arrays
 
 SHAPES = [(16384, 7168, 7168), (8192, 4096, 14336), (4096, 2048, 7168)]
 RECIPES = {
@@ -40,9 +39,11 @@ def main() -> None:
         f"{'kernel us':>10}{'TFLOPS':>8}{'wall x':>8}{'kernel x':>9}"
     )
     for tokens, k, n in SHAPES:
-        x, w, dout = _arrays(tokens, k, n)
-        layers = {BASE: _layer(recipes.bf16())}
-        layers |= {f"fp8jax {name}": _layer(RECIPES[name]) for name in options.recipe}
+        x, w, dout = layer_arrays(tokens, k, n)
+        layers = {BASE: dense_layer(recipes.bf16())}
+        layers |= {
+            f"fp8jax {name}": dense_layer(RECIPES[name]) for name in options.recipe
+        }
         rows += _rows((tokens, k, n), layers, (x, w, dout), options.rounds)
         for name in options.recipe if options.hlo else ():
             compiled = layers[f"fp8jax {name}"].lower(x, w, dout).compile()
@@ -78,31 +79,6 @@ def write_programs(name: str, programs: list[str]) -> None:
         path = _harness.RESULTS / f"{name}.txt"
         path.write_text("\n".join(programs))
         print(*programs, f"wrote {path}", sep="\n")
-
-
-def _arrays(tokens: int, k: int, n: int) -> tuple[jax.Array, ...]:
-    keys = jax.random.split(jax.random.key(tokens + k + n), 3)
-    shapes = ((tokens, k), (k, n), (tokens, n))
-    scales = (1.0, k**-0.5, 1.0)
-    return tuple(
-        (jax.random.normal(key, shape) * scale).astype(jnp.bfloat16)
-        for key, shape, scale in zip(keys, shapes, scales, strict=True)
-    )
-
-
-def _layer(recipe: recipes.Recipe) -> Any:
-    """Jitted: output, and gradients with respect to x and w, for a given cotangent."""
-    dimensions = (((1,), (0,)), ((), ()))
-    dot = functools.partial(
-        fp8jax.dot_general, dimension_numbers=dimensions, recipe=recipe
-    )
-
-    @jax.jit
-    def run(x, w, dout):
-        out, vjp = jax.vjp(dot, x, w)
-        return out, *vjp(dout)
-
-    return run
 
 
 def _rows(

@@ -20,6 +20,7 @@ from benchmarks._group_tables import (
     moe_table,
 )
 from benchmarks._inference_tables import inference_summary, inference_table
+from benchmarks._model_tables import gemm_models_table, narrow_table
 from benchmarks._peaks import H200, MEMORY_GBPS, PEAK_RATIO, PEAK_TFLOPS
 from benchmarks._tables import Rows, mean, table
 
@@ -106,7 +107,9 @@ def every_row() -> list[str]:
     """benchmarks/README.md's tables, in order; those without results are left out."""
     return [
         *gemm_tables(read("gemm")),
+        *gemm_models_table(read("gemm_models")),
         *layer_table(read("layer")),
+        *narrow_table(read("narrow")),
         *grouped_table(read("grouped")),
         *moe_table(read("moe")),
         *inference_table(read("inference")),

@@ -2,5 +2,15 @@
 
 from fp8jax.transform._fp8_transform import Fp8Function, fp8_transform
 from fp8jax.transform.plan import Report, Row, plot_statistics
+from fp8jax.transform.profile import KernelTime, Profile, ProfileRow
 
-__all__ = ["Fp8Function", "Report", "Row", "fp8_transform", "plot_statistics"]
+__all__ = [
+    "Fp8Function",
+    "KernelTime",
+    "Profile",
+    "ProfileRow",
+    "Report",
+    "Row",
+    "fp8_transform",
+    "plot_statistics",
+]

@@ -85,6 +85,7 @@ def with_custom_rules(plan: Plan, flow: Flow, policy: Policy, decide: Decide) ->
     replacements = dict(plan.replacements)
     rows = dict(zip(sorted(flow.dots), plan.report.rows, strict=True))
     measured = _measured(sorted(flow.dots), plan.report.rows)
+    of_rules: set[Position] = set()
     unmatched_rules = plan.report.unmatched_rules
     rewritten: dict[Any, RuleCall] = {}
     traced: dict[int, RuleCall | str] = {}
@@ -108,6 +109,7 @@ def with_custom_rules(plan: Plan, flow: Flow, policy: Policy, decide: Decide) ->
         for p, row in zip(positions, part.report.rows, strict=True):
             if p[0] != _PRIMAL:
                 rows[*position, *p] = row
+                of_rules.add((*position, *p))
         unmatched_rules = tuple(
             r for r in unmatched_rules if r in part.report.unmatched_rules
         )
@@ -132,7 +134,11 @@ def with_custom_rules(plan: Plan, flow: Flow, policy: Policy, decide: Decide) ->
     )
     names = tuple(name for p in sorted(measured) for name in measured[p])
     return dataclasses.replace(
-        plan, replacements=replacements, measured=names, report=report
+        plan,
+        replacements=replacements,
+        measured=names,
+        positions=tuple(None if p in of_rules else p for p in sorted(rows)),
+        report=report,
     )
 
 

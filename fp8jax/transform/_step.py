@@ -57,6 +57,7 @@ from fp8jax.transform.plan import (
     warn,
     with_doubts,
 )
+from fp8jax.transform.profile import Profile, check_measurable, measured, tagged
 
 NO_DERIVATIVE = (
     "fp8_transform: products in FP8 have no forward-mode and no second derivative. "
@@ -104,9 +105,11 @@ class Step:
     @functools.cached_property
     def jit(self) -> Any:
         """The jitted function `(key, *args, **kwargs)`."""
+        return self._jitted(tags=False)
 
+    def _jitted(self, tags: bool) -> Any:
         def run(key: CallKey, /, *args: Any, **kwargs: Any) -> Any:
-            return self._run(key, args, kwargs)
+            return self._run(key, args, kwargs, tags)
 
         run.__name__ = run.__qualname__ = self._name
         return jit_step(run, self.outer, self._policy.stats)
@@ -173,10 +176,25 @@ class Step:
         found = [residual_bytes(program, plan.is_weight) for program in (fp8, jaxpr)]
         return plan.report.with_residuals(*found)
 
-    def _run(self, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def profile(self, call: Call) -> Profile:
+        """The times of all kernels of this call, by product."""
+        key, args, kwargs = call
+        check_measurable(self._name, args, kwargs)
+        lowered = self._jitted(tags=True).lower(key, *args, **kwargs)
+        dynamic = self.options.dynamic(args, kwargs)
+        return measured(lowered, *dynamic, self.report(call), self._name)
+
+    def _run(
+        self,
+        key: CallKey,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tags: bool = False,
+    ) -> Any:
         # Runs under jit's trace, so jit's own cache is the transform's.
         jaxpr, out_tree, plan = self._plan(key, args, kwargs)
         warn(plan, self._policy, self._name)
+        jaxpr = tagged(jaxpr, plan.positions) if tags else jaxpr
         stats = self._policy.stats
         program = self._lowered(jaxpr, plan, stats)
         self.has_static_outputs |= has_static_outputs(out_tree)

@@ -4,7 +4,15 @@
 """
 
 from fp8jax.kernels.mosaic_gpu import load_tuning
+from fp8jax.tune._against import Against, against_bf16
 from fp8jax.tune._clock import kernel_times
 from fp8jax.tune._explain import Explanation, explain
 
-__all__ = ["Explanation", "explain", "kernel_times", "load_tuning"]
+__all__ = [
+    "Against",
+    "Explanation",
+    "against_bf16",
+    "explain",
+    "kernel_times",
+    "load_tuning",
+]

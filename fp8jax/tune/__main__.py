@@ -2,22 +2,32 @@
 
     python -m fp8jax.tune --explain M N K
     python -m fp8jax.tune M N K [M N K ...] [--out table.json]
+    python -m fp8jax.tune --against bf16 M N K [M N K ...] [--recipe deepseek_v3]
 
 [M, K] times [N, K] transposed; for wgrad (--kind 1d1d) K counts tokens. --explain
 computes and needs no GPU. Without it, candidates are timed against each other on the
 GPU present, and --out writes the fastest ones to a table for fp8jax.load_tuning; a
-table that is there already is added to.
+table that is there already is added to. --against bf16 times a layer of K inputs and N
+outputs on M tokens: fprop and both gradients with every quantization, and in BF16.
 """
 
 import argparse
 import os
 from collections.abc import Sequence
 
+from fp8jax import recipes
 from fp8jax._extras import needed_by
 from fp8jax.kernels import check_available, mosaic_gpu
 from fp8jax.kernels.mosaic_gpu import GemmProblem, Table
+from fp8jax.tune._against import against_bf16
 from fp8jax.tune._explain import explain
 from fp8jax.tune._measure import best, measure
+
+_RECIPES = {
+    "deepseek_v3": recipes.deepseek_v3,
+    "blocked_wgrad": recipes.blocked_wgrad,
+    "bf16_wgrad": recipes.bf16_wgrad,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if options.table:
             mosaic_gpu.load_tuning(options.table)
-        if options.explain:
+        if options.against:
+            _compare(parser, problems, options)
+        elif options.explain:
             _explain(problems, options.num_sms or mosaic_gpu.num_sms())
         else:
             _tune(parser, problems, options)
@@ -60,6 +72,15 @@ def _parser() -> argparse.ArgumentParser:
         "--num-sms", type=int, help="to explain for; of the GPU present, else 132"
     )
     parser.add_argument("--out", help="the table to write or to add to")
+    parser.add_argument(
+        "--against", choices=("bf16",), help="time a layer in FP8 and in this"
+    )
+    parser.add_argument(
+        "--recipe",
+        choices=sorted(_RECIPES),
+        default="deepseek_v3",
+        help="of the layer, for --against",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns of five calls")
     return parser
 
@@ -74,15 +95,30 @@ def _explain(problems: list[GemmProblem], num_sms: int) -> None:
     )
 
 
+def _compare(
+    parser: argparse.ArgumentParser,
+    problems: list[GemmProblem],
+    options: argparse.Namespace,
+) -> None:
+    _check_gpu(parser)
+    for p in problems:
+        recipe = _RECIPES[options.recipe]()
+        print(against_bf16(p.m, p.n, p.k, recipe, rounds=options.rounds), flush=True)
+
+
+def _check_gpu(parser: argparse.ArgumentParser) -> None:
+    try:
+        check_available("mosaic_gpu")
+    except NotImplementedError as reason:
+        parser.error(f"measuring {reason} --explain works without one.")
+
+
 def _tune(
     parser: argparse.ArgumentParser,
     problems: list[GemmProblem],
     options: argparse.Namespace,
 ) -> None:
-    try:
-        check_available("mosaic_gpu")
-    except NotImplementedError as reason:
-        parser.error(f"measuring {reason} --explain works without one.")
+    _check_gpu(parser)
     try:
         with needed_by("measuring", "tune"):
             from fp8jax.tune import _view

@@ -19,11 +19,20 @@ def kernel_times(
         ValueError: For fewer iterations.
         RuntimeError: If CUPTI saw no kernel, as in a process that has no GPU.
     """
+    calls = kernels_of(fn, *args, iterations=iterations)
+    return [sum(us for _, us in call) for call in calls]
+
+
+def kernels_of(
+    fn: Callable[..., Any], *args: Any, iterations: int
+) -> list[list[tuple[str, float]]]:
+    """As `kernel_times`, but for each call all kernels, with their names."""
     from jax.experimental.mosaic.gpu import profiler
 
     if iterations < 2:
         raise ValueError(f"kernel_times takes iterations >= 2, got {iterations}.")
-    _, milliseconds = profiler.measure(fn, iterations=iterations)(*args)
-    if not isinstance(milliseconds, list):
+    run = profiler.measure(fn, aggregate=False, iterations=iterations)
+    _, calls = run(*args)
+    if not calls:
         raise RuntimeError("kernel_times: CUPTI saw no kernel.")
-    return [float(t) * 1e3 for t in milliseconds]  # pyright: ignore
+    return [[(name, float(ms) * 1e3) for name, ms in call] for call in calls]

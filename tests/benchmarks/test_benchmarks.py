@@ -7,14 +7,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import fp8jax
 from benchmarks import (
     _harness,
     _hlo,
+    _models,
     activations,
     decode,
     gemm,
+    gemm_models,
     inference,
     layer,
+    narrow,
     plot_m,
     quantize,
     sanitize,
@@ -68,6 +72,110 @@ def test_gemm(on_cpu, monkeypatch):
     assert one["ratio"] == one["cublaslt_blockwise"] == ""
 
 
+def test_kernels_of_contenders_take_turns_of_equal_length(monkeypatch):
+    turns = []
+    us = {"slow": 50.0, "fast": 10.0}
+
+    def turn(name, launches):
+        turns.append((name, launches))
+        return us[name] * (100 if len(turns) < 5 else 1)  # The first ones are cold.
+
+    monkeypatch.setattr(_harness, "_kernel_turn", lambda f, count: turn(f(), count))
+    contenders = {name: lambda name=name: name for name in us}
+    monkeypatch.setattr(_harness, "_wait", lambda out: None)
+    found = _harness.alternate_kernels(contenders, turn_us=50_000.0, rounds=2)
+    assert found == us
+    # Ten cold launches fill a turn of the slow one, fifty of the fast one.
+    assert turns == [("slow", 3), ("fast", 3), *[("slow", 10), ("fast", 50)] * 3]
+
+
+@pytest.fixture
+def two_contenders(on_cpu, monkeypatch):
+    """Four shapes in two halves, and something in the place of torch."""
+    sides = [(256, 128, 128), (256, 256, 128), (512, 128, 128), (512, 128, 256)]
+    shapes = [_models.Shape(*s) for s in sides]
+    monkeypatch.setattr(gemm_models, "shapes", lambda: shapes)
+    monkeypatch.setattr(gemm_models, "half", lambda s: _models.HALVES[s.m // 512])
+    torch = {gemm_models.OTHER: lambda: jnp.ones(())}
+    monkeypatch.setattr(gemm_models._contenders, "torch_gemms", lambda *_: torch)
+
+    def take(*times):
+        """What the contenders take, shape by shape, in the order of their turns."""
+        left = iter(times)
+
+        def alternate(contenders, rounds):
+            assert rounds == 1
+            for launch in contenders.values():
+                launch()
+            return dict(zip(contenders, next(left), strict=True))
+
+        monkeypatch.setattr(_harness, "alternate_kernels", alternate)
+
+    return on_cpu, shapes, take
+
+
+def test_gemm_of_models_in_halves(two_contenders, monkeypatch, capsys):
+    folder, shapes, take = two_contenders
+    take((1, 2), (2, 4), (4, 8), (8, 4))
+    run(monkeypatch, gemm_models, "--rounds 1 --commit abc")
+    found = rows(folder / "gemm_models.csv")
+    assert [r["half"] for r in found] == ["tune", "report"] * 2
+    assert sorted((int(r["m"]), int(r["n"]), int(r["k"])) for r in found) == shapes
+    assert [r["ratio"] for r in found] == ["2.000", "2.000", "2.000", "0.500"]
+    printed = capsys.readouterr().out
+    tune = "median 2.000, geometric mean 2.000, least 2.000, 0 below 1"
+    report = "median 1.250, geometric mean 1.000, least 0.500, 1 below 1"
+    assert f"tune, 2 shapes: {tune}" in printed
+    assert f"report, 2 shapes: {report}" in printed
+
+
+def test_orders_of_blocks_are_compared_on_the_tuning_half(
+    two_contenders, monkeypatch, capsys
+):
+    folder, _, take = two_contenders
+
+    def multiply(*args, config, **static):
+        if config.cluster == 2:
+            raise RuntimeError("no clusters")
+        return xla.gemm(*args, **static)
+
+    monkeypatch.setattr(mosaic_gpu, "multiply", multiply)
+    # With no cluster two axes by two widths run, the chosen order first.
+    take((4, 2, 3, 8, 6))
+    run(monkeypatch, gemm_models, "--candidates --shapes 1 --rounds 1")
+    found = rows(folder / "gemm_candidates.csv")
+    assert {r["m"] for r in found} == {"256"}
+    assert [r["chosen"] for r in found] == ["1", "0", "0", "0"]
+    assert [r["ratio"] for r in found] == ["1.500", "3.000", "2.000", "0.750"]
+    printed = capsys.readouterr().out
+    assert "cluster 2, 8 along m is left out: no clusters" in printed
+    assert "2.0  2.000  3.000 cluster 1, 16 along m" in printed
+    assert "4.0  1.000  1.500 cluster 1, 8 along m (chosen)" in printed
+
+
+def test_products_of_models_are_those_of_both_passes_in_fixed_halves():
+    shapes = _models.shapes()
+    assert len(shapes) == len(set(shapes))
+    # Llama 3 8B, config.json: hidden_size 4096, 32 heads of 128, 8 of keys and values,
+    # intermediate_size 14336: q and o, k and v, gate and up, down.
+    for n, k in ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)):
+        assert {_models.Shape(8192, n, k), _models.Shape(8192, k, n)} <= {*shapes}
+    sides = {}
+    for shape in shapes:
+        sides.setdefault(frozenset(shape[1:]), set()).add(_models.half(shape))
+    assert all(len(halves) == 1 for halves in sides.values())
+    counts = [sum(_models.half(s) == h for s in shapes) for h in _models.HALVES]
+    assert min(counts) > 0.4 * len(shapes)
+
+
+def test_orders_of_a_choice_can_run_and_begin_with_it():
+    chosen = mosaic_gpu.choose_config("1d2d", 8192, 4096, 4096, "bfloat16", 132)
+    found = gemm_models.orders(chosen)
+    assert found[0] == chosen
+    assert len(found) == len({*found}) == 8
+    assert all(mosaic_gpu.refusal("1d2d", c) is None for c in found)
+
+
 def test_what_does_not_run_is_left_out_and_says_why(capsys):
     def fails():
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nand so on")
@@ -113,12 +221,27 @@ def test_layer_beside_bf16_with_its_kernels(on_cpu, monkeypatch):
     assert "OTHER" in kernels
 
 
+def test_narrow_steps_are_in_fp8_but_for_nothing(on_cpu, monkeypatch):
+    monkeypatch.setattr(narrow, "LAYERS", 2)
+    options = "--widths 128 --tokens 256 --rounds 1 --commit abc"
+    run(monkeypatch, narrow, f"{options} --square-in-bf16")
+    (row,) = rows(on_cpu / "narrow.csv")
+    assert row["square_in_bf16"] == "1"
+    assert (row["tokens"], row["width"], row["recipe"]) == ("256", "128", "deepseek_v3")
+    speed = float(row["bf16_us"]) / float(row["fp8_us"])
+    assert float(row["speed"]) == pytest.approx(speed, rel=0.01)
+    arrays = jax.eval_shape(functools.partial(narrow._arrays, 256, 128))
+    report = fp8jax.fp8_transform(narrow._step).report(*arrays)
+    assert report.fraction == 1
+    assert len(report.rows) == 3 * len(["q", "k", "v", "o", "gate", "up", "down"])
+
+
 def test_every_recipe_of_the_layer_benchmark_has_fp8_in_it():
-    arrays = layer._arrays(128, 256, 384)
+    arrays = layer.layer_arrays(128, 256, 384)
     for name, recipe in layer.RECIPES.items():
-        outputs = jax.jit(layer._layer(recipe))(*arrays)
+        outputs = jax.jit(layer.dense_layer(recipe))(*arrays)
         assert [o.shape for o in outputs] == [(128, 384), (128, 256), (256, 384)], name
-        hlo = layer._layer(recipe).lower(*arrays).as_text()
+        hlo = layer.dense_layer(recipe).lower(*arrays).as_text()
         assert "f8E4M3FN" in hlo, name
 
 

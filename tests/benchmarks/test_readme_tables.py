@@ -199,3 +199,29 @@ readme.RESULTS = pathlib.Path(sys.argv[1])
 sys.argv[1:] = ["--check"]
 readme.main()
 """
+
+
+@pytest.mark.usefixtures("results")
+def test_products_of_models_have_a_line_for_each_half(results):
+    base = {"device": "a GPU", "m": "4096", "n": "256", "k": "128"}
+    ratios = {"tune": ("0.9", "1.3"), "report": ("1.0", "1.1", "1.4")}
+    rows = [
+        of(base, half=half, fp8jax="1000", ratio=ratio)
+        for half, found in ratios.items()
+        for ratio in found
+    ]
+    write(results / "gemm_models.csv", rows)
+    text = "\n".join(readme.every_row())
+    assert "of their own half) | 2 | 1000 | 1.10 | 0.90 to 1.30 | 1 |" in text
+    assert "seen them) | 3 | 1000 | 1.10 | 1.00 to 1.40 | 0 |" in text
+
+
+@pytest.mark.usefixtures("results")
+def test_narrow_blocks_have_a_line_each(results):
+    row = {"tokens": "16384", "width": "768", "layers": "4", "bf16_us": "100"}
+    row |= {"fp8_us": "80", "speed": "1.25", "device": "a GPU"}
+    rows = [of(row, square_in_bf16=kept) for kept in "01"]
+    write(results / "narrow.csv", rows)
+    text = "\n".join(readme.every_row())
+    assert "| 16384 | 768 | all | 100 | 80 | 1.25 |" in text
+    assert "| 16384 | 768 | the MLP | 100 | 80 | 1.25 |" in text

@@ -4,8 +4,10 @@ import collections
 
 import pytest
 
-from benchmarks import _hlo
+import fp8jax
+from benchmarks import _h100, _hlo
 from benchmarks._llama import Decoder
+from fp8jax.transform.profile._origins import origins
 from tests.compiled.programs import fp8, plain, products
 
 pytestmark = pytest.mark.compiled
@@ -76,3 +78,22 @@ def test_norms_and_swiglu_are_computed_where_they_are_quantized():
     fused = [kernel for kernel in kernels if "quantize_map" in kernel.source]
     assert sum(kernel.times for kernel in fused) == 6 * decoder.layers
     assert max(len(kernel.operands) for kernel in fused) == 3
+
+
+def test_profiles_tell_each_product_s_operations_apart():
+    decoder = SCANS[1]
+    step, args = decoder.step(_h100.mesh(1))
+    transformed = fp8jax.fp8_transform(step)
+    marked = transformed._step._jitted(tags=True)
+    call = transformed._step.split(args, {})
+    with _h100.as_where_they_are(1):
+        report = transformed.report(*args)
+        lowered = marked.lower(call[0], *call[1], **call[2])
+        text = lowered.compile(compiler_options=_h100.OPTIONS).as_text()
+    found = origins(text).by_op
+    multiplied = collections.Counter(o.row for o in found.values() if o.multiplies)
+    rows = dict(enumerate(report.rows))
+    assert all(multiplied[i] > 0 for i in rows), multiplied
+    # A call in a fusion and the fusion around it are two operations.
+    ours = {i: multiplied[i] for i, row in rows.items() if row.status == "fp8"}
+    assert max(ours.values()) <= 2, ours

@@ -9,6 +9,7 @@ import pytest
 
 from fp8jax import recipes
 from fp8jax.transform import fp8_transform
+from fp8jax.transform.plan import _plan
 
 D = 128
 
@@ -218,3 +219,30 @@ def test_markdown_and_json_hold_the_rows():
     data = json.loads(report.to_json())
     assert data["fraction"] == report.fraction
     assert [row["role"] for row in data["rows"]] == ["fprop", "fprop", "other"]
+
+
+def test_narrow_weights_of_a_step_on_a_gpu_are_noted_with_their_share(monkeypatch):
+    monkeypatch.setattr(_plan, "implementation_of", lambda *how: "mosaic_gpu")
+    wide, narrow = 4096, 768
+    shapes = {"up": (narrow, wide), "q": (narrow, narrow), "mix": (wide, wide)}
+    params = {
+        name: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        for name, shape in shapes.items()
+    }
+    x = jax.ShapeDtypeStruct((256, narrow), jnp.bfloat16)
+
+    def loss(params, x):
+        return jnp.mean(
+            jnp.tanh(jnp.tanh(x @ params["q"]) @ params["up"]) @ params["mix"]
+        )
+
+    report = fp8_transform(jax.grad(loss)).report(params, x)
+    # By hand: k n / (k + n) is 384 of q, 647 of up and 2048 of mix.
+    (note,) = [note for note in report.notes if note.startswith("Narrow weights")]
+    assert "q [768, 768]. On Hopper" in note
+    of_q = sum(row.flops for row in report.rows if row.path == "q")
+    assert f"{of_q / report.flops:.1%} of the FLOPs" in note
+    # A forward function may be one for inference, whose few rows cost next to nothing.
+    assert not fp8_transform(loss).report(params, x).notes
+    monkeypatch.setattr(_plan, "implementation_of", lambda *how: "xla")
+    assert not fp8_transform(jax.grad(loss)).report(params, x).notes

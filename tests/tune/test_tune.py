@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fp8jax import tune
+from fp8jax import recipes, tune
 from fp8jax.kernels import mosaic_gpu
 from fp8jax.testing import GEMM_SHAPES
 from fp8jax.tune import __main__ as cli
-from fp8jax.tune import _explain, _measure
+from fp8jax.tune import _against, _explain, _measure
 
 SHAPES = [(s.m, s.n, s.k) for s in GEMM_SHAPES]
 SHAPES += [(1, 7168, 16384), (64, 576, 7168), (128, 24576, 1536), (257, 1, 3884)]
@@ -71,6 +71,8 @@ def test_explain_prints_without_a_gpu(capsys):
         ("--explain 1 2 0", "integers from 1"),
         ("--explain --kind 2d2d 1 2 3", "invalid choice: '2d2d'"),
         ("128 128 128", "measuring needs a GPU of compute capability 9.0"),
+        ("--against bf16 8 8 8", "measuring needs a GPU of compute capability 9.0"),
+        ("--against fp16 8 8 8", "invalid choice: 'fp16'"),
         ("--explain --table none.json 1 2 3", "No such file"),
     ],
 )
@@ -190,3 +192,47 @@ def test_measures_on_this_gpu(tmp_path, capsys):
         assert e.source.startswith("the loaded table: measured")
     finally:
         tune.load_tuning(None)
+
+
+def test_kernel_times_are_sums_over_a_call_s_kernels(monkeypatch):
+    from jax.experimental.mosaic.gpu import profiler
+
+    seen = [[("a", 0.001), ("b", 0.002)], [("a", 0.004), ("b", 0.002)]]
+
+    def measure(fn, aggregate, iterations):
+        assert (aggregate, iterations) == (False, 2)
+        return lambda *args: (fn(*args), seen)
+
+    monkeypatch.setattr(profiler, "measure", measure)
+    times = tune.kernel_times(lambda x: x, 1, iterations=2)
+    assert times == pytest.approx([3.0, 6.0])
+    seen.clear()
+    with pytest.raises(RuntimeError, match="CUPTI saw no kernel"):
+        tune.kernel_times(lambda x: x, 1, iterations=2)
+
+
+def test_layer_against_bf16_counts_products_and_the_rest_apart(monkeypatch):
+    calls = {
+        "fp8": [("fp8jax_gemm_1d2d_8x8x8", 2.0), ("fp8jax_quantize_1x128_8x8", 1.0)],
+        "bf16": [("nvjet_hsh_128x128", 4.0), ("loop_convert_fusion", 0.5)],
+    }
+    monkeypatch.setattr(_against, "dense_layer", lambda recipe: recipe.is_off)
+
+    def kernels_of(is_off, x, w, dout, iterations):
+        assert (x.shape, w.shape, dout.shape) == ((64, 256), (256, 128), (64, 128))
+        return [calls["bf16" if is_off else "fp8"]] * iterations
+
+    monkeypatch.setattr(_against, "kernels_of", kernels_of)
+    found = tune.against_bf16(64, 128, 256, recipes.deepseek_v3(), rounds=1)
+    assert (found.bf16_us, found.gemm_us, found.other_us) == (4.5, 2.0, 1.0)
+    assert found.speed == 1.5
+    assert "[64, 256] x [256, 128]" in str(found)
+    assert "1.50 times BF16's speed: FP8 pays here." in str(found)
+    slow = dataclasses.replace(found, other_us=4.0)
+    assert "0.75 times BF16's speed: FP8 does not pay here." in str(slow)
+
+
+@pytest.mark.gpu
+def test_layer_against_bf16_on_this_gpu(capsys):
+    cli.main(["--against", "bf16", "4096", "2048", "2048", "--rounds", "1"])
+    assert "times BF16's speed" in capsys.readouterr().out

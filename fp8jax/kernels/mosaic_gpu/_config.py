@@ -119,7 +119,6 @@ def gemm_1d2d_config(m: int, n: int, k: int, num_sms: int) -> GemmConfig:
         accumulators=chunks,
         stages=3,
         cluster=2 if fills and m > 128 else 1,
-        snake_axis=0 if m <= n else 1,
     )
 
 

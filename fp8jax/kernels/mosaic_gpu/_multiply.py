@@ -49,10 +49,13 @@ def multiply(
     # The columns in pieces that no tile of the rhs divides: one scale each.
     width = math.gcd(wg_n, CHUNK)
     pieces = range(0, wg_n, width)
-    # Whether a last stage reaches past the end of k.
-    has_zeros = (
-        not schedule.ends_within_stage and ceil_div(schedule.k, CHUNK) % config.chunks
-    )
+    # Chunks of a last stage that reaches past the end of k; 0 if there is none.
+    last_chunks = ceil_div(schedule.k, CHUNK) % config.chunks
+    if schedule.ends_within_stage:
+        last_chunks = 0
+    # Whether it is multiplied with the zeros past the end: where the device alone knows
+    # if a block has any stage.
+    has_zeros = last_chunks > 0 and schedule.stores_some_rows
 
     def lhs_row_factors(stage: Index, i: int):
         """The lhs scales in chunk i of a stage, one a row."""
@@ -162,17 +165,18 @@ def multiply(
 
         return pl.run_scoped(functools.partial(issue, chunks, {}), accumulator)
 
-    def multiply_stage(step: Index, carry, block: Block):
+    def multiply_stage(step: Index, carry, block: Block, chunks: int = config.chunks):
+        """Adds the first `chunks` of a stage."""
         count, *acc = carry
         stage = lax.rem(count, jnp.int32(config.stages))
         of_tiles = functools.partial(tile_factors, step, block=block)
         if config.scales_ahead:
-            ahead = [of_tiles(i) for i in range(config.chunks)]
+            ahead = [of_tiles(i) for i in range(chunks)]
             of_tiles = ahead.__getitem__
         plgpu.barrier_wait(full.at[stage])
-        for i in range(0, config.chunks, config.accumulators):
-            together = list(range(i, i + config.accumulators))
-            release = together[-1] == config.chunks - 1
+        for i in range(0, chunks, config.accumulators):
+            together = list(range(i, min(i + config.accumulators, chunks)))
+            release = together[-1] == chunks - 1
             acc = multiply_chunks(together, stage, acc, of_tiles, release)
         return count + 1, *acc
 
@@ -199,12 +203,17 @@ def multiply(
         steps = block.steps(config)
         if schedule.ends_within_stage:
             steps = lax.div(block.end - block.begin, jnp.int32(config.chunks))
+        skips_zeros = last_chunks > 0 and not has_zeros
+        if skips_zeros:
+            steps -= 1
         carry = lax.fori_loop(
             0,
             steps,
             functools.partial(multiply_stage, block=block),
             (count, *[zero] * len(pieces)),
         )
+        if skips_zeros:
+            carry = multiply_stage(steps, carry, block, last_chunks)
         if schedule.ends_within_stage and config.chunks > 1:
             carry = lax.cond(
                 steps < block.steps(config),

@@ -21,6 +21,7 @@ from fp8jax.transform.plan._decisions import Decision, LayerDot, QuantizedDot, S
 from fp8jax.transform.plan._doubts import doubts, inputs, would_be_layer
 from fp8jax.transform.plan._kernels import Verdict, implementation_of, on_devices
 from fp8jax.transform.plan._names import layers_of, names_of, told_apart
+from fp8jax.transform.plan._narrow import narrow_notes
 from fp8jax.transform.plan._obstacles import another_form, layer_obstacles, unsupported
 from fp8jax.transform.plan._policy import Policy
 from fp8jax.transform.plan._report import WOULD_BE, Report
@@ -41,6 +42,8 @@ class Plan:
         report: tells about all of them.
         whole_step: whether the function holds a backward pass.
         is_weight: for each leaf of the arguments, whether it is a parameter.
+        positions: of the products that the report's rows are about; None of those in
+            gradient rules, whose positions are their own.
         doubts: what the user is warned of.
     """
 
@@ -49,6 +52,7 @@ class Plan:
     report: Report
     whole_step: bool
     is_weight: tuple[bool, ...]
+    positions: tuple[Position | None, ...]
     doubts: tuple[str, ...] = ()
 
 
@@ -104,6 +108,9 @@ def make_plan(
         *_notes(policy, assignments, replacements.values()),
         *notes_on(stored, leaves),
     )
+    if whole_step:
+        pairs = zip(rows, assignments, strict=True)
+        notes += narrow_notes([(row, _features(a)) for row, a in pairs if row.tiles])
     unmatched = tuple(rule.pattern for rule in policy.rules if rule not in matched)
     return Plan(
         replacements,
@@ -111,6 +118,7 @@ def make_plan(
         Report(tuple(rows), unmatched, notes),
         whole_step,
         tuple(bool(weights >> i & 1) for i, _ in enumerate(leaves)),
+        tuple(a.dot.position for a in assignments),
     )
 
 

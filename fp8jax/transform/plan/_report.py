@@ -1,13 +1,18 @@
 """What became of every matrix product, for people and for tests."""
 
 import dataclasses
-import html
 import json
 from collections.abc import Sequence
 from typing import Literal
 
 from fp8jax.transform.analysis import Role
-from fp8jax.transform.plan._table import readable, readable_bytes, text_table
+from fp8jax.transform.plan._table import (
+    html_table,
+    markdown_table,
+    readable,
+    readable_bytes,
+    text_table,
+)
 
 # How the reason begins of a product whose weight is not known as a parameter.
 WOULD_BE = "would be in FP8 if "
@@ -88,21 +93,12 @@ class Report:
 
     def _repr_html_(self) -> str:
         """The table and the totals as a notebook shows them."""
-
-        def row(tag: str, cells: Sequence[str]) -> str:
-            inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-            return f"<tr>{inner}</tr>"
-
-        rows = [row("th", _HEAD), *(row("td", _cells(one)) for one in self.rows)]
-        totals = "".join(f"<p>{html.escape(line)}</p>" for line in self._summary())
-        return f"<table>{''.join(rows)}</table>{totals}"
+        return html_table(_HEAD, [*map(_cells, self.rows)], self._summary())
 
     def to_markdown(self) -> str:
         """The table and the totals in Markdown."""
-        rule = ["---:" if i in _NUMBERS else "---" for i in range(len(_HEAD))]
-        table = [_HEAD, rule, *map(_cells, self.rows)]
-        lines = ["| " + " | ".join(row) + " |" for row in table]
-        return "\n".join((*lines, "", *self._summary()))
+        cells = [*map(_cells, self.rows)]
+        return markdown_table(_HEAD, cells, _NUMBERS, self._summary())
 
     def to_json(self) -> str:
         """Rows, fraction, unmatched rules, notes and residuals as a JSON object."""
@@ -148,7 +144,6 @@ _NUMBERS = range(2, 7)
 
 
 def _cells(row: Row) -> list[str]:
-    how = f"{row.tiles} {row.kernel}".strip()
     return [
         row.path or "-",
         row.role,
@@ -156,8 +151,14 @@ def _cells(row: Row) -> list[str]:
         str(row.count),
         readable(row.flops / 1e9),
         row.status,
-        "; ".join(part for part in (how, row.reason) if part),
+        how(row),
     ]
+
+
+def how(row: Row) -> str:
+    """Tiles and kernel of a product in FP8, and why another is not."""
+    parts = f"{row.tiles} {row.kernel}".strip(), row.reason
+    return "; ".join(part for part in parts if part)
 
 
 def describe_tiles(*tiles: Sequence[int]) -> str:

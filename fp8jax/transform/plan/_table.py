@@ -1,5 +1,6 @@
-"""A report's table as text: a row per line, at most 100 columns wide."""
+"""A report's table: as text, at most 100 columns wide, in HTML and in Markdown."""
 
+import html
 import textwrap
 from collections.abc import Sequence
 
@@ -48,6 +49,32 @@ def text_table(
             break_on_hyphens=False,
         )
     return text
+
+
+def html_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], below: Sequence[str]
+) -> str:
+    """The table as a notebook shows it, with a paragraph for each line below it."""
+
+    def row(tag: str, cells: Sequence[str]) -> str:
+        inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        return f"<tr>{inner}</tr>"
+
+    lines = [row("th", head), *(row("td", cells) for cells in rows)]
+    paragraphs = "".join(f"<p>{html.escape(line)}</p>" for line in below)
+    return f"<table>{''.join(lines)}</table>{paragraphs}"
+
+
+def markdown_table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    numbers: Sequence[int],
+    below: Sequence[str],
+) -> str:
+    """The table in Markdown, `numbers` aligned to the right, with lines below it."""
+    rule = ["---:" if i in numbers else "---" for i in range(len(head))]
+    lines = ["| " + " | ".join(row) + " |" for row in (head, rule, *rows)]
+    return "\n".join((*lines, "", *below))
 
 
 def readable(number: float) -> str:
