@@ -83,7 +83,7 @@ def test_no_more_is_sent_than_by_the_plain_step_and_weights_as_codes(decoder, sh
     assert ours <= share * theirs
 
 
-# Tensor parallelism's axis may split sequences of 640 within tiles: wgrad is alone there.
+# An axis of features may split sequences of 640 within tiles: wgrad is alone there.
 @pytest.mark.parametrize("decoder", [DP, FSDP], ids=["dp", "fsdp"])
 def test_as_many_quantizations_run_as_on_one_gpu(decoder):
     found, wanted = (
