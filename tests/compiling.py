@@ -21,11 +21,26 @@ OPTIMIZED = (
     *("ops/test_dot_general.py", "ops/test_dtypes.py", "ops/test_einsum.py"),
     *("ops/test_ragged_dot.py", "ops/test_rms_norm_dot.py", "ops/test_swiglu.py"),
 )
+# Not these of them: dtypes, and our own operations, compiled alike, beside each other.
+_ALIKE = (
+    "quant/test_quantize.py::test_batch_dimensions_are_matrices",
+    "quant/test_quantize.py::test_both_directions_are_the_two",
+    "quant/test_fused.py::test_batches_are_matrices",
+    "ops/test_dot_general.py::test_jit_remat_scan_and_vmap",
+    "ops/test_dot_general.py::test_preferred_element_type",
+    "ops/test_dtypes.py::test_gradients_have_the_dtypes",
+    "ops/test_ragged_dot.py::test_expert_mlp_is_three_products",
+    "ops/test_ragged_dot.py::test_sizes_are_data",
+    "ops/test_rms_norm_dot.py::test_fused_is_the_norm_and",
+    "ops/test_swiglu.py::test_fused_is_the_unfused_block",
+)
 
 
 def _is_optimized(item: pytest.Item) -> bool:
     for_gpus = any(map(item.get_closest_marker, ("gpu", "compiled")))
-    return for_gpus or item.config.getoption("optimized") or lies_in(item, OPTIMIZED)
+    if for_gpus or item.config.getoption("optimized"):
+        return True
+    return lies_in(item, OPTIMIZED) and not lies_in(item, _ALIKE)
 
 
 _OPTION = "jax_disable_most_optimizations"
@@ -70,13 +85,13 @@ def emit_fusions_as_before() -> None:
 
 
 def lies_in(item: pytest.Item, places: tuple[str, ...]) -> bool:
-    return is_in(item.path, places)
+    """Whether a place, the beginning of a path or of `path::test`, is the test's."""
+    return f"{_path(item.path)}::{item.name}".startswith(places)
 
 
 @functools.cache
-def is_in(path: pathlib.Path, places: tuple[str, ...]) -> bool:
-    here = pathlib.Path(__file__).parent
-    return path.relative_to(here).as_posix().startswith(places)
+def _path(path: pathlib.Path) -> str:
+    return path.relative_to(pathlib.Path(__file__).parent).as_posix()
 
 
 def share(config: pytest.Config) -> None:

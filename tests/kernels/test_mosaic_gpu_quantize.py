@@ -214,10 +214,10 @@ def _check_vmap_and_scan(tile, shape, context) -> None:
         eps=0.0,
     )
     b, m, k = shape
-    x = _lognormal((b * m, k), jnp.bfloat16).reshape(shape)
+    x = np.asarray(_lognormal((b * m, k), jnp.bfloat16)).reshape(shape)
     with context():
         one_by_one = [jax.device_get(jax.jit(quantize)(entry)) for entry in x]
-        mapped = jax.device_get(jax.vmap(quantize)(x))
+        mapped = jax.device_get(jax.jit(jax.vmap(quantize))(x))
         _, scanned = lax.scan(lambda c, e: (c, quantize(e)), jnp.float32(0), x)
     for out in (mapped, jax.device_get(scanned)):
         for i, expected in enumerate(one_by_one):

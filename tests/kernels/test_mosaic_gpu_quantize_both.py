@@ -139,9 +139,9 @@ def test_transposed_codes_of_a_stack_are_written_where_they_belong():
 
 def _check_vmap(tile, tile_t, shape, context) -> None:
     b, m, k = shape
-    x = _lognormal((b * m, k), jnp.bfloat16).reshape(shape)
+    x = np.asarray(_lognormal((b * m, k), jnp.bfloat16)).reshape(shape)
     with context():
-        mapped = jax.device_get(jax.vmap(_both(mosaic_gpu, tile, tile_t))(x))
+        mapped = jax.device_get(jax.jit(jax.vmap(_both(mosaic_gpu, tile, tile_t)))(x))
     one = jax.jit(_both(xla, tile, tile_t))
     for i in range(b):
         expected = jax.device_get(one(x[i]))
