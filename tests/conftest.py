@@ -4,6 +4,7 @@ import ctypes
 import gc
 import importlib.util
 import os
+import pathlib
 from collections.abc import Iterator
 
 
@@ -23,6 +24,8 @@ if any(map(importlib.util.find_spec, _PLUGINS)) and not _has_driver():
 # Processes that share a GPU must not each take most of its memory.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # Nor each have NumPy's products on all cores, whose threads wait by spinning.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Eight CPU devices, so that sharding is tested on every machine. Before JAX starts.
 os.environ["XLA_FLAGS"] = (
@@ -34,6 +37,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import _h100
+from fp8jax import _lowered_once
 from fp8jax.ops import _spread
 from tests import compiling
 
@@ -55,6 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """What is set before a backend starts; workers and subprocesses inherit it."""
+    compiling.emit_fusions_as_before()
     if hasattr(config, "workerinput"):
         return
     if config.option.markexpr == "gpu":
@@ -82,11 +87,25 @@ _QUICK = (
 )
 
 
+def pytest_ignore_collect(
+    collection_path: pathlib.Path, config: pytest.Config
+) -> bool | None:
+    """With `-m gpu` and the like, files without a test of that kind are not imported.
+
+    Each worker would, with what they import and compute as they are.
+    """
+    kind = config.option.markexpr
+    if kind not in ("gpu", "compiled") or not collection_path.name.startswith("test_"):
+        return None
+    return f"mark.{kind}" not in collection_path.read_text() or None
+
+
 @pytest.hookimpl(tryfirst=True)  # Before what `-m` leaves out.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if compiling.lies_in(item, _QUICK):
             item.add_marker("quick")
+    items[:] = compiling.in_order(items)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     reason = _hopper_missing() if marked else None
     if reason:
@@ -119,7 +138,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _device(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tests that are not about a GPU run on the CPU, whose arithmetic they count on."""
     if request.node.get_closest_marker("gpu"):
-        yield
+        with pytest.MonkeyPatch.context() as patch:
+            if compiling.lies_in(request.node, ("kernels",)):
+                # Programs of one kernel: what is compiled ahead is compiled twice.
+                patch.setattr(_lowered_once, "_compile_ahead", lambda made: None)
+            yield
     else:
         with jax.default_device(jax.devices("cpu")[0]):
             yield

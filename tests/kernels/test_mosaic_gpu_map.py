@@ -21,6 +21,7 @@ from fp8jax._elementwise import FUNCTIONS, Elementwise, Step
 from fp8jax.kernels import mosaic_gpu, xla
 from fp8jax.kernels.mosaic_gpu import _map
 from fp8jax.testing import assert_codes_differ_by_last_bits, assert_same_bits
+from tests.kernels.trust import assert_repeats
 
 ROW, BOX = (1, 128), (128, 128)
 BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
@@ -249,9 +250,7 @@ def test_twenty_runs_give_the_same_bits(case):
     function, tiles = CASES[case]
     inputs = _inputs(function, 4096, 3072)
     run = jax.jit(_quantize(mosaic_gpu, function, tiles))
-    first = run(*inputs)
-    for _ in range(20):
-        assert_same_bits(run(*inputs), first)
+    assert_repeats(run, *inputs)
 
 
 # In float64, of positive numbers; comparisons choose one of the two.

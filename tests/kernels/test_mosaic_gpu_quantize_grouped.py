@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fp8jax.kernels import mosaic_gpu, xla
 from fp8jax.testing import assert_same_bits, lognormal_tokens
+from tests.kernels.trust import assert_repeats
 
 SIZES = [
     (100, 0, 60, 1, 70),
@@ -136,6 +137,4 @@ def test_twenty_runs_give_the_same_bits():
     x = jax.random.normal(jax.random.key(0), (4104, 3072), jnp.bfloat16)
     sizes = jnp.asarray([1000, 0, 7, 2048, 300], jnp.int32)
     run = jax.jit(_grouped(mosaic_gpu, (1, 128), (1, 128)))
-    first = run(x, sizes)
-    for _ in range(20):
-        assert_same_bits(run(x, sizes), first)
+    assert_repeats(run, x, sizes)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from fp8jax.testing import gemm_float64
 
@@ -56,6 +57,24 @@ def assert_promoted_sum(
     bound += float(jnp.finfo(out.dtype).eps) / 2 * (np.abs(total) + bound)
     error = np.abs(np.asarray(out, np.float64) - total)
     assert (error <= bound).all(), (error - bound).max()
+
+
+@jax.jit
+def _same_bits(left: Any, right: Any) -> jax.Array:
+    def same(a: jax.Array, b: jax.Array) -> jax.Array:
+        bits = f"uint{8 * a.dtype.itemsize}"
+        return (
+            lax.bitcast_convert_type(a, bits) == lax.bitcast_convert_type(b, bits)
+        ).all()
+
+    return jnp.stack(jax.tree.leaves(jax.tree.map(same, left, right))).all()
+
+
+def assert_repeats(run: Callable[..., Any], *args: Any) -> Any:
+    """Twenty more runs have the first one's bits, compared where they are."""
+    first = run(*args)
+    assert all(bool(_same_bits(run(*args), first)) for _ in range(20))
+    return first
 
 
 def run_on_poisoned_output(

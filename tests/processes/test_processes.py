@@ -20,9 +20,9 @@ def free_port():
         return s.getsockname()[1]
 
 
-def run(folder, processes, devices, use_fp8):
+def run(folder, processes, devices):
     """What each process found, of `devices` each."""
-    args = [str(v) for v in (processes, devices, free_port(), folder, int(use_fp8))]
+    args = [str(v) for v in (processes, devices, free_port(), folder)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     children = [
         subprocess.Popen(
@@ -51,20 +51,18 @@ def losses(found):
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_two_processes_train_as_one_and_resume(tmp_path, devices):
-    def both(use_fp8):
-        one = run(tmp_path / f"one{use_fp8}", 1, 2 * devices, use_fp8)[0]
-        return one, run(tmp_path / f"two{use_fp8}", 2, devices, use_fp8)
-
-    one, two = both(use_fp8=True)
-    assert two[0] == two[1]
+    (of_one,) = run(tmp_path / "one", 1, 2 * devices)
+    of_two = run(tmp_path / "two", 2, devices)
+    assert of_two[0] == of_two[1]
+    one, two = of_one["fp8"], [found["fp8"] for found in of_two]
     for found in (one, *two):
         assert found["fraction"] == 1.0
         assert found["restored"]
         assert found["resumed"][0] == found["resumed"][1]
         assert found["sharding"] == one["sharding"]
-    plain_one, plain_two = both(use_fp8=False)
+    plain_one, plain_two = of_one["plain"], of_two[0]["plain"]
     # Two values are added in one order; gloo adds four in another than one process.
-    if plain_one["digests"] == plain_two[0]["digests"]:
+    if plain_one["digests"] == plain_two["digests"]:
         assert two[0]["digests"] == one["digests"]
     else:
         # See tests/transform/test_sharding.py of what another order of sums can do to a
@@ -73,4 +71,4 @@ def test_two_processes_train_as_one_and_resume(tmp_path, devices):
         for a, b in zip(losses(two[0]), losses(one), strict=True):
             assert abs(a - b) <= 2**-7.5 * fell
     if devices == 1:
-        assert plain_one["digests"] == plain_two[0]["digests"]
+        assert plain_one["digests"] == plain_two["digests"]

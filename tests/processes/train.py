@@ -1,10 +1,10 @@
 """One process of an FSDP training under `fp8_transform`; see `test_processes.py`.
 
-    python tests/processes/train.py RANK PROCESSES DEVICES PORT FOLDER FP8
+    python tests/processes/train.py RANK PROCESSES DEVICES PORT FOLDER
 
-Writes FOLDER.RANK.json: losses as hexadecimal floats, digests of the parameters, and
-whether a checkpoint that all processes saved brings the same bits and the same next
-loss back.
+Trains in FP8 and as it is. Writes FOLDER.RANK.json, of each: losses as hexadecimal
+floats, digests of the parameters, and whether a checkpoint that all processes saved
+brings the same bits and the same next loss back.
 """
 
 import hashlib
@@ -105,5 +105,9 @@ def train(folder: str, use_fp8: bool) -> dict[str, Any]:
 if __name__ == "__main__":
     rank, processes, devices, port = map(int, sys.argv[1:5])
     start(rank, processes, devices, port)
-    found = train(sys.argv[5], sys.argv[6] == "1")
-    pathlib.Path(f"{sys.argv[5]}.{rank}.json").write_text(json.dumps(found))
+    folder = sys.argv[5]
+    found = {
+        name: train(f"{folder}_{name}", use_fp8=name == "fp8")
+        for name in ("fp8", "plain")
+    }
+    pathlib.Path(f"{folder}.{rank}.json").write_text(json.dumps(found))
