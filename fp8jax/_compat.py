@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
@@ -30,6 +31,21 @@ def mosaic_load(ref: Any, layout: Any) -> jax.Array:
     if JAX_VERSION < (0, 11):
         return load(ref, (), layout=layout)  # The index was an argument.
     return load(ref, layout=layout)
+
+
+def ask_ptxas_once() -> None:
+    """Has Mosaic GPU remember which PTX its assembler takes.
+
+    It asks, by a process of 10 ms, at every cast to or from 8 bits or fewer that it
+    lowers: some fifteen in a kernel, conditions included.
+    """
+    from jax.experimental.mosaic import gpu
+
+    module = getattr(gpu, "fragmented_array", None)
+    extension: Any = getattr(getattr(module, "mgpu_lib", None), "_mosaic_gpu_ext", None)
+    ask = getattr(extension, "_get_ptxas_isa_version", None)
+    if ask is not None and not hasattr(ask, "cache_info"):
+        extension._get_ptxas_isa_version = functools.cache(ask)
 
 
 def interprets_kernels() -> bool:

@@ -31,6 +31,7 @@ from fp8jax.kernels.mosaic_gpu._common import (
     called,
     ceil_div,
     kernel_name,
+    launcher,
     num_sms,
     swizzled,
 )
@@ -105,7 +106,7 @@ def launch(
         )
     if config.warpgroups > 1 and BOX in (d.tile for d in directions):
         scratch["peaks_smem"] = plgpu.SMEM((BLOCK,), jnp.int32)
-    run = plgpu.kernel(
+    run = launcher(
         functools.partial(
             _body, values=values, places=places, fmt=fmt, config=config, stacked=stacked
         ),

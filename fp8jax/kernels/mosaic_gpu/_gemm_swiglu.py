@@ -23,6 +23,7 @@ from fp8jax.kernels.mosaic_gpu._common import (
     called,
     in_32_bits,
     kernel_name,
+    launcher,
     mapped_under_vmap,
     num_sms,
     swizzled,
@@ -132,7 +133,7 @@ def _multiply(
         "codes_smem": plgpu.SMEM((config.block_m, CHUNK), dtype, transforms=OPERAND),
         "scale_smem": plgpu.SMEM((config.block_m,), jnp.float32),
     }
-    launch = plgpu.kernel(
+    launch = launcher(
         functools.partial(_body, schedule=schedule, **how),
         kernel_name=kernel_name("gemm_swiglu", sides=(rows, n, k)),
         out_type=(
