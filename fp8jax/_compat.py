@@ -33,6 +33,40 @@ def mosaic_load(ref: Any, layout: Any) -> jax.Array:
     return load(ref, layout=layout)
 
 
+def mosaic_store(ref: Any, value: jax.Array, layout: Any, transforms: Any) -> None:
+    """`ref[...] = value` without reading what was there.
+
+    The assignment reads it first, which costs as much Python as the store. The
+    assembler drops that again.
+
+    Args:
+        ref: in shared memory.
+        value: in registers in `layout`.
+        layout: one of `plgpu.Layout`.
+        transforms: of the reference; of them a tiling takes a swizzle.
+    """
+    from jax.experimental.mosaic import gpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    store: Any = getattr(plgpu, "store", None)  # Of JAX 0.12.
+    if store is not None:
+        store(ref, value)
+        return
+    if interprets_kernels():
+        ref[...] = value
+        return
+    swizzle = transforms[-1].swizzle
+    inline: Any = plgpu.inline_mgpu
+
+    @inline(arg_types=(layout, plgpu.RefType(transforms)))
+    def write(_: Any, registers: Any, memory: Any) -> None:
+        gpu.warpgroup_barrier()  # Around it, as around an assignment.
+        registers.store_tiled(memory, swizzle=swizzle)
+        gpu.warpgroup_barrier()
+
+    write(value, ref)
+
+
 def ask_ptxas_once() -> None:
     """Has Mosaic GPU remember which PTX its assembler takes.
 

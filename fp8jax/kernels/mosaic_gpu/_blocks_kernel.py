@@ -122,7 +122,7 @@ def launch(
             # Exponentials and roots in an instruction each, right to some 20 bits of
             # values that end as FP8. It does not touch divisions by scales.
             approx_math=values.compute is not None,
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )
     return called(run, *inputs, *vectors)
@@ -130,8 +130,11 @@ def launch(
 
 def _blocks_of(count: int, dtype: np.dtype) -> Any:
     """Shared memory for `count` blocks, in a layout for tensor copies and registers."""
-    columns = BLOCK // dtype.itemsize  # 128 bytes, the widest swizzle.
-    return plgpu.SMEM((count, BLOCK, BLOCK), dtype, transforms=swizzled(columns, BLOCK))
+    return plgpu.SMEM((count, BLOCK, BLOCK), dtype, transforms=_layout_of(dtype))
+
+
+def _layout_of(dtype: np.dtype) -> tuple[Any, ...]:
+    return swizzled(BLOCK // dtype.itemsize, BLOCK)  # 128 bytes, the widest swizzle.
 
 
 def _body(
@@ -285,7 +288,7 @@ def _body(
                     source = source.at[pl.ds(start, share)]
                 buffer = output % config.buffers, pl.ds(start, share)
                 factors = _store(
-                    _load(source) if computed is None else computed,
+                    _load(source, direction) if computed is None else computed,
                     (outputs[2 * output], outputs[2 * output + 1]),
                     (at[0] * BLOCK + start, at[1]),
                     direction,
@@ -331,7 +334,7 @@ def _compute_in_place(
         found = _computed(values, blocks, vectors, at)
         for target, value in zip(targets, found, strict=True):
             piece = tuple(pl.ds(*side) for side in at)
-            target[piece] = value.astype(target.dtype)
+            _put(target.at[piece], value.astype(target.dtype))
         return carry
 
     lax.fori_loop(0, share // _PIECE * across, compute_piece, None)
@@ -399,7 +402,7 @@ def _store(
     codes = encode(values, scale, inverse, fmt.kind, fmt.dtype)
 
     plgpu.wait_smem_to_gmem(in_flight, wait_read_only=True)
-    codes_smem[...] = codes
+    _put(codes_smem, codes)
     scale_smem[...] = scale
     # Also the point where every warp has read its part of the source.
     plgpu.commit_smem()
@@ -422,5 +425,16 @@ def _store(
     return shared
 
 
-def _load(ref) -> jax.Array:
-    return _compat.mosaic_load(ref, plgpu.Layout.WGMMA).astype(jnp.float32)
+def _put(ref, values: jax.Array) -> None:
+    """Stores a piece of a block."""
+    _compat.mosaic_store(ref, values, plgpu.Layout.WGMMA, _layout_of(ref.dtype))
+
+
+def _load(ref, direction: Direction) -> jax.Array:
+    """A block in a direction's registers, float32."""
+    layout = plgpu.Layout.WGMMA
+    if direction.transposed and ref.dtype.itemsize == 4:
+        # A load turns 16-bit numbers; these are exchanged between threads after it.
+        values = _compat.mosaic_load(ref, plgpu.Layout.WGMMA_TRANSPOSED)
+        return plgpu.layout_cast(values, layout)
+    return _compat.mosaic_load(ref, layout).astype(jnp.float32)

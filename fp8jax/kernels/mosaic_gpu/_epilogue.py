@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from fp8jax import _compat
 from fp8jax.kernels.mosaic_gpu._common import swizzled
 from fp8jax.kernels.mosaic_gpu._config import OUT_SLOTS, GemmConfig
 from fp8jax.kernels.mosaic_gpu._schedule import Block
@@ -142,7 +143,10 @@ def _store_rows(
             slot.T[...] = values.astype(out.dtype)
             target = out.at[columns, rows]
         else:
-            slot[...] = values.astype(out.dtype)
+            layout = swizzled(width, width * itemsize)
+            _compat.mosaic_store(
+                slot, values.astype(out.dtype), plgpu.Layout.WGMMA, layout
+            )
             target = out.at[rows, columns]
         plgpu.commit_smem()
         # The copy engine adds where the memory is: nothing is read back.
