@@ -33,7 +33,14 @@ def mosaic_load(ref: Any, layout: Any) -> jax.Array:
     return load(ref, layout=layout)
 
 
-def mosaic_store(ref: Any, value: jax.Array, layout: Any, transforms: Any) -> None:
+def mosaic_store(
+    ref: Any,
+    value: jax.Array,
+    layout: Any,
+    transforms: tuple[Any, ...] = (),
+    *,
+    turned: bool = False,
+) -> None:
     """`ref[...] = value` without reading what was there.
 
     The assignment reads it first, which costs as much Python as the store. The
@@ -42,26 +49,31 @@ def mosaic_store(ref: Any, value: jax.Array, layout: Any, transforms: Any) -> No
     Args:
         ref: in shared memory.
         value: in registers in `layout`.
-        layout: one of `plgpu.Layout`.
-        transforms: of the reference; of them a tiling takes a swizzle.
+        layout: one of `plgpu.Layout`, or of its reductions.
+        transforms: of the reference: a tiling and its swizzle, or none.
+        turned: `ref.T[...] = value`, then.
     """
     from jax.experimental.mosaic import gpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    target = ref.T if turned else ref
     store: Any = getattr(plgpu, "store", None)  # Of JAX 0.12.
     if store is not None:
-        store(ref, value)
+        store(target, value, optimized=bool(transforms))
         return
     if interprets_kernels():
-        ref[...] = value
+        target[...] = value
         return
-    swizzle = transforms[-1].swizzle
     inline: Any = plgpu.inline_mgpu
 
     @inline(arg_types=(layout, plgpu.RefType(transforms)))
     def write(_: Any, registers: Any, memory: Any) -> None:
         gpu.warpgroup_barrier()  # Around it, as around an assignment.
-        registers.store_tiled(memory, swizzle=swizzle)
+        if not transforms:
+            registers.store_untiled(memory, optimized=False)
+        else:
+            tiled = gpu.memref_transpose(memory, (1, 0, 3, 2)) if turned else memory
+            registers.store_tiled(tiled, swizzle=transforms[-1].swizzle)
         gpu.warpgroup_barrier()
 
     write(value, ref)

@@ -189,7 +189,8 @@ def _body(
         # The maximum of all registers would go through memory that Mosaic has once for
         # all warpgroups. That of a table of all rows by all rows stays in registers.
         assert peaks_smem is not None, "warpgroups that share a tile exchange maxima"
-        peaks_smem[pl.ds(start, share)] = plgpu.layout_cast(bits, _PER_ROW)
+        peaks = peaks_smem.at[pl.ds(start, share)]
+        _compat.mosaic_store(peaks, plgpu.layout_cast(bits, _PER_ROW), _PER_ROW)
         meet()
         rows = _compat.mosaic_load(peaks_smem, plgpu.Layout.WGMMA.reduce(0))
         return jnp.max(lax.broadcast_in_dim(rows, (share, BLOCK), (1,)), axis=1)
@@ -403,7 +404,7 @@ def _store(
 
     plgpu.wait_smem_to_gmem(in_flight, wait_read_only=True)
     _put(codes_smem, codes)
-    scale_smem[...] = scale
+    _compat.mosaic_store(scale_smem, scale, _PER_ROW)
     # Also the point where every warp has read its part of the source.
     plgpu.commit_smem()
     row, column = at
