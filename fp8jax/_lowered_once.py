@@ -43,6 +43,7 @@ def called(kernel: _Kernel, *arrays: jax.Array, **static: Any) -> Any:
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.axis_names or _compat.interprets_kernels():
+        _compat.ask_ptxas_once()
         return kernel(*arrays, **static)
     options = tuple(sorted(static.items()))
     flat = _KERNEL.bind(*arrays, kernel=kernel, static=options)
@@ -69,6 +70,7 @@ def _types_of(kernel: _Kernel, static: _Static, shapes: _Shapes, x64: bool) -> A
 
 @functools.lru_cache(maxsize=1024)
 def _jitted(kernel: _Kernel, static: _Static) -> Any:
+    _compat.ask_ptxas_once()
     return jax.jit(functools.partial(kernel, **dict(static)))
 
 
@@ -77,7 +79,6 @@ def _exported(
     kernel: _Kernel, static: _Static, shapes: _Shapes, x64: bool
 ) -> export.Exported:
     del x64  # A part of the key alone.
-    _compat.ask_ptxas_once()
     run = _jitted(kernel, static)
     made = export.export(run, platforms=["cuda"], disabled_checks=_CHECKS)(*shapes)
     _compile_ahead(made)
