@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
@@ -30,6 +31,67 @@ def mosaic_load(ref: Any, layout: Any) -> jax.Array:
     if JAX_VERSION < (0, 11):
         return load(ref, (), layout=layout)  # The index was an argument.
     return load(ref, layout=layout)
+
+
+def mosaic_store(
+    ref: Any,
+    value: jax.Array,
+    layout: Any,
+    transforms: tuple[Any, ...] = (),
+    *,
+    turned: bool = False,
+) -> None:
+    """`ref[...] = value` without reading what was there.
+
+    The assignment reads it first, which costs as much Python as the store. The
+    assembler drops that again.
+
+    Args:
+        ref: in shared memory.
+        value: in registers in `layout`.
+        layout: one of `plgpu.Layout`, or of its reductions.
+        transforms: of the reference: a tiling and its swizzle, or none.
+        turned: `ref.T[...] = value`, then.
+    """
+    from jax.experimental.mosaic import gpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    target = ref.T if turned else ref
+    store: Any = getattr(plgpu, "store", None)  # Of JAX 0.12.
+    if store is not None:
+        store(target, value, optimized=bool(transforms))
+        return
+    if interprets_kernels():
+        target[...] = value
+        return
+    inline: Any = plgpu.inline_mgpu
+
+    @inline(arg_types=(layout, plgpu.RefType(transforms)))
+    def write(_: Any, registers: Any, memory: Any) -> None:
+        gpu.warpgroup_barrier()  # Around it, as around an assignment.
+        if not transforms:
+            registers.store_untiled(memory, optimized=False)
+        else:
+            tiled = gpu.memref_transpose(memory, (1, 0, 3, 2)) if turned else memory
+            registers.store_tiled(tiled, swizzle=transforms[-1].swizzle)
+        gpu.warpgroup_barrier()
+
+    write(value, ref)
+
+
+def ask_ptxas_once() -> None:
+    """Has Mosaic GPU remember which PTX its assembler takes.
+
+    It asks, by a process of 10 ms, at every cast to or from 8 bits or fewer that it
+    lowers: some fifteen in a kernel, conditions included.
+    """
+    from jax.experimental.mosaic import gpu
+
+    module = getattr(gpu, "fragmented_array", None)
+    extension: Any = getattr(getattr(module, "mgpu_lib", None), "_mosaic_gpu_ext", None)
+    ask = getattr(extension, "_get_ptxas_isa_version", None)
+    if ask is not None and not hasattr(ask, "cache_info"):
+        extension._get_ptxas_isa_version = functools.cache(ask)
 
 
 def interprets_kernels() -> bool:

@@ -8,6 +8,7 @@ it, so that Mosaic, which keeps what it compiled, has it ready when XLA asks.
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from concurrent import futures
@@ -19,6 +20,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from fp8jax import _compat
+from fp8jax.kernels import _bodies
 
 # Pallas promises no stability of its calls between versions; these live in one process.
 _CHECKS = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
@@ -41,6 +43,7 @@ def called(kernel: _Kernel, *arrays: jax.Array, **static: Any) -> Any:
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.axis_names or _compat.interprets_kernels():
+        _compat.ask_ptxas_once()
         return kernel(*arrays, **static)
     options = tuple(sorted(static.items()))
     flat = _KERNEL.bind(*arrays, kernel=kernel, static=options)
@@ -55,22 +58,28 @@ def _key(arrays: Sequence[Any], kernel: _Kernel, static: _Static) -> tuple[Any, 
 
 def _types(arrays: Sequence[Any], kernel: _Kernel, static: _Static) -> Any:
     """The kernel's results, as `jax.ShapeDtypeStruct`s."""
-    return _traced(*_key(arrays, kernel, static))[1]
+    return _types_of(*_key(arrays, kernel, static))
 
 
 @functools.lru_cache(maxsize=1024)
-def _traced(kernel: _Kernel, static: _Static, shapes: _Shapes, x64: bool) -> Any:
-    """The jitted kernel, and the types of its results."""
+def _types_of(kernel: _Kernel, static: _Static, shapes: _Shapes, x64: bool) -> Any:
     del x64  # A part of the key alone.
-    run = jax.jit(functools.partial(kernel, **dict(static)))
-    return run, run.eval_shape(*shapes)
+    with _bodies.left_out():
+        return jax.eval_shape(functools.partial(kernel, **dict(static)), *shapes)
+
+
+@functools.lru_cache(maxsize=1024)
+def _jitted(kernel: _Kernel, static: _Static) -> Any:
+    _compat.ask_ptxas_once()
+    return jax.jit(functools.partial(kernel, **dict(static)))
 
 
 @functools.lru_cache(maxsize=1024)
 def _exported(
     kernel: _Kernel, static: _Static, shapes: _Shapes, x64: bool
 ) -> export.Exported:
-    run, _ = _traced(kernel, static, shapes, x64)
+    del x64  # A part of the key alone.
+    run = _jitted(kernel, static)
     made = export.export(run, platforms=["cuda"], disabled_checks=_CHECKS)(*shapes)
     _compile_ahead(made)
     return made
@@ -95,8 +104,7 @@ def _compile(made: export.Exported) -> None:
 
 
 def _call(*arrays: jax.Array, kernel: _Kernel, static: _Static) -> list[jax.Array]:
-    run, _ = _traced(*_key(arrays, kernel, static))
-    return jax.tree.leaves(run(*arrays))
+    return jax.tree.leaves(_jitted(kernel, static)(*arrays))
 
 
 def _call_exported(
@@ -114,12 +122,28 @@ def _abstract(*types: Any, kernel: _Kernel, static: _Static) -> list[Any]:
     ]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Mapped:
+    """A kernel under `jax.vmap`: it has rules of its own, as one launch for a batch.
+
+    Attributes:
+        kernel: the kernel.
+        dims: for each operand, the dimension that is mapped, or None.
+    """
+
+    kernel: _Kernel
+    dims: tuple[int | None, ...]
+
+    def __call__(self, *arrays: jax.Array, **static: Any) -> Any:
+        run = functools.partial(self.kernel, **static)
+        return jax.vmap(run, self.dims)(*arrays)
+
+
 def _batched(
     arrays: Any, dims: Any, *, kernel: _Kernel, static: _Static
 ) -> tuple[list[jax.Array], list[int]]:
-    # Kernels have rules of their own, such as one launch for a whole batch.
-    run = jax.vmap(functools.partial(kernel, **dict(static)), dims)
-    out = jax.tree.leaves(run(*arrays))
+    mapped = _Mapped(kernel, tuple(dims))
+    out = jax.tree.leaves(called(mapped, *arrays, **dict(static)))
     return out, [0] * len(out)
 
 

@@ -2,10 +2,13 @@
 
 import re
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.mosaic import gpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 
 import fp8jax
@@ -23,6 +26,7 @@ def hopper(monkeypatch):
     """As where a Hopper GPU is."""
     monkeypatch.setattr(_dispatch, "check_available", lambda name: None)
     _lowered_once._exported.cache_clear()
+    _lowered_once._jitted.cache_clear()
 
 
 def product(x, w):
@@ -54,10 +58,54 @@ def test_equal_kernels_of_several_programs_are_lowered_once():
     assert lowered() == 5
 
 
-def test_a_trace_lowers_nothing():
+def test_a_trace_lowers_nothing_and_looks_at_no_kernels_body(monkeypatch):
+    monkeypatch.setattr(plgpu, "kernel", lambda *_, **__: pytest.fail("traced"))
     x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in SQUARE)
     assert jax.eval_shape(product, x, w).shape == (256, 256)
     assert lowered() == 0
+
+
+def test_a_step_traces_its_own_kernels_alone_and_infers_no_layout(monkeypatch):
+    bodies = []
+
+    def kernel(body, **options):
+        bodies.append(body)
+        return launch(body, **options)
+
+    launch = plgpu.kernel
+    monkeypatch.setattr(plgpu, "kernel", kernel)
+    # A third of what it takes to lower a kernel that does not say where its values lie.
+    monkeypatch.setattr(
+        gpu.layout_inference, "infer_layout", lambda *_, **__: pytest.fail("inferred")
+    )
+
+    @fp8jax.fp8_transform
+    def step(x, w):
+        def loss(w):
+            return jnp.sum(jnp.tanh(x @ w) @ w)
+
+        return w - jax.grad(loss)(w)
+
+    # The passes take quantizations one by one for two at once and for fused ones:
+    # what they take them from was asked for its types, and runs nowhere.
+    asked = _lowered_once._types_of.cache_info().misses
+    program(step, (384, 384), (384, 384))  # Shapes of no other test.
+    asked = _lowered_once._types_of.cache_info().misses - asked
+    assert 0 < len(bodies) == lowered() < asked
+
+
+def test_ptxas_is_asked_once_which_ptx_it_takes(monkeypatch):
+    asked = []
+
+    def ask():  # It starts a process.
+        asked.append(ask)
+        return 90
+
+    extension = types.SimpleNamespace(_get_ptxas_isa_version=ask)
+    library = types.SimpleNamespace(_mosaic_gpu_ext=extension)
+    monkeypatch.setattr(gpu.fragmented_array, "mgpu_lib", library)
+    assert kernels(product, *SQUARE) == 3
+    assert len(asked) == 1
 
 
 def test_results_of_a_weakly_typed_array_are_of_a_type():
@@ -74,7 +122,9 @@ def test_results_of_a_weakly_typed_array_are_of_a_type():
 def test_mapped_kernels_are_mapped_by_their_own_rules(in_axes):
     shapes = [(4, 256, 256) if a == 0 else (256, 256) for a in in_axes]
     # In one launch or in a loop's body: each kernel stands there once.
-    assert kernels(jax.vmap(product, in_axes), *shapes) == 3
+    for _ in range(2):
+        assert kernels(jax.vmap(product, in_axes), *shapes) == 3
+    assert lowered() == 3
 
 
 def test_in_a_shard_map_a_kernel_says_what_it_varies_over():

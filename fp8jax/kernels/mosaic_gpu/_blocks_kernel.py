@@ -31,6 +31,7 @@ from fp8jax.kernels.mosaic_gpu._common import (
     called,
     ceil_div,
     kernel_name,
+    launcher,
     num_sms,
     swizzled,
 )
@@ -105,7 +106,7 @@ def launch(
         )
     if config.warpgroups > 1 and BOX in (d.tile for d in directions):
         scratch["peaks_smem"] = plgpu.SMEM((BLOCK,), jnp.int32)
-    run = plgpu.kernel(
+    run = launcher(
         functools.partial(
             _body, values=values, places=places, fmt=fmt, config=config, stacked=stacked
         ),
@@ -121,7 +122,7 @@ def launch(
             # Exponentials and roots in an instruction each, right to some 20 bits of
             # values that end as FP8. It does not touch divisions by scales.
             approx_math=values.compute is not None,
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )
     return called(run, *inputs, *vectors)
@@ -129,8 +130,11 @@ def launch(
 
 def _blocks_of(count: int, dtype: np.dtype) -> Any:
     """Shared memory for `count` blocks, in a layout for tensor copies and registers."""
-    columns = BLOCK // dtype.itemsize  # 128 bytes, the widest swizzle.
-    return plgpu.SMEM((count, BLOCK, BLOCK), dtype, transforms=swizzled(columns, BLOCK))
+    return plgpu.SMEM((count, BLOCK, BLOCK), dtype, transforms=_layout_of(dtype))
+
+
+def _layout_of(dtype: np.dtype) -> tuple[Any, ...]:
+    return swizzled(BLOCK // dtype.itemsize, BLOCK)  # 128 bytes, the widest swizzle.
 
 
 def _body(
@@ -185,7 +189,8 @@ def _body(
         # The maximum of all registers would go through memory that Mosaic has once for
         # all warpgroups. That of a table of all rows by all rows stays in registers.
         assert peaks_smem is not None, "warpgroups that share a tile exchange maxima"
-        peaks_smem[pl.ds(start, share)] = plgpu.layout_cast(bits, _PER_ROW)
+        peaks = peaks_smem.at[pl.ds(start, share)]
+        _compat.mosaic_store(peaks, plgpu.layout_cast(bits, _PER_ROW), _PER_ROW)
         meet()
         rows = _compat.mosaic_load(peaks_smem, plgpu.Layout.WGMMA.reduce(0))
         return jnp.max(lax.broadcast_in_dim(rows, (share, BLOCK), (1,)), axis=1)
@@ -284,7 +289,7 @@ def _body(
                     source = source.at[pl.ds(start, share)]
                 buffer = output % config.buffers, pl.ds(start, share)
                 factors = _store(
-                    _load(source) if computed is None else computed,
+                    _load(source, direction) if computed is None else computed,
                     (outputs[2 * output], outputs[2 * output + 1]),
                     (at[0] * BLOCK + start, at[1]),
                     direction,
@@ -330,7 +335,7 @@ def _compute_in_place(
         found = _computed(values, blocks, vectors, at)
         for target, value in zip(targets, found, strict=True):
             piece = tuple(pl.ds(*side) for side in at)
-            target[piece] = value.astype(target.dtype)
+            _put(target.at[piece], value.astype(target.dtype))
         return carry
 
     lax.fori_loop(0, share // _PIECE * across, compute_piece, None)
@@ -398,8 +403,8 @@ def _store(
     codes = encode(values, scale, inverse, fmt.kind, fmt.dtype)
 
     plgpu.wait_smem_to_gmem(in_flight, wait_read_only=True)
-    codes_smem[...] = codes
-    scale_smem[...] = scale
+    _put(codes_smem, codes)
+    _compat.mosaic_store(scale_smem, scale, _PER_ROW)
     # Also the point where every warp has read its part of the source.
     plgpu.commit_smem()
     row, column = at
@@ -421,5 +426,16 @@ def _store(
     return shared
 
 
-def _load(ref) -> jax.Array:
-    return _compat.mosaic_load(ref, plgpu.Layout.WGMMA).astype(jnp.float32)
+def _put(ref, values: jax.Array) -> None:
+    """Stores a piece of a block."""
+    _compat.mosaic_store(ref, values, plgpu.Layout.WGMMA, _layout_of(ref.dtype))
+
+
+def _load(ref, direction: Direction) -> jax.Array:
+    """A block in a direction's registers, float32."""
+    layout = plgpu.Layout.WGMMA
+    if direction.transposed and ref.dtype.itemsize == 4:
+        # A load turns 16-bit numbers; these are exchanged between threads after it.
+        values = _compat.mosaic_load(ref, plgpu.Layout.WGMMA_TRANSPOSED)
+        return plgpu.layout_cast(values, layout)
+    return _compat.mosaic_load(ref, layout).astype(jnp.float32)

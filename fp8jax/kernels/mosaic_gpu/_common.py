@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fp8jax import _compat
+from fp8jax.kernels import _bodies
 
 _H100_SMS = 132
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -47,6 +48,15 @@ def kernel_name(op: str, *about: str, sides: tuple[int, ...]) -> str:
         sides: of the problem, as given.
     """
     return "_".join(("fp8jax", op, *about, "x".join(map(str, sides))))
+
+
+def launcher(body: Callable[..., None], *, out_type: Any, **options: Any) -> Any:
+    """`plgpu.kernel`; where types alone are asked for, the body is not traced."""
+    if _bodies.are_left_out():
+        return lambda *operands: jax.tree.map(
+            lambda x: lax.full(x.shape, 0, x.dtype), out_type
+        )
+    return plgpu.kernel(body, out_type=out_type, **options)
 
 
 def await_stores() -> None:

@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from fp8jax import _compat
 from fp8jax.kernels.mosaic_gpu._common import swizzled
 from fp8jax.kernels.mosaic_gpu._config import OUT_SLOTS, GemmConfig
 from fp8jax.kernels.mosaic_gpu._schedule import Block
@@ -137,13 +138,18 @@ def _store_rows(
         source, start = divmod(i * width, piece)
         values = acc[source][:, start : start + width]
         rows, columns = pl.ds(row, config.wg_m), pl.ds(column + i * width, width)
+        layout = plgpu.Layout.WGMMA
         if transposed:
-            values = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
-            slot.T[...] = values.astype(out.dtype)
-            target = out.at[columns, rows]
-        else:
-            slot[...] = values.astype(out.dtype)
-            target = out.at[rows, columns]
+            layout = plgpu.Layout.WGMMA_TRANSPOSED
+            values = plgpu.layout_cast(values, layout)
+        _compat.mosaic_store(
+            slot,
+            values.astype(out.dtype),
+            layout,
+            swizzled(width, width * itemsize),
+            turned=transposed,
+        )
+        target = out.at[columns, rows] if transposed else out.at[rows, columns]
         plgpu.commit_smem()
         # The copy engine adds where the memory is: nothing is read back.
         plgpu.copy_smem_to_gmem(slot, target, reduction_op="add" if add else None)

@@ -17,7 +17,7 @@ import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fp8jax.kernels.mosaic_gpu import _epilogue
-from fp8jax.kernels.mosaic_gpu._common import called, kernel_name
+from fp8jax.kernels.mosaic_gpu._common import called, kernel_name, launcher
 from fp8jax.kernels.mosaic_gpu._config import SMEM_BYTES
 from fp8jax.kernels.mosaic_gpu._fetch import fetch
 from fp8jax.kernels.mosaic_gpu._multiply import multiply
@@ -93,7 +93,7 @@ def gemm_padded(
         _epilogue.store, config=config, transposed=transposed, add=adds
     )
     dims = "".join("1d" if rows else "2d" for rows in (lhs_scale_rows, rhs_scale_rows))
-    launch = plgpu.kernel(
+    launch = launcher(
         functools.partial(_body, schedule=schedule, store=store),
         kernel_name=kernel_name(schedule.op, dims, sides=(m, n, lhs.shape[1])),
         out_type=() if adds else jax.ShapeDtypeStruct(shape, out_dtype),

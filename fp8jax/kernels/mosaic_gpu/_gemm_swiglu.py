@@ -23,6 +23,7 @@ from fp8jax.kernels.mosaic_gpu._common import (
     called,
     in_32_bits,
     kernel_name,
+    launcher,
     mapped_under_vmap,
     num_sms,
     swizzled,
@@ -43,6 +44,7 @@ from fp8jax.kernels.mosaic_gpu._schedule import ROW_MULTIPLE, Paired
 from fp8jax.kernels.mosaic_gpu._swiglu import quantize_swiglu
 
 _MOST_ROWS = 64  # Of a block; with more, each product has enough to do by itself.
+_PRODUCT = swizzled(CHUNK // 2, CHUNK)  # How one lies between warpgroups, in bfloat16.
 
 
 def gemm_swiglu(
@@ -127,12 +129,12 @@ def _multiply(
         "up_smem": plgpu.SMEM(
             (config.block_m, CHUNK),
             jnp.bfloat16,
-            transforms=swizzled(CHUNK // 2, CHUNK),
+            transforms=_PRODUCT,
         ),
         "codes_smem": plgpu.SMEM((config.block_m, CHUNK), dtype, transforms=OPERAND),
         "scale_smem": plgpu.SMEM((config.block_m,), jnp.float32),
     }
-    launch = plgpu.kernel(
+    launch = launcher(
         functools.partial(_body, schedule=schedule, **how),
         kernel_name=kernel_name("gemm_swiglu", sides=(rows, n, k)),
         out_type=(
@@ -189,7 +191,7 @@ def _body(
         @pl.when(wg == 1)
         def _give():
             plgpu.barrier_wait(taken)
-            up_smem[...] = product
+            _compat.mosaic_store(up_smem, product, plgpu.Layout.WGMMA, _PRODUCT)
             plgpu.commit_smem()
             plgpu.barrier_arrive(given)
 
@@ -200,12 +202,13 @@ def _body(
             (h,) = swiglu(product.astype(jnp.float32), upped.astype(jnp.float32))
             plgpu.barrier_arrive(taken)
             h = h.astype(jnp.bfloat16).astype(jnp.float32)
-            bits = plgpu.layout_cast(amax_bits(h), plgpu.Layout.WGMMA.reduce(1))
+            per_row = plgpu.Layout.WGMMA.reduce(1)
+            bits = plgpu.layout_cast(amax_bits(h), per_row)
             factor, reciprocal = scales(bits, kind, eps, data.dtype)
             codes = encode(h, factor, reciprocal, kind, data.dtype)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            codes_smem[...] = codes
-            scale_smem[...] = factor
+            _compat.mosaic_store(codes_smem, codes, plgpu.Layout.WGMMA, OPERAND)
+            _compat.mosaic_store(scale_smem, factor, per_row)
             plgpu.commit_smem()
             tile = lax.div(block.column, jnp.int32(CHUNK))
             plgpu.copy_smem_to_gmem(

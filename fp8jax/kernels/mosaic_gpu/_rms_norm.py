@@ -25,6 +25,7 @@ from fp8jax.kernels.mosaic_gpu._common import (
     ceil_div,
     in_32_bits,
     kernel_name,
+    launcher,
     mapped_under_vmap,
     num_sms,
     swizzled,
@@ -186,7 +187,7 @@ def _launch(
     # Of few rows in the GEMM's order: it takes longer, but no launch to turn them.
     scales_shape = (config.chunks, rows) if rows <= _FEW_ROWS else (tiles,)
     in_columns = BLOCK // x.dtype.itemsize
-    run = plgpu.kernel(
+    run = launcher(
         functools.partial(_body, steps=steps, config=config, **static),
         kernel_name=kernel_name("quantize_rms_norm", sides=sides),
         out_type=[

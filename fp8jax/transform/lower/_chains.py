@@ -136,9 +136,24 @@ def _stops(walk: "_Walk", roots: Sequence[Var], read_by: Collection[int]) -> set
         above = [matrices.get(v, walk.matrices(v)) for v in operands]
         matrices[x] = set().union(*above)
         if len(matrices[x]) > 1 and x not in roots and graph.is_read_beside(x, inside):
-            stops.add(x)
-            matrices[x] = {x}
+            first = _before_widening(x, walk)
+            stops.add(first)
+            matrices[x] = matrices[first] = {first}
     return stops
+
+
+def _before_widening(x: Var, walk: "_Walk") -> Var:
+    """The value of fewer bytes that `x` is a copy of, or `x`.
+
+    What a kernel reads is written to memory: the sum in bfloat16 rather than the
+    float32 that a norm makes of it, which its other readers make of the sum as well.
+    """
+    eqn = walk.graph.maker[x]
+    source = walk.visit(eqn.invars[0]) if is_cast(eqn) else None
+    if not isinstance(source, Var) or aval_of(source).dtype not in _FLOATS:
+        return x
+    is_wider = aval_of(x).dtype.itemsize > aval_of(source).dtype.itemsize
+    return source if is_wider else x
 
 
 class _Walk:

@@ -114,6 +114,25 @@ def test_a_chain_begins_at_a_sum_that_is_read_on():
     same_bits(before, program, X, Y, W)
 
 
+def test_a_chain_begins_at_the_fewest_bytes_of_what_is_read_on():
+    """A norm of a residual: the float32 that it takes is the sum, cast."""
+
+    def run(x, y, w):
+        wide = (x + y).astype(jnp.float32)
+        rows = lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True))
+        return (wide * rows).astype(x.dtype) @ w, wide * 2
+
+    args = [x.astype(jnp.bfloat16) for x in (X, Y, W)]
+    before = replaced(run, *args)
+    program = after(before, *PASSES)
+    (function, _), = maps(program)  # fmt: skip
+    assert function.kinds == ("matrix", "rows")
+    assert function.dtypes[0] == jnp.bfloat16
+    names = ["convert_element_type", "mul", "convert_element_type"]
+    assert [step.name for step in function.steps] == names
+    same_bits(before, program, *args)
+
+
 def test_what_another_chain_reads_is_computed_twice():
     def run(x, w):
         total = x * 2
