@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fp8jax import numerics
 from fp8jax.ops._expert_mlp import expert_mlp, is_fused
 from fp8jax.ops._explicit import refuse_explicit
 from fp8jax.ops._grouped_product import ALIGNMENT
@@ -80,7 +81,9 @@ def moe(
     routed = route(logits, bias, **routing)
     recipe = deepseek_v3() if recipe is None else recipe
     check_recipe("moe", recipe)
-    many = routed.experts.size >= _FEWEST_ROWS * len(bias)
+    many = not numerics.is_symbolic(
+        tokens
+    ) and routed.experts.size >= _FEWEST_ROWS * len(bias)
     aligned = many and is_fused(recipe, tokens, w_gate, w_up, w_down)
     to = dispatch(routed.experts, len(bias), align=ALIGNMENT if aligned else 1)
     rows = expert_mlp(

@@ -136,10 +136,10 @@ def grouped_product(
             f"{name} takes rows [m, k], a weight [g, k, n] and integer group_sizes "
             f"[g], got {list(x.shape)}, {list(w.shape)} and {dtypes}{list(shape)}."
         )
-    if aligned and len(x) % ALIGNMENT:
+    if aligned and x.shape[0] % ALIGNMENT:
         raise ValueError(
             f"{name} takes aligned groups in a multiple of {ALIGNMENT} rows, got "
-            f"{len(x)} rows."
+            f"{x.shape[0]} rows."
         )
     return GroupedProduct(
         name=name,

@@ -80,7 +80,7 @@ def static_weight_experts(
         x: jax.Array, gate: QTensor, up: QTensor, down: QTensor, sizes: jax.Array
     ) -> jax.Array:
         if not x.size:
-            return jnp.zeros((len(x), down.shape[2]), x.dtype)
+            return jnp.zeros((x.shape[0], down.shape[2]), x.dtype)
 
         def multiply(q: QTensor, kernel: QTensor) -> jax.Array:
             return grouped_matmul(q, kernel.T, sizes, out_dtype=x.dtype, **how)

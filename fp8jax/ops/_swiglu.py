@@ -112,7 +112,7 @@ def _gated(
     in_fp8 = None not in (recipe.fprop, recipe.dgrad, recipe.wgrad)
     one_device = spread(x, *weights) == Spread.ONE
     if in_fp8 and one_device and all(x.dtype == w.dtype for w in weights):
-        hidden = (len(rows), w_down.shape[0])
+        hidden = (rows.shape[0], w_down.shape[0])
         into, out_of = (
             matrix_product(name, shape, w, recipe, implementation)
             for shape, w in ((rows.shape, w_gate), (hidden, w_down))
