@@ -28,7 +28,7 @@ from fp8jax.ops._product import (
 )
 from fp8jax.ops._spread import Spread, spread
 from fp8jax.ops._varying import vary_alike
-from fp8jax.recipes import GemmSpec, Recipe, check_recipe, deepseek_v3
+from fp8jax.recipes import GemmSpec, Recipe, recipe_or_default
 
 
 def dot_general(
@@ -74,8 +74,7 @@ def dot_general(
     Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.
     """
     name = "dot_general"
-    recipe = deepseek_v3() if recipe is None else recipe
-    check_recipe(name, recipe)
+    recipe = recipe_or_default(name, recipe)
     recipe = recipe_for(recipe, lhs, rhs)
     plain = functools.partial(
         lax.dot_general,

@@ -21,7 +21,7 @@ from fp8jax.ops._static_experts import static_weight_experts
 from fp8jax.ops._swiglu import activation
 from fp8jax.ops._varying import vary_alike
 from fp8jax.quant import QTensor, quantize_swiglu, quantize_swiglu_gradient
-from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
+from fp8jax.recipes import Recipe, recipe_or_default
 
 
 def expert_mlp(
@@ -85,8 +85,7 @@ def expert_mlp(
     Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
     """
     name = "expert_mlp"
-    recipe = deepseek_v3() if recipe is None else recipe
-    check_recipe(name, recipe)
+    recipe = recipe_or_default(name, recipe)
     how: Any = {"recipe": recipe, "implementation": implementation}
     weights: Any = w_gate, w_up, w_down
     if any(isinstance(w, QTensor) for w in weights):

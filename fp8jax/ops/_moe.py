@@ -13,7 +13,7 @@ from fp8jax.ops._grouped_product import ALIGNMENT
 from fp8jax.ops._permute import dispatch, permute, unpermute
 from fp8jax.ops._routing import route
 from fp8jax.quant import QTensor
-from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
+from fp8jax.recipes import Recipe, recipe_or_default
 
 # Of an expert, on average, if groups are aligned. That adds up to 127 to each: with
 # fewer, most of what is written would be zeros.
@@ -79,8 +79,7 @@ def moe(
         tokens.astype(jnp.float32), router, precision=lax.Precision.HIGHEST
     )
     routed = route(logits, bias, **routing)
-    recipe = deepseek_v3() if recipe is None else recipe
-    check_recipe("moe", recipe)
+    recipe = recipe_or_default("moe", recipe)
     many = not numerics.is_symbolic(
         tokens
     ) and routed.experts.size >= _FEWEST_ROWS * len(bias)

@@ -26,7 +26,7 @@ from fp8jax.ops._grouped_product import (
 )
 from fp8jax.ops._spread import without_split
 from fp8jax.ops._varying import vary_alike
-from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
+from fp8jax.recipes import Recipe, recipe_or_default
 
 
 def ragged_dot(
@@ -74,8 +74,7 @@ def ragged_dot(
     Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.
     """
     name = "ragged_dot"
-    recipe = deepseek_v3() if recipe is None else recipe
-    check_recipe(name, recipe)
+    recipe = recipe_or_default(name, recipe)
     recipe = recipe_for(recipe, lhs, rhs)
     if recipe.is_off:
         return lax.ragged_dot(

@@ -23,7 +23,7 @@ from fp8jax.ops._product import (
 from fp8jax.ops._spread import Spread, spread
 from fp8jax.ops._varying import vary_alike
 from fp8jax.quant import quantize_swiglu, quantize_swiglu_gradient
-from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
+from fp8jax.recipes import Recipe, recipe_or_default
 
 
 def swiglu_mlp(
@@ -71,8 +71,7 @@ def swiglu_mlp(
     Source: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
     """
     name = "swiglu_mlp"
-    recipe = deepseek_v3() if recipe is None else recipe
-    check_recipe(name, recipe)
+    recipe = recipe_or_default(name, recipe)
     recipe = recipe_for(recipe, x, w_gate, w_up, w_down)
     for w in (w_gate, w_up, w_down):
         check_inputs(name, x, w)

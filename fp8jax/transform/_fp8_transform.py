@@ -12,7 +12,7 @@ import numpy as np
 
 from fp8jax import ops
 from fp8jax._described import described
-from fp8jax.recipes import Recipe, Rule, check_recipe, deepseek_v3
+from fp8jax.recipes import Recipe, Rule, recipe_or_default
 from fp8jax.transform._custom_rules import check_custom_rules
 from fp8jax.transform._pipeline import check_without
 from fp8jax.transform._step import Call, Step
@@ -151,8 +151,7 @@ def fp8_transform(  # pyright: ignore[reportInconsistentOverload]
     if isinstance(fn, staticmethod | classmethod):
         return type(fn)(fp8_transform(fn.__func__, **options))
     check_function(fn)
-    if recipe is not None:
-        check_recipe("fp8_transform", recipe)
+    recipe = recipe_or_default("fp8_transform", recipe)
     rules = tuple(rules) if isinstance(rules, Sequence) else (rules,)
     if not all(isinstance(rule, Rule) for rule in rules):
         raise ValueError(
@@ -164,7 +163,7 @@ def fp8_transform(  # pyright: ignore[reportInconsistentOverload]
         raise ValueError(f"fp8_transform takes min_dim >= 0, got {min_dim!r}.")
     custom_rules = check_custom_rules(custom_rules)
     policy = Policy(
-        recipe or deepseek_v3(),
+        recipe,
         rules,
         min_dim,
         implementation,
