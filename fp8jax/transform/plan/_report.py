@@ -81,7 +81,7 @@ class Report:
         return fp8 / self.flops if self.flops else 0.0
 
     def __str__(self) -> str:
-        table = text_table(_HEAD, [*map(_cells, self.rows)], _NUMBERS)
+        table = text_table(_HEAD, _lines(self.rows), _NUMBERS)
         return "\n".join((*table, *self._summary()))
 
     __repr__ = __str__
@@ -93,15 +93,17 @@ class Report:
             inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
             return f"<tr>{inner}</tr>"
 
-        rows = [row("th", _HEAD), *(row("td", _cells(one)) for one in self.rows)]
+        rows = [row("th", _HEAD), *(row("td", cells) for cells in _lines(self.rows))]
         totals = "".join(f"<p>{html.escape(line)}</p>" for line in self._summary())
         return f"<table>{''.join(rows)}</table>{totals}"
 
     def to_markdown(self) -> str:
         """The table and the totals in Markdown."""
         rule = ["---:" if i in _NUMBERS else "---" for i in range(len(_HEAD))]
-        table = [_HEAD, rule, *map(_cells, self.rows)]
-        lines = ["| " + " | ".join(row) + " |" for row in table]
+        table = [_HEAD, rule, *_lines(self.rows)]
+        # Names of several weights side by side have bars of their own.
+        escaped = [[cell.replace("|", "\\|") for cell in row] for row in table]
+        lines = ["| " + " | ".join(row) + " |" for row in escaped]
         return "\n".join((*lines, "", *self._summary()))
 
     def to_json(self) -> str:
@@ -145,6 +147,30 @@ class Report:
 
 _HEAD = ["path", "role", "m", "n", "k", "count", "GFLOP", "status", "how, or why not"]
 _NUMBERS = range(2, 7)
+
+
+def _lines(rows: Sequence[Row]) -> list[list[str]]:
+    """The cells of a table: a line per row, and one for all that have one column.
+
+    Products with a vector, as of value heads, of norms written as products and of
+    optimizers, are many and cost next to nothing.
+    """
+    columns = [row for row in rows if row.status == "skipped" and 1 in (row.n, row.k)]
+    if len(columns) < 2:
+        return [*map(_cells, rows)]
+    lines = [_cells(row) for row in rows if row not in columns]
+    together = Row(
+        path=" | ".join(dict.fromkeys(row.path or "-" for row in columns)),
+        role="other",
+        m=0,
+        n=1,
+        k=0,
+        status="skipped",
+        reason=f"{len(columns)} products of one column, which report.rows lists",
+        count=sum(row.count for row in columns),
+        flops=sum(row.flops for row in columns),
+    )
+    return [*lines, _cells(together)]
 
 
 def _cells(row: Row) -> list[str]:
