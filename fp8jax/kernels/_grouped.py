@@ -8,7 +8,7 @@ from fp8jax import numerics
 
 def rows_of(blocks: numerics.GroupBlocks, size: int) -> tuple[jax.Array, jax.Array]:
     """The rows that the blocks' places stand for, and which of them are in use."""
-    place = jnp.arange(size, dtype=jnp.int32)
+    place = jnp.arange(size, dtype=jnp.int32)[None]
     return blocks.first[:, None] + place, place < blocks.rows[:, None]
 
 

@@ -59,7 +59,7 @@ def group_blocks(group_sizes: jax.Array, rows: int, size: int) -> GroupBlocks:
     count = count_group_blocks(rows, len(sizes), size)
     index = jnp.arange(count, dtype=jnp.int32)
     # NOTE: JAX 0.12's searchsorted fails in a shard_map over some axes of the mesh.
-    group = (ends <= index[:, None]).sum(axis=1, dtype=jnp.int32)
+    group = (ends[None] <= index[:, None]).sum(axis=1, dtype=jnp.int32)
 
     def of_group(values: jax.Array) -> jax.Array:
         return jnp.append(values, jnp.int32(0))[group]  # 0 for no group.

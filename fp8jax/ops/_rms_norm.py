@@ -123,7 +123,8 @@ def rms_norm(epsilon: float, x: jax.Array, scale: jax.Array) -> jax.Array:
     """What `quantize_rms_norm` quantizes, in 16 bits where x has 16."""
     wide = x.astype(jnp.float32)
     mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    h = (wide * lax.rsqrt(mean + epsilon)) * scale.astype(jnp.float32)
+    scale = jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))
+    h = (wide * lax.rsqrt(mean + epsilon)) * scale
     return h.astype(x.dtype)
 
 
