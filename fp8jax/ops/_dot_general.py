@@ -118,10 +118,14 @@ def _product_of(
         **static,
     )
     run = functools.partial(_matmul, product)
-    for _ in range(layout.batch_rank):
+    x, w = vary_alike((layout.lhs.arrange(lhs), layout.rhs.arrange(rhs)))
+    if product.split:  # Each dimension may be split for itself.
+        for _ in range(layout.batch_rank):
+            run = jax.vmap(run)
+    elif layout.batch_rank:  # GPU kernels take one batch in a launch.
         run = jax.vmap(run)
-    out = run(*vary_alike((layout.lhs.arrange(lhs), layout.rhs.arrange(rhs))))
-    return out.reshape(layout.out_shape)
+        x, w = (operand.reshape(-1, *operand.shape[-2:]) for operand in (x, w))
+    return run(x, w).reshape(layout.out_shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

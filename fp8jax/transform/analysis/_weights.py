@@ -83,7 +83,8 @@ def _inputs(found: int, leaves: Sequence[Leaf], dots: Sequence[Dot]) -> int:
     """Of leaves with a gradient, arrays that meet one in a container: data, then."""
     bare = _mask([not leaf.keys for leaf in leaves]) & found
     inputs = 0
-    for dot, side in operands_of(dots) if bare else ():
+    both = (*operands_of(dots), *operands_of(dots, batched=True))
+    for dot, side in both if bare else ():
         x, weight = dot.operand(side), dot.operand(other_side(side))
         if dot.scope.phase == "forward" and weight.versions & found & ~bare:
             inputs |= 0 if x.others else x.versions & bare

@@ -44,7 +44,7 @@ def stored_dot(
         return None, f"{reason}: its QTensor is dequantized"
 
     dot, is_dgrad = a.dot, a.role == "dgrad"
-    if reason := obstacle(dot):
+    if reason := obstacle(dot) or ("batch dimensions" if dot.has_batch else ""):
         return left(reason)
     if len(stored) > 1 or a.side is None or a.weight is None or a.side not in stored:
         return left("none of its operands is known to be an activation")
