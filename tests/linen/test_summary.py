@@ -35,15 +35,18 @@ def rows_of(layer, **options):
 @pytest.mark.parametrize("vjp", [False, True], ids=["", "vjp"])
 def test_a_layer_s_rows_are_flax_s(name, vjp):
     options = {"compute_flops": True, "compute_vjp_flops": vjp}
-    ours, flax = (
-        rows_of(LAYERS[name](layers), **options) for layers in (fp8jax.linen, nn)
-    )
+    both = fp8jax.linen, nn
+    ours, flax = (rows_of(LAYERS[name](layers), **options) for layers in both)
 
     def without_counts(rows):
         return [[x for x in row if not re.fullmatch(r"\d+", x)] for row in rows]
 
     assert without_counts(ours) == without_counts(flax)
-    assert rows_of(LAYERS[name](fp8jax.linen)) == rows_of(LAYERS[name](nn))
+    for repeated in (False, True):
+        ours, flax = (
+            rows_of(LAYERS[name](layers), show_repeated=repeated) for layers in both
+        )
+        assert ours == flax
 
 
 @pytest.mark.parametrize("name", BLOCKS)
