@@ -49,9 +49,9 @@ def expert_mlp(
     With a recipe that leaves a GEMM out of FP8, or arrays of several dtypes, it is
     three `fp8jax.ragged_dot` and the activation, in float32, between them.
 
-    For inference all three weights may be QTensors: then their codes are what is
-    multiplied, never inflated, and there is no gradient. On a GPU they should lie as
-    `fp8jax.quant.contraction_minor` lays them.
+    For inference, or as a frozen base, all three weights may be QTensors: then their
+    codes are what is multiplied, never inflated, in the gradient of x, too. On a GPU
+    they should lie as `fp8jax.quant.contraction_minor` lays them.
 
     Args:
         x: `[rows, k]`, bfloat16, float16 or float32, the first expert's rows first.
@@ -76,7 +76,7 @@ def expert_mlp(
     Raises:
         ValueError: If dtypes or shapes do not fit.
         NotImplementedError: If the implementation asked for cannot run.
-        TypeError: When differentiated twice, or in forward mode; with QTensors, at all.
+        TypeError: When differentiated twice, or in forward mode; where a QTensor is.
 
     Error: against the three `ragged_dot`, that of `swiglu_mlp` against three
     `dot_general`.

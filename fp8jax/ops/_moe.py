@@ -47,7 +47,7 @@ def moe(
     inference alike, because the rows are laid out before it is known whether there is a
     backward pass; the result's bits do not depend on it. With few tokens, as in
     decoding, most of the rows would be empty, so there they stay one behind the other,
-    as they do with weights that are QTensors, which have no gradient.
+    as they do with weights that are QTensors, which have no wgrad.
 
     Args:
         x: `[..., k]`, bfloat16, float16 or float32.
