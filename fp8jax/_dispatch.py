@@ -117,6 +117,11 @@ def resolve(
 
 
 def _run(op: str, arrays: tuple, static: dict[str, Any], caller: str, name: str) -> Any:
+    if name != "xla" and numerics.is_symbolic(*arrays):
+        raise NotImplementedError(
+            "a GPU's kernel is made for one shape, got symbolic dimensions: "
+            f"{', '.join(str(list(x.shape)) for x in arrays)}."
+        )
     options = tuple(sorted(static.items()))
     return _marked(op, name)(*arrays, static=options, caller=caller)
 

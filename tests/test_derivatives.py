@@ -59,9 +59,10 @@ def product(q: QTensor) -> jax.Array:
 Use = tuple[Callable[[jax.Array], Any], str]
 
 
-def scaled(x: jax.Array) -> QTensor:
-    """W, of scales that depend on x."""
-    return dataclasses.replace(W, scale=W.scale * x[0, 0])
+def scaled(x: jax.Array, q: QTensor | None = None) -> QTensor:
+    """W, or another one, of scales that depend on x."""
+    q = W if q is None else q
+    return dataclasses.replace(q, scale=q.scale * x[0, 0])
 
 
 def static_dot(x: jax.Array, w: QTensor) -> jax.Array:
@@ -248,7 +249,7 @@ MORE_REFUSALS: dict[str, Use] = {
         "encode",
     ),
     "experts in FP8": (
-        lambda x: ops.expert_mlp(x, EXPERTS, EXPERTS, EXPERTS, SIZES),
+        lambda x: ops.expert_mlp(X, EXPERTS, scaled(x, EXPERTS), EXPERTS, SIZES),
         "expert_mlp",
     ),
     "codes turned, then read": (
@@ -292,6 +293,7 @@ NOTHING_TO_DIFFERENTIATE = {
     *("QTensor.check", "QTensor.dtype", "QTensor.nbytes", "QTensor.ndim"),
     *("QTensor.shape", "QTensor.tile", "__version__", "checkpoint_policies"),
     *("numerics", "recipes"),
+    *("numerics.at_most", "numerics.is_symbolic", "numerics.may_be_one"),
     *("checkpoint.CheckpointError", "checkpoint.Difference", "checkpoint.Outcome"),
     *("checkpoint.Reader", "checkpoint.Weight", "checkpoint.WeightRules"),
     *("checkpoint.code_histogram", "checkpoint.dequantize_checkpoint"),

@@ -4,6 +4,7 @@ Invariant: parameters, their names, shapes, dtypes, initial values and partition
 metadata are those of Flax's layer, because its code makes them.
 """
 
+import inspect
 from typing import Any
 
 import flax.linen as nn
@@ -29,6 +30,10 @@ def _fill_slot(layer: Any) -> None:
         dot_general_cls=layer.dot_general_cls,
     ):
         layer.dot_general = ops.ByRecipe(ops.dot_general, recipe, implementation)
+
+
+# As Flax wrote it: what Linen makes of a method is a call of its own in summaries.
+_CALL = inspect.unwrap(nn.Dense.__call__)
 
 
 class Dense(nn.Dense):
@@ -68,6 +73,7 @@ class Dense(nn.Dense):
         _fill_slot(self)
         super().__post_init__()
 
+    @nn.compact
     def __call__(self, inputs: jax.Array | QTensor) -> jax.Array:
         """Applies the layer to `inputs` [..., in]."""
         name = "fp8jax.linen.Dense"
@@ -75,7 +81,7 @@ class Dense(nn.Dense):
         ops.check_quantized_input(name, inputs, self.dtype, kernel)
         if not isinstance(kernel, QTensor):
             assert not isinstance(inputs, QTensor)
-            return super().__call__(inputs)
+            return _CALL(self, inputs)
         if not isinstance(self.dot_general, ops.ByRecipe):
             raise ValueError(
                 f"{name} with a QTensor kernel takes no product of yours, got "

@@ -44,10 +44,13 @@ class Einsum(nn.Einsum):
         """
         equation = merge_param("einsum_str", self.einsum_str, einsum_str)
         equation = equation.replace(" ", "")
-        if "->" not in equation or equation.count(",") != 1:
+        # In Flax's words, which its users' tests look for.
+        if "->" not in equation:
+            raise ValueError('`einsum_str` equation must be explicit and include "->".')
+        if equation.count(",") != 1:
             raise ValueError(
-                "fp8jax.linen.Einsum takes an equation of two operands and a result, "
-                f"as in 'btd,dh->bth', got {equation!r}."
+                "`einsum_str` equation must have exactly two operands and therefore, "
+                f"exactly one comma character, instead of {equation.count(',')}"
             )
         kernel = self.param("kernel", self.kernel_init, self.shape, self.param_dtype)
         bias, broadcast_shape = None, None

@@ -36,9 +36,10 @@ class MoE(nn.Module):
         router/router/load    int32 [num_experts]: tokens of each in the last call that
                               had the collection "router" mutable
 
-    For inference the experts' kernels may be QTensors, in tiles of 128x128, and so may
-    the shared experts': their codes are what is multiplied, and the layer has no
-    gradient. `y` is then in `dtype`, or that of `x`.
+    For inference, or as a frozen base, the experts' kernels may be QTensors, in tiles
+    of 128x128, and so may the shared experts': their codes are what is multiplied, in
+    the gradient of the input, too, and have none. `y` is then in `dtype`, or that of
+    `x`.
 
     Attributes:
         hidden_features: Size of what lies between in one expert; in and out are as wide

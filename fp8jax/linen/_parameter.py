@@ -13,13 +13,13 @@ class Parameter(nn.Module):
         param_name: of the parameter: "kernel" of a Dense, "scale" of an RMSNorm.
         shape: of the parameter.
         param_dtype: likewise.
-        init: its initializer.
+        initializer: of the parameter. Not `init`, which is a method of every module.
     """
 
     param_name: str
     shape: tuple[int, ...]
     param_dtype: jax.typing.DTypeLike
-    init: nn.initializers.Initializer
+    initializer: nn.initializers.Initializer
 
     @nn.compact
     def __call__(self) -> jax.Array | QTensor:
@@ -31,4 +31,6 @@ class Parameter(nn.Module):
                     f"{self.shape}, got a QTensor of {stored.shape}."
                 )
             return stored
-        return self.param(self.param_name, self.init, self.shape, self.param_dtype)
+        return self.param(
+            self.param_name, self.initializer, self.shape, self.param_dtype
+        )

@@ -42,9 +42,10 @@ class MoE(nnx.Module):
         experts.down.kernel  [num_experts, hidden_features, features]
         shared.gate.kernel, ...  of the `SwiGLU`, if there are shared experts
 
-    For inference the experts' kernels may be QTensors, in tiles of 128x128, and so may
-    the shared experts': their codes are what is multiplied, and the layer has no
-    gradient. `y` is then in `dtype`, or that of `x`.
+    For inference, or as a frozen base, the experts' kernels may be QTensors, in tiles
+    of 128x128, and so may the shared experts': their codes are what is multiplied, in
+    the gradient of the input, too, and have none. `y` is then in `dtype`, or that of
+    `x`.
 
     Args:
         features: Size of the last dimension, in and out.

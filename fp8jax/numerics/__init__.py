@@ -19,6 +19,7 @@ from fp8jax.numerics._rounding import (
     round_up_pow2,
     scale_from_amax,
 )
+from fp8jax.numerics._sides import at_most, is_symbolic, may_be_one
 from fp8jax.numerics._tiles import (
     Tile,
     expand_scale,
@@ -33,6 +34,7 @@ __all__ = [
     "GroupBlocks",
     "ScaleKind",
     "Tile",
+    "at_most",
     "check_group_sizes",
     "cosine_similarity",
     "count_group_blocks",
@@ -42,8 +44,10 @@ __all__ = [
     "group_blocks",
     "integer_amax",
     "is_fp8",
+    "is_symbolic",
     "join_tiles",
     "max_value",
+    "may_be_one",
     "no_derivative",
     "refuse_derivatives",
     "relative_error",

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fp8jax.numerics._sides import at_most
+
 
 class GroupBlocks(NamedTuple):
     """Which rows each block holds; int32 [blocks] each.
@@ -33,9 +35,9 @@ def count_group_blocks(rows: int, groups: int, size: int) -> int:
     Returns:
         `p + (rows - p) // size` with `p = min(groups, rows)`: p groups have a block,
         and whatever the rest of the rows fill. Groups of one row, but for the last,
-        need as many.
+        need as many. Of a symbolic number of rows p is `groups`: never fewer blocks.
     """
-    begun = min(groups, rows)
+    begun = at_most(rows, groups)
     return begun + (rows - begun) // size
 
 
@@ -57,7 +59,7 @@ def group_blocks(group_sizes: jax.Array, rows: int, size: int) -> GroupBlocks:
     count = count_group_blocks(rows, len(sizes), size)
     index = jnp.arange(count, dtype=jnp.int32)
     # NOTE: JAX 0.12's searchsorted fails in a shard_map over some axes of the mesh.
-    group = (ends <= index[:, None]).sum(axis=1, dtype=jnp.int32)
+    group = (ends[None] <= index[:, None]).sum(axis=1, dtype=jnp.int32)
 
     def of_group(values: jax.Array) -> jax.Array:
         return jnp.append(values, jnp.int32(0))[group]  # 0 for no group.

@@ -28,7 +28,7 @@ from fp8jax.ops._product import (
 )
 from fp8jax.ops._spread import Spread, spread
 from fp8jax.ops._varying import vary_alike
-from fp8jax.recipes import GemmSpec, Recipe, check_recipe, deepseek_v3
+from fp8jax.recipes import GemmSpec, Recipe, recipe_or_default
 
 
 def dot_general(
@@ -74,8 +74,7 @@ def dot_general(
     Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.
     """
     name = "dot_general"
-    recipe = deepseek_v3() if recipe is None else recipe
-    check_recipe(name, recipe)
+    recipe = recipe_or_default(name, recipe)
     recipe = recipe_for(recipe, lhs, rhs)
     plain = functools.partial(
         lax.dot_general,
@@ -119,10 +118,14 @@ def _product_of(
         **static,
     )
     run = functools.partial(_matmul, product)
-    for _ in range(layout.batch_rank):
+    x, w = vary_alike((layout.lhs.arrange(lhs), layout.rhs.arrange(rhs)))
+    if product.split:  # Each dimension may be split for itself.
+        for _ in range(layout.batch_rank):
+            run = jax.vmap(run)
+    elif layout.batch_rank:  # GPU kernels take one batch in a launch.
         run = jax.vmap(run)
-    out = run(*vary_alike((layout.lhs.arrange(lhs), layout.rhs.arrange(rhs))))
-    return out.reshape(layout.out_shape)
+        x, w = (operand.reshape(-1, *operand.shape[-2:]) for operand in (x, w))
+    return run(x, w).reshape(layout.out_shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -11,7 +11,7 @@ from opt_einsum import parser
 from fp8jax.ops._dot_general import dot_general
 from fp8jax.ops._explicit import check_out_sharding, typed_as
 from fp8jax.ops._gemm import check_inputs, recipe_for
-from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
+from fp8jax.recipes import Recipe, recipe_or_default
 
 
 def einsum(
@@ -49,8 +49,7 @@ def einsum(
         ValueError: If dtypes, shapes or subscripts do not fit.
         NotImplementedError, TypeError: As `fp8jax.dot_general` does.
     """
-    recipe = deepseek_v3() if recipe is None else recipe
-    check_recipe("einsum", recipe)
+    recipe = recipe_or_default("einsum", recipe)
     recipe = recipe_for(recipe, x, w)
     how: Any = {
         "precision": precision,

@@ -21,7 +21,7 @@ from fp8jax.ops._static_experts import static_weight_experts
 from fp8jax.ops._swiglu import activation
 from fp8jax.ops._varying import vary_alike
 from fp8jax.quant import QTensor, quantize_swiglu, quantize_swiglu_gradient
-from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
+from fp8jax.recipes import Recipe, recipe_or_default
 
 
 def expert_mlp(
@@ -49,9 +49,9 @@ def expert_mlp(
     With a recipe that leaves a GEMM out of FP8, or arrays of several dtypes, it is
     three `fp8jax.ragged_dot` and the activation, in float32, between them.
 
-    For inference all three weights may be QTensors: then their codes are what is
-    multiplied, never inflated, and there is no gradient. On a GPU they should lie as
-    `fp8jax.quant.contraction_minor` lays them.
+    For inference, or as a frozen base, all three weights may be QTensors: then their
+    codes are what is multiplied, never inflated, in the gradient of x, too. On a GPU
+    they should lie as `fp8jax.quant.contraction_minor` lays them.
 
     Args:
         x: `[rows, k]`, bfloat16, float16 or float32, the first expert's rows first.
@@ -76,7 +76,7 @@ def expert_mlp(
     Raises:
         ValueError: If dtypes or shapes do not fit.
         NotImplementedError: If the implementation asked for cannot run.
-        TypeError: When differentiated twice, or in forward mode; with QTensors, at all.
+        TypeError: When differentiated twice, or in forward mode; where a QTensor is.
 
     Error: against the three `ragged_dot`, that of `swiglu_mlp` against three
     `dot_general`.
@@ -85,8 +85,7 @@ def expert_mlp(
     Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
     """
     name = "expert_mlp"
-    recipe = deepseek_v3() if recipe is None else recipe
-    check_recipe(name, recipe)
+    recipe = recipe_or_default(name, recipe)
     how: Any = {"recipe": recipe, "implementation": implementation}
     weights: Any = w_gate, w_up, w_down
     if any(isinstance(w, QTensor) for w in weights):

@@ -281,6 +281,7 @@ def multiply_operands(
             lhs, rhs, out_dtype=out_dtype, implementation=implementation
         )
 
-    for _ in range(layout.batch_rank):
+    if layout.batch_rank:  # As one dimension: GPU kernels take one batch in a launch.
         run = jax.vmap(run)
+        lhs, rhs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), (lhs, rhs))
     return run(lhs, rhs).reshape(layout.out_shape)

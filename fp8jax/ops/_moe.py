@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fp8jax import numerics
 from fp8jax.ops._expert_mlp import expert_mlp, is_fused
 from fp8jax.ops._explicit import refuse_explicit
 from fp8jax.ops._grouped_product import ALIGNMENT
 from fp8jax.ops._permute import dispatch, permute, unpermute
 from fp8jax.ops._routing import route
 from fp8jax.quant import QTensor
-from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
+from fp8jax.recipes import Recipe, recipe_or_default
 
 # Of an expert, on average, if groups are aligned. That adds up to 127 to each: with
 # fewer, most of what is written would be zeros.
@@ -46,7 +47,7 @@ def moe(
     inference alike, because the rows are laid out before it is known whether there is a
     backward pass; the result's bits do not depend on it. With few tokens, as in
     decoding, most of the rows would be empty, so there they stay one behind the other,
-    as they do with weights that are QTensors, which have no gradient.
+    as they do with weights that are QTensors, which have no wgrad.
 
     Args:
         x: `[..., k]`, bfloat16, float16 or float32.
@@ -78,9 +79,10 @@ def moe(
         tokens.astype(jnp.float32), router, precision=lax.Precision.HIGHEST
     )
     routed = route(logits, bias, **routing)
-    recipe = deepseek_v3() if recipe is None else recipe
-    check_recipe("moe", recipe)
-    many = routed.experts.size >= _FEWEST_ROWS * len(bias)
+    recipe = recipe_or_default("moe", recipe)
+    many = not numerics.is_symbolic(
+        tokens
+    ) and routed.experts.size >= _FEWEST_ROWS * len(bias)
     aligned = many and is_fused(recipe, tokens, w_gate, w_up, w_down)
     to = dispatch(routed.experts, len(bias), align=ALIGNMENT if aligned else 1)
     rows = expert_mlp(

@@ -47,7 +47,7 @@ def dispatch(experts: jax.Array, num_experts: int, *, align: int = 1) -> Dispatc
     flat = experts.reshape(-1)
     count = flat.size
     by_expert = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    load = (flat[:, None] == jnp.arange(num_experts)).sum(axis=0, dtype=jnp.int32)
+    load = (flat[:, None] == jnp.arange(num_experts)[None]).sum(axis=0, dtype=jnp.int32)
     added = -load % align  # [experts] rows of no slot
     # Those of the experts before push an expert's rows back.
     pushed = jnp.cumsum(added, dtype=jnp.int32) - added

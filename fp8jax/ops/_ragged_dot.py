@@ -26,7 +26,7 @@ from fp8jax.ops._grouped_product import (
 )
 from fp8jax.ops._spread import without_split
 from fp8jax.ops._varying import vary_alike
-from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
+from fp8jax.recipes import Recipe, recipe_or_default
 
 
 def ragged_dot(
@@ -74,8 +74,7 @@ def ragged_dot(
     Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.
     """
     name = "ragged_dot"
-    recipe = deepseek_v3() if recipe is None else recipe
-    check_recipe(name, recipe)
+    recipe = recipe_or_default(name, recipe)
     recipe = recipe_for(recipe, lhs, rhs)
     if recipe.is_off:
         return lax.ragged_dot(
@@ -136,10 +135,10 @@ def grouped_product(
             f"{name} takes rows [m, k], a weight [g, k, n] and integer group_sizes "
             f"[g], got {list(x.shape)}, {list(w.shape)} and {dtypes}{list(shape)}."
         )
-    if aligned and len(x) % ALIGNMENT:
+    if aligned and x.shape[0] % ALIGNMENT:
         raise ValueError(
             f"{name} takes aligned groups in a multiple of {ALIGNMENT} rows, got "
-            f"{len(x)} rows."
+            f"{x.shape[0]} rows."
         )
     return GroupedProduct(
         name=name,

@@ -25,7 +25,7 @@ from fp8jax.ops._product import (
 from fp8jax.ops._spread import Spread, spread
 from fp8jax.ops._varying import vary_alike
 from fp8jax.quant import quantize_rms_norm
-from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
+from fp8jax.recipes import Recipe, recipe_or_default
 
 
 def rms_norm_dot(
@@ -69,8 +69,7 @@ def rms_norm_dot(
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
     """
     name = "rms_norm_dot"
-    recipe = deepseek_v3() if recipe is None else recipe
-    check_recipe(name, recipe)
+    recipe = recipe_or_default(name, recipe)
     recipe = recipe_for(recipe, x, *weights)
     for w in weights:
         check_inputs(name, x, w)
@@ -124,7 +123,8 @@ def rms_norm(epsilon: float, x: jax.Array, scale: jax.Array) -> jax.Array:
     """What `quantize_rms_norm` quantizes, in 16 bits where x has 16."""
     wide = x.astype(jnp.float32)
     mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    h = (wide * lax.rsqrt(mean + epsilon)) * scale.astype(jnp.float32)
+    scale = jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))
+    h = (wide * lax.rsqrt(mean + epsilon)) * scale
     return h.astype(x.dtype)
 
 

@@ -74,7 +74,7 @@ def route(
         )
     check_routing("route", experts, top_k, num_groups, top_groups)
     scores = jax.nn.sigmoid(logits)
-    biased = scores + lax.stop_gradient(bias)
+    biased = scores + lax.stop_gradient(bias)[None]
     is_nan = jnp.isnan(biased)
     # NOTE: by its sign bit a NaN comes before or after all numbers in an order.
     order = jnp.where(is_nan.any(axis=1, keepdims=True), 0, biased)
@@ -98,7 +98,7 @@ def _choose(
         # One expert of the group is forced, and the others are barred.
         best = jnp.where(jnp.isnan(best), jnp.inf, best)
         _, kept = lax.top_k(best, top_groups)
-        is_kept = (kept[:, :, None] == jnp.arange(num_groups)).any(axis=1)
+        is_kept = (kept[:, :, None] == jnp.arange(num_groups)[None, None]).any(axis=1)
         grouped = jnp.where(is_kept[:, :, None], grouped, -jnp.inf)
         scores = grouped.reshape(tokens, experts)
     return lax.top_k(scores, top_k)[1]

@@ -19,7 +19,7 @@ from fp8jax.ops._static_gradient import with_input_gradient
 from fp8jax.ops._static_split import over_devices
 from fp8jax.ops._swiglu import activation
 from fp8jax.quant import QTensor, QuantSpec, quantize, quantize_rms_norm
-from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
+from fp8jax.recipes import Recipe, recipe_or_default
 
 
 def static_weight_dot(
@@ -61,7 +61,7 @@ def static_weight_dot(
     Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.
     """
     spec = activation_spec(name, x, out_dtype, recipe)
-    dgrad = (deepseek_v3() if recipe is None else recipe).dgrad
+    dgrad = recipe_or_default(name, recipe).dgrad
     if kernel.ndim != 2 or x.ndim < 1 or x.shape[-1] != kernel.shape[0]:
         raise ValueError(
             f"{name} takes x [..., k] and a kernel [k, n], got {x.shape} and "
@@ -349,8 +349,7 @@ def activation_spec(
     recipe: Recipe | None,
 ) -> QuantSpec:
     """How activations are quantized; ValueError if a dtype or the recipe is not fit."""
-    recipe = deepseek_v3() if recipe is None else recipe
-    check_recipe(name, recipe)
+    recipe = recipe_or_default(name, recipe)
     if recipe.fprop is None:
         raise ValueError(
             f"{name} with a QTensor kernel takes a recipe whose fprop is in FP8, got "

@@ -23,7 +23,7 @@ from fp8jax.ops._product import (
 from fp8jax.ops._spread import Spread, spread
 from fp8jax.ops._varying import vary_alike
 from fp8jax.quant import quantize_swiglu, quantize_swiglu_gradient
-from fp8jax.recipes import Recipe, check_recipe, deepseek_v3
+from fp8jax.recipes import Recipe, recipe_or_default
 
 
 def swiglu_mlp(
@@ -71,8 +71,7 @@ def swiglu_mlp(
     Source: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
     """
     name = "swiglu_mlp"
-    recipe = deepseek_v3() if recipe is None else recipe
-    check_recipe(name, recipe)
+    recipe = recipe_or_default(name, recipe)
     recipe = recipe_for(recipe, x, w_gate, w_up, w_down)
     for w in (w_gate, w_up, w_down):
         check_inputs(name, x, w)
@@ -112,7 +111,7 @@ def _gated(
     in_fp8 = None not in (recipe.fprop, recipe.dgrad, recipe.wgrad)
     one_device = spread(x, *weights) == Spread.ONE
     if in_fp8 and one_device and all(x.dtype == w.dtype for w in weights):
-        hidden = (len(rows), w_down.shape[0])
+        hidden = (rows.shape[0], w_down.shape[0])
         into, out_of = (
             matrix_product(name, shape, w, recipe, implementation)
             for shape, w in ((rows.shape, w_gate), (hidden, w_down))

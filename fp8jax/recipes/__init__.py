@@ -7,6 +7,7 @@ from fp8jax.recipes._presets import (
     blocked_wgrad,
     check_recipe,
     deepseek_v3,
+    recipe_or_default,
 )
 from fp8jax.recipes._recipe import GemmSpec, Recipe, Residual
 from fp8jax.recipes._rules import (
@@ -33,5 +34,6 @@ __all__ = [
     "check_recipe",
     "deepseek_v3",
     "first_match",
+    "recipe_or_default",
     "skip_narrow",
 ]

@@ -73,3 +73,18 @@ def check_recipe(caller: str, recipe: Any) -> None:
             f"{caller} takes a Recipe or None, got recipe={described(recipe)}; presets "
             f"are {presets}."
         )
+
+
+def recipe_or_default(caller: str, recipe: Recipe | None) -> Recipe:
+    """The recipe; for None, which everywhere is "no word on it", the default.
+
+    Functions and layers are called for products in FP8: theirs is `deepseek_v3()`.
+    A `Rule`, which is about what differs, has one of its own, `bf16()`.
+
+    Raises:
+        ValueError: On behalf of `caller`, for what is no `Recipe`.
+    """
+    if recipe is None:
+        return deepseek_v3()
+    check_recipe(caller, recipe)
+    return recipe

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, Literal, TypeAlias, get_args
 
-from fp8jax.recipes._presets import check_recipe
+from fp8jax.recipes._presets import bf16, check_recipe
 from fp8jax.recipes._recipe import Recipe
 
 GemmName: TypeAlias = Literal["fprop", "dgrad", "wgrad"]
@@ -19,7 +19,8 @@ class Rule:
 
     Attributes:
         pattern: regular expression that must match the whole path, `"a/b/c"`.
-        recipe: of those layers; None leaves them as they are.
+        recipe: of those layers; by default, and for None, `bf16()`, which leaves them
+            as they are.
         reason: why, for the report; the pattern itself by default.
         roles: the GEMMs that the rule is about, all three by default; the others are
             for the rules after it.
@@ -58,6 +59,11 @@ class Rule:
                 f"Rule takes where=None or a function of (k, n), got {self.where!r}."
             )
         object.__setattr__(self, "roles", roles)
+
+    @property
+    def gives(self) -> Recipe:
+        """The recipe of its layers."""
+        return bf16() if self.recipe is None else self.recipe
 
     def matches(self, path: str, role: GemmName, k: int, n: int) -> bool:
         """Whether the rule is about this GEMM of the weight at this path."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from fp8jax import ops
 from fp8jax._described import described
-from fp8jax.recipes import Recipe, Rule, check_recipe, deepseek_v3
+from fp8jax.recipes import Recipe, Rule, recipe_or_default
 from fp8jax.transform._custom_rules import check_custom_rules
 from fp8jax.transform._pipeline import check_without
 from fp8jax.transform._step import Call, Step
@@ -114,7 +114,8 @@ def fp8_transform(  # pyright: ignore[reportInconsistentOverload]
             argument's name first (`"state/params/up/kernel"`), or the numbers or names
             of arguments. By default those that the step differentiates; else those
             under `params` or of type `nnx.Param`; else, in a forward function, those of
-            the first argument, if that is a container.
+            the first argument that is neither static, a number nor a random key, if
+            that is a container.
         static_argnums, static_argnames, donate_argnums, donate_argnames: as in
             `jax.jit`, besides those of a jit around `fn`.
         min_dim: a weight with fewer input or output features is skipped, unless a rule
@@ -145,12 +146,13 @@ def fp8_transform(  # pyright: ignore[reportInconsistentOverload]
         ValueError: If an argument of `fp8_transform` is none of the above, or `fn` is
             jitted in a way that cannot be followed.
     """
+    options = {k: v for k, v in locals().items() if k != "fn"}  # As they came.
     if fn is _NOT_GIVEN:
-        options = {k: v for k, v in locals().items() if k != "fn"}  # As they came.
         return functools.partial(fp8_transform, **options)
+    if isinstance(fn, staticmethod | classmethod):
+        return type(fn)(fp8_transform(fn.__func__, **options))
     check_function(fn)
-    if recipe is not None:
-        check_recipe("fp8_transform", recipe)
+    recipe = recipe_or_default("fp8_transform", recipe)
     rules = tuple(rules) if isinstance(rules, Sequence) else (rules,)
     if not all(isinstance(rule, Rule) for rule in rules):
         raise ValueError(
@@ -162,7 +164,7 @@ def fp8_transform(  # pyright: ignore[reportInconsistentOverload]
         raise ValueError(f"fp8_transform takes min_dim >= 0, got {min_dim!r}.")
     custom_rules = check_custom_rules(custom_rules)
     policy = Policy(
-        recipe or deepseek_v3(),
+        recipe,
         rules,
         min_dim,
         implementation,
@@ -339,8 +341,9 @@ class Fp8Function:
         """A step's result, once modules have their new arrays."""
         if modules is None:
             return result
-        (output, states), *statistics = result if self._policy.stats else (result,)
-        modules.update(states)
+        results, *statistics = result if self._policy.stats else (result,)
+        output, states, changed = results
+        modules.update(states, changed)
         return (output, *statistics) if statistics else output
 
 

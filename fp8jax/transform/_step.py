@@ -10,7 +10,7 @@ import jax
 from jax.extend import core
 from jax.sharding import PartitionSpec
 
-from fp8jax import _compat, ops
+from fp8jax import _compat, numerics, ops
 from fp8jax.transform._custom_rules import with_custom_rules
 from fp8jax.transform._pipeline import lowered, prepared
 from fp8jax.transform._splits import splits_of, told_placement
@@ -168,7 +168,20 @@ class Step:
         return self.finished(compiled(*args, **kwargs))
 
     def report(self, call: Call) -> Report:
-        """What becomes of every matrix product of this call, without running it."""
+        """What becomes of every matrix product of this call, without running it.
+
+        Raises:
+            ValueError: For arrays of symbolic dimensions, whose products have no sizes.
+        """
+        _, args, kwargs = call
+        arrays = [x for x in jax.tree.leaves((args, kwargs)) if hasattr(x, "shape")]
+        symbolic = [x.shape for x in arrays if numerics.is_symbolic(x)]
+        if symbolic:
+            raise ValueError(
+                f"fp8_transform({self._name}).report takes arguments of known sizes, "
+                f"got {', '.join(map(str, symbolic))}: give it those of one batch, "
+                "whose program it is as well."
+            )
         jaxpr, _, plan = self._plan(*call)
         if not plan.whole_step:
             return plan.report
@@ -205,11 +218,14 @@ class Step:
         statistics = named_statistics(plan.measured, program.collected, results[n:])
         return jax.tree.unflatten(out_tree, results[:n]), statistics
 
+    # Under `jax.disable_jit` too: our own calls are known by their jits' names.
+    @jax.disable_jit(False)
     def _lowered(self, jaxpr: AnyJaxpr, plan: Plan, measures: bool) -> Program:
         """The program in FP8, each code made where it is best."""
         program = Program(jaxpr, plan.is_weight, plan.replacements, measures)
         return lowered(program, self._policy.without)
 
+    @jax.disable_jit(False)
     def _plan(
         self, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Any, Plan]:

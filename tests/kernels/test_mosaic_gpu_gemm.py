@@ -177,6 +177,23 @@ def test_interpreted_under_vmap_and_scan():
     _check_vmap_and_scan(m=8, n=32, k=128, context=_interpreting)
 
 
+_BATCH_TILES = (((1, 128), (128, 128)), ((1, 128), (1, 128)), ((128, 128), (1, 128)))
+every_batch = pytest.mark.parametrize(
+    "tiles", _BATCH_TILES, ids=["1d2d", "1d1d", "2d1d"]
+)
+
+
+@interpreted
+@every_batch
+def test_interpreted_batch_is_one_launch_with_the_bits_of_each_entry(tiles):
+    _check_batch(tiles, (3, 16, 160, 200), _interpreting)
+
+
+@interpreted
+def test_interpreted_batch_of_batches_has_the_bits_of_each_entry():
+    _check_batch(_BATCH_TILES[0], (1, 16, 128, 128), _interpreting, nested=True)
+
+
 def test_refuses_what_it_cannot_do():
     lhs, lhs_scale, rhs, rhs_scale = _operands(8, 8, 128, (128, 128))
     gemm = functools.partial(mosaic_gpu.gemm, out_dtype=jnp.float32)
@@ -220,6 +237,33 @@ def _check_vmap_and_scan(*, m, n, k, context) -> None:
         _, scanned = jax.jit(lambda xs: lax.scan(step, jnp.float32(0), xs))(batch)
     np.testing.assert_array_equal(np.asarray(mapped), whole)
     np.testing.assert_array_equal(np.asarray(scanned), whole)
+
+
+def _batched_product(tiles):
+    how = dict(zip(("lhs_tile", "rhs_tile"), tiles, strict=True))
+    return jax.vmap(functools.partial(mosaic_gpu.gemm, **how, out_dtype=jnp.float32))
+
+
+def _check_batch(tiles, shape, context, nested=False) -> None:
+    b, m, n, k = shape
+    entries = []
+    for i in range(b):
+        rng = np.random.default_rng(i)
+        lhs, rhs = (
+            (small_codes(rng, (rows, k)), _scales(rng, rows, k, tile))
+            for rows, tile in zip((m, n), tiles, strict=True)
+        )
+        entries.append((*lhs, *rhs))
+    how = dict(zip(("lhs_tile", "rhs_tile"), tiles, strict=True))
+    one = jax.jit(functools.partial(mosaic_gpu.gemm, **how, out_dtype=jnp.float32))
+    with context():
+        want = np.stack([np.asarray(one(*entry)) for entry in entries])
+        operands = map(np.stack, zip(*entries, strict=True))
+        run = _batched_product(tiles)
+        if nested:
+            run, operands = jax.vmap(run), (x[None] for x in operands)
+        got = np.asarray(jax.jit(run)(*operands)).reshape(want.shape)
+    np.testing.assert_array_equal(got, want)
 
 
 def _shapes() -> list[tuple[int, int, int]]:
@@ -357,6 +401,13 @@ def test_xla_cancels_the_transposes_around_the_kernels():
         hlo = jax.jit(fn).lower(*args).compile().as_text()
         launches = re.findall(r" (custom-call|fusion|transpose|copy)\(", hlo)
         assert launches == ["custom-call"] * 3, launches
+
+
+@pytest.mark.gpu
+@every_batch
+@pytest.mark.parametrize("shape", [(8, 384, 512, 256), (3, 200, 320, 200)])
+def test_batch_is_one_launch_with_the_bits_of_each_entry(tiles, shape):
+    _check_batch(tiles, shape, contextlib.nullcontext)
 
 
 @pytest.mark.gpu

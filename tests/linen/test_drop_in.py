@@ -258,8 +258,12 @@ def test_own_product_together_with_a_recipe_is_refused(name, own):
         CASES[name].make(getattr(fp8jax.linen, name), **own, recipe=recipes.bf16())
 
 
-@pytest.mark.parametrize("equation", ["ntd,hdk", "ntd,hdk,k->nt"])
-def test_bad_equation_is_named(equation):
-    layer = fp8jax.linen.Einsum((4, 40, 30), equation)
-    with pytest.raises(ValueError, match=r"fp8jax\.linen\.Einsum takes an equation"):
-        layer.init(jax.random.key(0), activations("Einsum"))
+@pytest.mark.parametrize("equation", ["ntd,hdk", "ntd,hdk,k->nt", "ntd->nt"])
+def test_bad_equation_is_refused_in_flax_s_words(equation):
+    errors = []
+    for layers in (fp8jax.linen, nn):
+        layer = layers.Einsum((4, 40, 30), equation)
+        with pytest.raises(ValueError, match=r"`einsum_str` equation must") as error:
+            layer.init(jax.random.key(0), activations("Einsum"))
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]

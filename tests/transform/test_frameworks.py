@@ -2,6 +2,7 @@
 
 import itertools
 
+import chex
 import flax.linen
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 
+from fp8jax.recipes import bf16
 from fp8jax.transform import fp8_transform
 
 D, HIDDEN = 128, 256
@@ -157,10 +159,87 @@ def test_nnx_parameters_of_a_forward_function_are_known_by_their_type():
     assert rows(in_place.report(model, X)) == wanted
 
 
-def test_nnx_function_that_changes_a_module_s_structure_is_refused():
+class Seen(nnx.Variable):
+    """What a module notes of a call."""
+
+
+class Noting(NnxModel):
+    """Leaves new variables behind, and replaces one."""
+
+    def __call__(self, x):
+        y = super().__call__(x)
+        self.sow(nnx.Intermediate, "mean", y.mean())
+        self.up.seen = Seen(x.sum())
+        self.last = self.up.seen
+        return y
+
+
+def arrays_of(*nodes):
+    return nnx.to_pure_dict(nnx.state(nodes, nnx.Not(nnx.RngState)))
+
+
+# Newer versions of Flax prefer `nnx.capture` for it.
+@pytest.mark.filterwarnings("ignore:.*sow.*:DeprecationWarning")
+@pytest.mark.parametrize("jitted", [False, True])
+def test_variables_that_an_nnx_step_leaves_behind_are_those_of_nnx_jit(jitted):
+    both = []
+    for make in (nnx.jit, lambda f: fp8_transform(f, bf16())):
+        model = Noting(nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+        kernel = model.up.kernel
+        fn = make(nnx.jit(nnx_step) if jitted else nnx_step)
+        losses = [fn(model, optimizer, X) for _ in range(3)]
+        # The user's own objects, and one array that is known by two names.
+        assert kernel is model.up.kernel
+        assert model.last is model.up.seen
+        both.append((losses, arrays_of(model, optimizer)))
+    assert "mean" in both[1][1][0]
+    chex.assert_trees_all_close(*both, rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*sow.*:DeprecationWarning")
+def test_step_that_leaves_variables_behind_trains_in_fp8_and_compiled_ahead():
+    model = Noting(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+    fn = fp8_transform(nnx_step)
+    assert fn.report(model, optimizer, X).fraction == 1.0
+    assert not hasattr(model, "mean")
+    compiled = fn.lower(model, optimizer, X).compile()
+    value = compiled(model, optimizer, X)
+    assert jax.tree.leaves(nnx.pop(model, nnx.Intermediate))
+    assert float(fn(model, optimizer, X)) < float(value)
+    assert float(model.last[...]) == pytest.approx(float(X.sum()), rel=1e-5)
+
+
+def test_nnx_module_placed_array_by_array_keeps_its_structure():
     def grow(model, x):
         model.extra = nnx.Param(x)
         return model(x)
 
+    mesh = jax.make_mesh((1,), ("x",))
+    placed = nnx.StateSharding(
+        {...: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())}
+    )
+    fn = fp8_transform(nnx.jit(grow, in_shardings=(placed, None)))
     with pytest.raises(ValueError, match=r"fp8_transform.*changed the structure"):
-        fp8_transform(grow)(nnx_start()[0], X)
+        fn(nnx_start()[0], X)
+
+
+@pytest.mark.parametrize("how", ["argnums", "argnames", "below"])
+def test_static_arguments_of_nnx_jit_are_python_values(how):
+    def step(model, optimizer, x, kind, scale=1):
+        assert isinstance(kind, str)
+        return nnx_step(model, optimizer, x, scale=len(kind) * scale)
+
+    make = {
+        "argnums": lambda: fp8_transform(nnx.jit(static_argnums=(3,))(step)),
+        "argnames": lambda: fp8_transform(nnx.jit(static_argnames="kind")(step)),
+        "below": lambda: nnx.jit(static_argnums=3)(
+            fp8_transform(step, static_argnums=3)
+        ),
+    }
+    losses = [
+        float(make[how]()(*nnx_start(), X, kind)) for kind in ("", "two", "doubled")
+    ]
+    assert losses[0] == 0
+    assert losses[2] == pytest.approx(losses[1] * 7 / 3, rel=1e-6)

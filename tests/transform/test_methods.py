@@ -1,5 +1,6 @@
 """`@fp8_transform` on a method is a method, and with options a decorator."""
 
+import functools
 import inspect
 
 import chex
@@ -155,3 +156,59 @@ def test_warnings_are_of_the_line_that_calls(outer):
     with pytest.warns(UserWarning, match="found no matrix product") as caught:
         user(X)
     assert [(w.filename, w.lineno) for w in caught] == [(__file__, lines[0])]
+
+
+class Static:
+    """Transforms above and below the decorators of Python and of JAX."""
+
+    @fp8_transform
+    @staticmethod
+    def below(params, x):
+        return jax.grad(loss)(params, x)
+
+    @fp8_transform(static_argnames="kind")
+    @classmethod
+    def of_class(cls, params, x, kind="grad"):
+        assert cls is Static
+        return getattr(jax, kind)(loss)(params, x)
+
+    @classmethod
+    @fp8_transform
+    @functools.partial(jax.jit, static_argnums=0, static_argnames="kind")
+    def jitted(cls, params, x, kind="grad"):
+        assert cls is Static
+        return getattr(jax, kind)(loss)(params, x)
+
+    @functools.partial(jax.jit, static_argnums=(0, 3))
+    @fp8_transform(static_argnames="kind", min_dim=64)
+    def within(self, params, x, kind="grad"):
+        return getattr(jax, kind)(loss)(params, x)
+
+
+@pytest.mark.parametrize("name", ["below", "of_class", "jitted"])
+@pytest.mark.parametrize("of", [Static, Static()], ids=["class", "instance"])
+def test_decorators_of_functions_without_instance(name, of):
+    step = getattr(of, name)
+    chex.assert_trees_all_equal(step({"w": W}, X), expected({"w": W}, X))
+    assert step.report({"w": W}, X).fraction == 1.0
+
+
+def test_static_arguments_below_and_above_a_jit_with_options():
+    for step in (Static.of_class, Static.jitted, Static().within):
+        chex.assert_trees_all_equal(step({"w": W}, X, "grad"), expected({"w": W}, X))
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_numbers_given_by_position_are_no_place_for_parameters(jitted):
+    def forward(times, scale, params, x):
+        for _ in range(times):
+            x = x @ params["w"]
+        return scale * x
+
+    fn = jax.jit(forward, static_argnums=0) if jitted else forward
+    fn = fp8_transform(functools.partial(functools.partial(fn, 2), 0.5))
+    assert fn.report({"w": W}, X).fraction == 1.0
+    once = fp8_transform(lambda params, x: x @ params["w"])
+    params = {"w": W}
+    twice = once(params, once(params, X))
+    chex.assert_trees_all_close(fn(params, X), 0.5 * twice, rtol=1e-6)

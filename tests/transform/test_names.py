@@ -92,11 +92,13 @@ def test_boxed_parameters_of_linen_have_the_paths_of_plain_ones(boxed):
     assert not report.unmatched_rules
 
 
+@pytest.mark.parametrize("key", [None, "trainable"])
 @pytest.mark.parametrize("remat", [False, True])
-def test_lists_of_arrays_are_known_by_the_scopes_of_their_products(remat):
+def test_lists_of_arrays_are_known_by_the_scopes_of_their_products(remat, key):
     """As of Keras, which hands a model's variables over as a list."""
 
     def forward(variables, x):
+        variables = variables[key] if key else variables
         for i, w in enumerate(variables):
             with jax.named_scope(f"model/dense_{i}"):
                 x = jnp.tanh(x @ w)
@@ -105,9 +107,10 @@ def test_lists_of_arrays_are_known_by_the_scopes_of_their_products(remat):
     forward = jax.checkpoint(forward) if remat else forward
     rules = [Rule("model/dense_1", None, "kept")]
     fp8 = fp8_transform(jax.grad(forward), rules=rules)
-    report = fp8.report([G[0]["w"], C[0]["w"], X.T @ X], X)
+    variables = [G[0]["w"], C[0]["w"], X.T @ X]
+    report = fp8.report({key: variables} if key else variables, X)
     skipped = {(r.path, r.reason) for r in report.rows if r.status == "skipped"}
-    assert skipped == {("1", "rule: kept")}
+    assert skipped == {(f"{key}/1" if key else "1", "rule: kept")}
     roles = {role for path, role in rows_of(report, "skipped")}
     assert roles == {"fprop", "wgrad", "dgrad", *(["recompute"] if remat else [])}
     assert not report.unmatched_rules

@@ -127,6 +127,31 @@ def test_small_numbers_are_written_without_exponents():
     assert int(kept) % (4 * 4 * 2) == 0
 
 
+def test_products_of_one_column_share_a_line():
+    def step(params, x):
+        def loss(params):
+            h = jnp.tanh(x @ params["up"])
+            return jnp.mean(h @ params["value"]) + jnp.mean(h @ params["gain"])
+
+        return jax.grad(loss)(params)
+
+    sides = {"up": (128, 256), "value": (256, 1), "gain": (256,)}
+    params = {name: normal(i, *shape) for i, (name, shape) in enumerate(sides.items())}
+    report = fp8_transform(step).report(params, normal(3, 64, 128))
+    narrow = [row for row in report.rows if row.path != "up"]
+    assert {row.role for row in narrow} == {"fprop", "wgrad", "dgrad"}
+    tables = str(report), report.to_markdown(), report._repr_html_()
+    for table in tables:
+        assert table.count("value") == table.count("gain") == 1
+        assert f"{len(narrow)} products of one column" in table
+    # Bars within a cell end no cell.
+    (line,) = [line for line in tables[1].splitlines() if "value" in line]
+    assert line.replace("\\|", "").count("|") == 10
+    assert len(json.loads(report.to_json())["rows"]) == len(report.rows)
+    one = fp8_transform(lambda params, x: x @ params["value"])
+    assert "products of one column" not in str(one.report(params, normal(3, 64, 256)))
+
+
 def test_fraction_weighs_products_by_flops_and_by_loop_trips():
     report = fp8_transform(forward).report(PARAMS, TOKENS)
     scores = 2 * 2 * 64 * 64 * D

@@ -525,22 +525,18 @@ def test_float64_is_skipped():
     assert "float64" in report.rows[0].reason
 
 
-def test_weights_with_batch_dimensions_and_small_ones_are_skipped():
+def test_small_weights_are_skipped():
     def forward(params, x):
-        per_head = jnp.einsum("btd,bdf->btf", x, params["experts"])
-        return per_head @ params["narrow"]
+        return x @ params["narrow"]
 
-    params = {"experts": weight(0, 2, D, D), "narrow": weight(1, D, 96)}
-    report = fp8_transform(forward).report(params, X)
-    assert [r.reason for r in report.rows] == [
-        "batch dimensions",
-        "by default: a weight of fewer features than min_dim=128",
-    ]
+    params = {"narrow": weight(1, D, 96)}
+    (row,) = fp8_transform(forward).report(params, X).rows
+    assert row.reason == "by default: a weight of fewer features than min_dim=128"
     small = fp8_transform(forward, min_dim=64).report(params, X)
     assert found(small) == {("narrow", "fprop"): 1}
 
 
-def test_gradients_of_batched_experts_are_told_and_left_for_their_batch_dimensions():
+def test_gradients_of_batched_experts_are_told_apart_from_products_without_one():
     params = {"up": jnp.ones((4, D, 2 * D)), "down": jnp.ones((4, 2 * D, D))}
 
     def loss(params, x):
@@ -549,11 +545,9 @@ def test_gradients_of_batched_experts_are_told_and_left_for_their_batch_dimensio
         scores = jnp.einsum("gmk,gnk->gmn", out, out)  # Of no parameter.
         return jnp.sum(scores**2)
 
-    report = fp8_transform(jax.grad(loss), weights=0).report(
-        params, jnp.ones((4, 8, D))
-    )
+    report = fp8_transform(jax.grad(loss)).report(params, jnp.ones((4, D, D)))
     rows = [row for row in report.rows if row.role != "other"]
-    assert {row.reason for row in rows} == {"batch dimensions"}
+    assert {row.status for row in rows} == {"fp8"}
     assert sorted((row.path, row.role) for row in rows) == [
         ("down", "dgrad"),
         ("down", "fprop"),

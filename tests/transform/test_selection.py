@@ -88,6 +88,19 @@ def test_reason_names_the_rule_and_whose_it_is():
     assert {reasons["narrow", role] for role in ALL} == {narrow}
 
 
+@pytest.mark.parametrize("off", [{}, {"recipe": None}, {"recipe": recipes.bf16()}])
+def test_rule_without_a_recipe_is_one_with_nothing_in_fp8(off):
+    rows = fp8_transform(step, rules=[Rule("up", **off)]).report(PARAMS, X).rows
+    reasons = {r.reason for r in rows if r.path == "up" and r.status == "skipped"}
+    assert reasons == {"rule: up"}
+
+
+def test_recipe_none_is_the_default_recipe():
+    default = fp8_transform(step, recipes.deepseek_v3()).report(PARAMS, X)
+    assert fp8_transform(step, None).report(PARAMS, X) == default
+    assert fp8_transform(recipe=None)(step).report(PARAMS, X) == default
+
+
 def test_rule_of_a_size_or_role_that_never_occurs_is_said_to_match_nothing():
     rules = [
         Rule("up", where=lambda k, n: k == n),

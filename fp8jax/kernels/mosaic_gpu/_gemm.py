@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from fp8jax import _compat
 from fp8jax.kernels._contract import Tile
+from fp8jax.kernels.mosaic_gpu._batch import in_one_launch
 from fp8jax.kernels.mosaic_gpu._choose import choose_config
 from fp8jax.kernels.mosaic_gpu._common import (
     in_32_bits,
@@ -86,13 +87,12 @@ def gemm(
             gemm, lhs_tile=lhs_tile, rhs_tile=rhs_tile, out_dtype=out_dtype
         )
         return accumulate + product(lhs, lhs_scale, rhs, rhs_scale)
+    stored = stored_dtype(out_dtype)
     run = mapped_under_vmap(
         functools.partial(
-            multiply,
-            lhs_tile=lhs_tile,
-            rhs_tile=rhs_tile,
-            out_dtype=stored_dtype(out_dtype),
-        )
+            multiply, lhs_tile=lhs_tile, rhs_tile=rhs_tile, out_dtype=stored
+        ),
+        in_one_launch(lhs_tile, rhs_tile, stored),
     )
     added = () if accumulate is None else (accumulate,)
     return run(lhs, lhs_scale, rhs, rhs_scale, *added).astype(out_dtype)

@@ -251,7 +251,7 @@ def row_blocks(
     block_ends = jnp.cumsum(needed, dtype=jnp.int32)
     count = count_row_blocks(rows, len(group_sizes), side)
     index = jnp.arange(count, dtype=jnp.int32)
-    group = (index[:, None] >= block_ends).sum(axis=1, dtype=jnp.int32)
+    group = (index[:, None] >= block_ends[None]).sum(axis=1, dtype=jnp.int32)
     group = jnp.minimum(group, len(group_sizes))  # Of blocks that nobody needs.
     first = (firsts - (block_ends - needed) * side)[group] + index * side
     table = jnp.stack([group, first, starts[group], ends[group]], axis=1)

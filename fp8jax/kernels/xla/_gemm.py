@@ -68,7 +68,8 @@ def sum_of_chunks(
     Operands, scales and the tiles of lhs and rhs are those of `gemm`.
     """
     (m, k), n = lhs.shape, rhs.shape[0]
-    edge = -k % PROMOTION_INTERVAL
+    # Not `-k % PROMOTION_INTERVAL`: of a symbolic k JAX would not know the sum's size.
+    edge = (k + PROMOTION_INTERVAL - 1) // PROMOTION_INTERVAL * PROMOTION_INTERVAL - k
     lhs, rhs = (jnp.pad(x, ((0, 0), (0, edge))) for x in (lhs, rhs))
 
     def promote(chunk: jax.Array, acc: jax.Array) -> jax.Array:
@@ -103,9 +104,13 @@ def _code_product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
 
 def _cpu_dot_nt(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     # XLA:CPU sums a product with a vector in another order: a row alone would have
-    # other bits than among others. So a vector is two.
-    m, n = len(lhs), len(rhs)
-    lhs, rhs = (x if len(x) > 1 else jnp.pad(x, ((0, 1), (0, 0))) for x in (lhs, rhs))
+    # other bits than among others. So a vector is two, and what may be one has a row
+    # more.
+    (m, _), (n, _) = lhs.shape, rhs.shape
+    lhs, rhs = (
+        jnp.pad(x, ((0, 1), (0, 0))) if numerics.may_be_one(x.shape[0]) else x
+        for x in (lhs, rhs)
+    )
     return _dot_nt(lhs, rhs, dtype=jnp.float32)[:m, :n]
 
 

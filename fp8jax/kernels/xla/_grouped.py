@@ -33,8 +33,9 @@ def grouped_gemm(
             f"lhs_tile={lhs_tile}."
         )
     m, n = lhs.shape[0], rhs.shape[1]
-    blocks = numerics.group_blocks(group_sizes, m, min(m, PROMOTION_INTERVAL))
-    rows, present = rows_of(blocks, min(m, PROMOTION_INTERVAL))
+    size = numerics.at_most(m, PROMOTION_INTERVAL)
+    blocks = numerics.group_blocks(group_sizes, m, size)
+    rows, present = rows_of(blocks, size)
 
     def multiply(block: tuple[jax.Array, ...]) -> jax.Array:
         lhs_rows, scale_rows, group = block

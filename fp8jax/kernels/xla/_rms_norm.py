@@ -26,7 +26,7 @@ def quantize_rms_norm(
     total = jnp.sum(values * values, axis=1)
     inverse = lax.rsqrt(total * jnp.float32(1 / x.shape[1]) + jnp.float32(epsilon))
     inverse = jnp.where(total < jnp.inf, inverse, jnp.float32(jnp.nan))
-    normal = values * inverse[:, None] * weight.astype(jnp.float32)
+    normal = values * inverse[:, None] * weight.astype(jnp.float32)[None]
     h = numerics.round_to(normal, x.dtype)
     return quantize(h, tile=tile, dtype=dtype, scale=scale, eps=eps), inverse
 

@@ -81,7 +81,7 @@ def differentiated_leaves(
     floats = sum(1 << i for i, x in enumerate(is_float) if x)
     operands: dict[Position, set[Value]] = collections.defaultdict(set)
     # One backward product may be the gradient of several: of the layers that share it.
-    for gradient in gradients(dots):
+    for gradient in (*gradients(dots), *gradients(dots, batched=True)):
         operand = gradient.forward.operand(gradient.side)
         operands[gradient.dot.position].add(operand)
     sure = unsure = 0

@@ -22,8 +22,8 @@ def weight_mask(
     What `weights` says; else the leaves that the step differentiates, frozen ones
     that gradients pass on the way, and the siblings of both; else, in a forward pass,
     QTensors, beside which arrays stay as they are; else those in `params`, or of type
-    `nnx.Param`; else, if the function is a forward pass, those of the first argument,
-    if that is a container.
+    `nnx.Param`; else, if the function is a forward pass, those of the first argument
+    that is neither static, a number nor a random key, if that is a container.
 
     Args:
         weights: what the user said.
@@ -51,7 +51,19 @@ def weight_mask(
     hinted = [leaf.is_param for leaf in leaves]
     if any(hinted) or is_whole_step(dots):
         return _mask(hinted)
-    return _mask([leaf.number == 0 and bool(leaf.keys) for leaf in leaves])
+    first = _first_argument(leaves)
+    return _mask([leaf.number == first and bool(leaf.keys) for leaf in leaves])
+
+
+def _first_argument(leaves: Sequence[Leaf]) -> int:
+    """Of the positional arguments that may be parameters, the first one's number."""
+    numbers = [
+        leaf.number
+        for leaf in leaves
+        if leaf.number is not None
+        and (leaf.keys or not (leaf.is_key or leaf.size == 1))
+    ]
+    return min(numbers, default=-1)
 
 
 def _of_families(sure: int, unsure: int, leaves: Sequence[Leaf]) -> int:
@@ -71,7 +83,8 @@ def _inputs(found: int, leaves: Sequence[Leaf], dots: Sequence[Dot]) -> int:
     """Of leaves with a gradient, arrays that meet one in a container: data, then."""
     bare = _mask([not leaf.keys for leaf in leaves]) & found
     inputs = 0
-    for dot, side in operands_of(dots) if bare else ():
+    both = (*operands_of(dots), *operands_of(dots, batched=True))
+    for dot, side in both if bare else ():
         x, weight = dot.operand(side), dot.operand(other_side(side))
         if dot.scope.phase == "forward" and weight.versions & found & ~bare:
             inputs |= 0 if x.others else x.versions & bare

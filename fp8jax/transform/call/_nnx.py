@@ -11,10 +11,14 @@ from typing import Any
 
 import jax
 
+from fp8jax.transform.call._arguments import Static, StaticOutput
 from fp8jax.transform.call._leaves import Leaf, leaves_of, positional_names
 from fp8jax.transform.call._modules import is_module, is_module_or_state
 from fp8jax.transform.call._outer_jit import OuterJit
 from fp8jax.transform.call._parameters import Chosen, name_of
+
+# NNX knows by it which modules inside of a function are those outside.
+_CONTEXT = "fp8_transform"
 
 
 @jax.tree_util.register_dataclass
@@ -57,10 +61,22 @@ class NnxCall:
         args, kwargs = jax.tree.unflatten(treedef, leaves)
         return cls(graphdef, args, kwargs, nodes)
 
-    def update(self, states: Sequence[NodeState]) -> None:
-        """Puts new arrays into the modules, in place."""
+    def update(self, states: Sequence[NodeState], changed: Any) -> None:
+        """Puts new arrays into the modules, in place.
+
+        Args:
+            states: of each module.
+            changed: the graph that they became, if the function changed it.
+        """
         nnx: Any = sys.modules["flax.nnx"]
-        nnx.update(self.nodes, _state(states))
+        if changed is None:
+            nnx.update(self.nodes, _state(states))
+            return
+        with nnx.update_context(_CONTEXT):
+            with nnx.split_context(_CONTEXT) as context:
+                context.split(self.nodes)
+            with nnx.merge_context(_CONTEXT, inner=False) as context:
+                context.merge(changed, _state(states))
 
 
 def _states(state: Any, count: int) -> list[NodeState]:
@@ -80,13 +96,17 @@ class PureFunction:
     """An NNX function of arrays.
 
     It takes a graphdef before the function's own arguments, of which modules are
-    `NodeState`s, and gives `(output, new NodeStates)`.
+    `NodeState`s, and gives `(output, new NodeStates, changed)`: the graphdef that the
+    modules have then, as a `StaticOutput`, or None if that is what they came with.
 
     Attributes:
         fn: the function; it may update its arguments.
+        keeps_graph: whether it may not change their graph: what each array of a module
+            is told of its sharding is so of the arrays that came.
     """
 
     fn: Callable[..., Any]
+    keeps_graph: bool
 
     @property
     def __name__(self) -> str:
@@ -108,22 +128,38 @@ class PureFunction:
 
     def __call__(
         self, graphdef: Any, *args: Any, **kwargs: Any
-    ) -> tuple[Any, list[NodeState]]:
+    ) -> tuple[Any, list[NodeState], StaticOutput | None]:
         nnx: Any = sys.modules["flax.nnx"]
+        with nnx.update_context(_CONTEXT):
+            return self._within(nnx, graphdef, args, kwargs)
+
+    def _within(
+        self, nnx: Any, graphdef: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, list[NodeState], StaticOutput | None]:
         leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_node_state)
-        nodes = nnx.merge(graphdef, _state([x for x in leaves if _is_node_state(x)]))
+        state = _state([x for x in leaves if _is_node_state(x)])
+        with nnx.split_context(_CONTEXT) as context:
+            context.split(nnx.merge(graphdef, state))  # In the place of those outside.
+        with nnx.merge_context(_CONTEXT, inner=True) as context:
+            nodes = context.merge(graphdef, state)
         left = iter(nodes)
         leaves = [next(left) if _is_node_state(x) else x for x in leaves]
         args, kwargs = jax.tree.unflatten(treedef, leaves)
         output = self.fn(*args, **kwargs)
         new_graphdef, new_state = nnx.split(nodes)
-        if new_graphdef != graphdef:
+        if new_graphdef == graphdef:
+            return output, _states(new_state, len(nodes)), None
+        if self.keeps_graph:
             raise ValueError(
                 f"fp8_transform({self.__name__}): the function changed the structure "
-                "of its NNX arguments, which cannot be carried over. Use nnx.split "
-                "outside and nnx.merge inside of the function."
+                "of its NNX arguments, of whose arrays an nnx.StateSharding among "
+                "in_shardings says where each one lies. Give modules one sharding, or "
+                "use nnx.split outside and nnx.merge inside of the function."
             )
-        return output, _states(new_state, len(nodes))
+        with nnx.split_context(_CONTEXT) as context:
+            new_graphdef, new_state = context.split(nodes)
+        changed = StaticOutput(Static(new_graphdef))
+        return output, _states(new_state, len(nodes)), changed
 
     def leaves(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Leaf]:
         """The leaves of this function's arguments, named as those of `fn`."""
@@ -152,11 +188,11 @@ def pure_jit(outer: OuterJit, call: NnxCall) -> OuterJit:
     is_told = in_shardings is not None or outer.out_shardings is not None
     return dataclasses.replace(
         outer,
-        fn=PureFunction(outer.fn),
+        fn=PureFunction(outer.fn, any(map(_is_node_state, of_nodes or ()))),
         static=graphdef | outer.static.after(1),
         donated=outer.donated.after(1),
         in_shardings=in_shardings,
-        out_shardings=(outer.out_shardings, of_nodes) if is_told else None,
+        out_shardings=(outer.out_shardings, of_nodes, None) if is_told else None,
     )
 
 

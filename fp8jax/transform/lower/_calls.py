@@ -247,7 +247,6 @@ class Layer:
         return marked("dot_general", self._run)(lhs, rhs)
 
     def _run(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        (lhs_dims, rhs_dims), _ = self.dimension_numbers
         dot = functools.partial(
             ops.dot_general,
             precision=self.precision,
@@ -256,12 +255,11 @@ class Layer:
             implementation=self.what.implementation,
         )
         if self.what.weight == "rhs":
-            return dot(lhs, rhs, ((lhs_dims, rhs_dims), ((), ())))
+            return dot(lhs, rhs, self.dimension_numbers)
         # `ops.dot_general` takes the weight second, and gives its dimensions last.
-        out = dot(rhs, lhs, ((rhs_dims, lhs_dims), ((), ())))
-        n_first = rhs.ndim - len(rhs_dims)
-        order = (*range(n_first, out.ndim), *range(n_first))
-        return jax.lax.transpose(out, order)
+        numbers = tuple((right, left) for left, right in self.dimension_numbers)
+        layout = ops.plan(rhs.shape, lhs.shape, numbers, "fp8_transform")
+        return layout.exchange_sides(dot(rhs, lhs, numbers))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,7 +102,7 @@ def overlooked(
     for a in assigned:
         for leaf in set(a.suspects) - data:
             is_layer = leaves[leaf].is_float and would_be_layer(a, leaf, leaves, policy)
-            if is_layer and not unsupported(a.dot):
+            if is_layer and not (unsupported(a.dot) or a.dot.has_batch):
                 found[leaf].append(a.dot)
     for leaf, dots in found.items():
         yield Overlooked(leaf, len(dots), sum(dot.total_flops for dot in dots))

@@ -12,11 +12,11 @@ from fp8jax.transform.plan._policy import Names
 def names_of(a: Assignment, leaf: Leaf) -> Names:
     """The weight's path, the same with its argument, and for lists of arrays the scope.
 
-    Paths of numbers alone, as of Keras's lists, say nothing of a layer: there the scope
-    of the product does, if the model gives it one.
+    A number, as in Keras's lists, says nothing of a layer: there the scope of the
+    product does, if the model gives it one.
     """
     names = (leaf.path, leaf.full_path)
-    if all(key.isdecimal() for key in leaf.keys):
+    if all(key.isdecimal() for key in leaf.keys[-1:]):
         scope = "/".join(a.dot.scope.within.scope)
         names = (*names, scope) if scope else names
     return names

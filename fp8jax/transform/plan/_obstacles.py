@@ -8,6 +8,10 @@ import jax.numpy as jnp
 from fp8jax import _compat, ops
 from fp8jax.transform.analysis import Assignment, Dot
 from fp8jax.transform.plan._names import layers_of
+from fp8jax.transform.plan._rows import first_side
+
+# Of an entry of a batch of products: as many as a tile along tokens has.
+_FEWEST_ROWS = 128
 
 
 def unsupported(dot: Dot) -> str:
@@ -24,8 +28,6 @@ def unsupported(dot: Dot) -> str:
             return f"dtype {dtype}"
         if not aval.size:
             return "no elements"
-    if dot.has_batch:
-        return "batch dimensions"
     if _compat.is_explicit(dot.out_aval):
         if dot.ragged is not None:
             return "ragged_dot with explicit sharding"
@@ -35,6 +37,22 @@ def unsupported(dot: Dot) -> str:
         if sharding.spec.unreduced:
             return "explicit sharding with unreduced axes"
     return ""
+
+
+def in_batch(a: Assignment) -> str:
+    """Why no batch of GEMMs in FP8 can stand in for a product, if it is a batch.
+
+    Each entry's weight is read and quantized for the rows of that entry alone.
+    """
+    if not a.dot.has_batch:
+        return ""
+    rows = a.dot.contraction if a.role == "wgrad" else a.dot.free(first_side(a))
+    if rows >= _FEWEST_ROWS:
+        return ""
+    return (
+        f"a batch of {a.dot.batch} weights for {rows} rows each: under {_FEWEST_ROWS} "
+        "quantizing the weights costs more than FP8 saves"
+    )
 
 
 def another_form(a: Assignment) -> str:
@@ -60,5 +78,5 @@ def layer_obstacles(assignments: Sequence[Assignment]) -> dict[int, str]:
         # A weight used twice is in reach if one of its products is.
         for layer in layers_of(a):
             if obstacles.get(layer, "unknown"):
-                obstacles[layer] = unsupported(a.dot)
+                obstacles[layer] = unsupported(a.dot) or in_batch(a)
     return obstacles

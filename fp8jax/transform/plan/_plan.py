@@ -22,7 +22,12 @@ from fp8jax.transform.plan._doubts import doubts, inputs, would_be_layer
 from fp8jax.transform.plan._kernels import Verdict, implementation_of, on_devices
 from fp8jax.transform.plan._names import layers_of, names_of, told_apart
 from fp8jax.transform.plan._narrow import narrow_notes
-from fp8jax.transform.plan._obstacles import another_form, layer_obstacles, unsupported
+from fp8jax.transform.plan._obstacles import (
+    another_form,
+    in_batch,
+    layer_obstacles,
+    unsupported,
+)
 from fp8jax.transform.plan._policy import Policy
 from fp8jax.transform.plan._report import WOULD_BE, Report
 from fp8jax.transform.plan._rows import first_side, row_of
@@ -198,7 +203,7 @@ def _decide(
         if dot.is_product and not dot.scope.blocked:
             return Verdict(None, _why_other(a, leaves, policy, data))
         return Verdict(None, unsupported(dot))
-    reason = unsupported(dot) or another_form(a)
+    reason = unsupported(dot) or another_form(a) or in_batch(a)
     if reason:
         return Verdict(None, reason)
     choices: set[tuple[GemmSpec | None, str]] = set()
@@ -233,7 +238,9 @@ def _why_other(
     if len(suspects) != 1:
         return a.reason
     leaf = leaves[suspects[0]]
-    if not would_be_layer(a, suspects[0], leaves, policy) or unsupported(a.dot):
+    if not would_be_layer(a, suspects[0], leaves, policy):
+        return a.reason
+    if unsupported(a.dot) or a.dot.has_batch:
         return a.reason
     return f"{WOULD_BE}{leaf.full_path} were a parameter: name it in weights="
 

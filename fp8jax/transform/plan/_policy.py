@@ -71,11 +71,10 @@ class Policy:
     ) -> tuple[GemmSpec | None, str]:
         """How a GEMM of the weight [k, n] is quantized, or why it is not."""
         rule = self.rule_for(names, role, k, n)
-        recipe = self.recipe if rule is None else rule.recipe
-        if rule is not None and recipe is None:
+        if rule is not None and rule.gives.is_off:
             by = "rule" if rule in self.rules else "by default"
             return None, f"{by}: {rule.reason or rule.pattern}"
-        spec = getattr(recipe, role)
+        spec = getattr(self.recipe if rule is None else rule.gives, role)
         return spec, "" if spec else f"the recipe has no {role} in FP8"
 
     def layer(self, names: Names, k: int, n: int) -> Recipe:
@@ -88,8 +87,7 @@ class Policy:
         if any(self.gemm(names, role, k, n)[0] is None for role in GEMM_NAMES):
             return "bf16"
         rule = self.rule_for(names, "fprop", k, n)
-        recipe = self.recipe if rule is None else rule.recipe
-        return "bf16" if recipe is None else recipe.residual
+        return (self.recipe if rule is None else rule.gives).residual
 
 
 def _first(

@@ -86,18 +86,18 @@ class Report:
         return fp8 / self.flops if self.flops else 0.0
 
     def __str__(self) -> str:
-        table = text_table(_HEAD, [*map(_cells, self.rows)], _NUMBERS)
+        table = text_table(_HEAD, _lines(self.rows), _NUMBERS)
         return "\n".join((*table, *self._summary()))
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """The table and the totals as a notebook shows them."""
-        return html_table(_HEAD, [*map(_cells, self.rows)], self._summary())
+        return html_table(_HEAD, _lines(self.rows), self._summary())
 
     def to_markdown(self) -> str:
         """The table and the totals in Markdown."""
-        cells = [*map(_cells, self.rows)]
+        cells = _lines(self.rows)
         return markdown_table(_HEAD, cells, _NUMBERS, self._summary())
 
     def to_json(self) -> str:
@@ -141,6 +141,30 @@ class Report:
 
 _HEAD = ["path", "role", "m", "n", "k", "count", "GFLOP", "status", "how, or why not"]
 _NUMBERS = range(2, 7)
+
+
+def _lines(rows: Sequence[Row]) -> list[list[str]]:
+    """The cells of a table: a line per row, and one for all that have one column.
+
+    Products with a vector, as of value heads, of norms written as products and of
+    optimizers, are many and cost next to nothing.
+    """
+    columns = [row for row in rows if row.status == "skipped" and 1 in (row.n, row.k)]
+    if len(columns) < 2:
+        return [*map(_cells, rows)]
+    lines = [_cells(row) for row in rows if row not in columns]
+    together = Row(
+        path=" | ".join(dict.fromkeys(row.path or "-" for row in columns)),
+        role="other",
+        m=0,
+        n=1,
+        k=0,
+        status="skipped",
+        reason=f"{len(columns)} products of one column, which report.rows lists",
+        count=sum(row.count for row in columns),
+        flops=sum(row.flops for row in columns),
+    )
+    return [*lines, _cells(together)]
 
 
 def _cells(row: Row) -> list[str]:

@@ -44,7 +44,7 @@ def stored_dot(
         return None, f"{reason}: its QTensor is dequantized"
 
     dot, is_dgrad = a.dot, a.role == "dgrad"
-    if reason := obstacle(dot):
+    if reason := obstacle(dot) or ("batch dimensions" if dot.has_batch else ""):
         return left(reason)
     if len(stored) > 1 or a.side is None or a.weight is None or a.side not in stored:
         return left("none of its operands is known to be an activation")
@@ -58,9 +58,9 @@ def stored_dot(
     gemm: GemmName = "dgrad" if is_dgrad else "fprop"
     features = (free, dot.contraction) if is_dgrad else (dot.contraction, free)
     rule = policy.users_rule_for(names, gemm, *features)
-    recipe = policy.recipe if rule is None else rule.recipe
-    spec = None if recipe is None else getattr(recipe, gemm)
-    if recipe is None or spec is None:
+    recipe = policy.recipe if rule is None else rule.gives
+    spec = getattr(recipe, gemm)
+    if spec is None:
         said = f"rule: {rule.reason or rule.pattern}" if rule else "the recipe"
         return left(f"no {gemm} in FP8, by {said}")
     # A gradient by codes is a product by their transpose, of cotangents.

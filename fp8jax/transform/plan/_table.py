@@ -73,7 +73,9 @@ def markdown_table(
 ) -> str:
     """The table in Markdown, `numbers` aligned to the right, with lines below it."""
     rule = ["---:" if i in numbers else "---" for i in range(len(head))]
-    lines = ["| " + " | ".join(row) + " |" for row in (head, rule, *rows)]
+    # Names of several weights side by side have bars of their own.
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (head, rule, *rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in escaped]
     return "\n".join((*lines, "", *below))
 
 
