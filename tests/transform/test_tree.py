@@ -13,7 +13,7 @@ TRANSFORM = ROOT / "fp8jax" / "transform"
 FILES = sorted(p for p in TRANSFORM.rglob("*.py") if p.parent.name != "ir")
 IR = sorted((TRANSFORM / "ir").glob("*.py"))
 # From the ground up; "" holds the files that put the rooms together.
-ROOMS = ["ir", "call", "analysis", "plan", "lower", "passes", ""]
+ROOMS = ["ir", "call", "analysis", "plan", "lower", "passes", "profile", ""]
 
 
 def nodes(path):

@@ -74,7 +74,8 @@ def markdown_table(
     """The table in Markdown, `numbers` aligned to the right, with lines below it."""
     rule = ["---:" if i in numbers else "---" for i in range(len(head))]
     # Names of several weights side by side have bars of their own.
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (head, rule, *rows)]
+    table = (head, rule, *rows)
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in table]
     lines = ["| " + " | ".join(row) + " |" for row in escaped]
     return "\n".join((*lines, "", *below))
 

@@ -11,7 +11,14 @@ from typing import Any
 from jax.extend.core import JaxprEqn
 
 from fp8jax import _compat
-from fp8jax.transform.ir import AnyJaxpr, Position, Replacer, jaxprs_of, rewrite_at
+from fp8jax.transform.ir import (
+    AnyJaxpr,
+    Position,
+    Replacer,
+    jaxprs_of,
+    permutation,
+    rewrite_at,
+)
 
 _TAG = re.compile(r"\bfp8jax_row_(\d+)\b")
 
@@ -50,9 +57,7 @@ def _transpositions(jaxpr: AnyJaxpr, product: int) -> list[int]:
     eqns = _compat.open_jaxpr(jaxpr).eqns
     (*_, out) = eqns[product].outvars
     return [
-        i
-        for i, eqn in enumerate(eqns)
-        if eqn.primitive.name == "transpose" and eqn.invars[0] is out
+        i for i, eqn in enumerate(eqns) if permutation(eqn) and eqn.invars[0] is out
     ]
 
 
