@@ -202,21 +202,28 @@ def split_over_devices(
         axes, cut = _allowed(axes, dict(free.shape), factors, arrays, unsplit, may_cut)
         summed = tuple(axis for name in factors.summed for axis in axes[name])
         local = across(cut) if across is not None and cut else product
+        wanted = [
+            _scattered(names, spec, x.shape, axes, summed, dict(free.shape))
+            for names, spec, x in zip(
+                factors.results, specs[count:], jax.tree.leaves(out), strict=True
+            )
+        ]
 
         @_without_mesh
         def shard(*args: jax.Array) -> Any:
             out = local(*args[:count])
-            if not summed:
-                return out
-            return jax.tree.map(lambda part: lax.psum(part, summed), out)
+            parts, tree = jax.tree.flatten(out)
+            sums = map(functools.partial(_summed, summed), parts, wanted)
+            return jax.tree.unflatten(tree, [*sums])
 
-        def sharding(names: Factors) -> NamedSharding:
-            return NamedSharding(free, PartitionSpec(*(axes[n] or None for n in names)))
+        def sharding(by_dim: Iterable[tuple[str, ...]]) -> NamedSharding:
+            return NamedSharding(free, PartitionSpec(*(a or None for a in by_dim)))
 
-        operands, results = (
-            [sharding(names) for names in arrays]
-            for arrays in (factors.operands, factors.results)
-        )
+        operands = [sharding(axes[n] for n in names) for names in factors.operands]
+        results = [
+            sharding(axes[n] + scattered.get(d, ()) for d, n in enumerate(names))
+            for names, scattered in zip(factors.results, wanted, strict=True)
+        ]
         results = jax.tree.unflatten(jax.tree.structure(out), results)
         return mesh, shard, results, (*operands, *(x.sharding for x in rest))
 
@@ -264,6 +271,47 @@ def split_over_devices(
         return out, jax.tree.map(lambda _: True, out)
 
     return mappable
+
+
+def _scattered(
+    names: Factors,
+    spec: tuple[tuple[str, ...], ...],
+    shape: Sequence[int],
+    axes: Mapping[str, tuple[str, ...]],
+    summed: tuple[str, ...],
+    mesh_shape: Mapping[str, int],
+) -> dict[int, tuple[str, ...]]:
+    """The dimensions of a result of which a device keeps a part of the sum alone.
+
+    Args:
+        names: of the dimensions.
+        spec: the axes by which those that read the result want it split.
+        shape: of the result.
+        axes: those that split the operation.
+        summed: those that the result is a sum over.
+        mesh_shape: sizes of the axes.
+
+    Returns:
+        For each such dimension, the axes of the sum that split it.
+    """
+    found = {}
+    for d, (name, wanted) in enumerate(zip(names, spec, strict=True)):
+        count = math.prod(mesh_shape[axis] for axis in wanted)
+        is_part = wanted and not axes[name] and {*wanted} <= {*summed}
+        if is_part and shape[d] % count == 0:
+            found[d] = wanted
+    return found
+
+
+def _summed(
+    summed: tuple[str, ...], part: jax.Array, scattered: Mapping[int, tuple[str, ...]]
+) -> jax.Array:
+    """The sum over devices, or the parts of it that each one keeps."""
+    for d, axes in scattered.items():
+        part = lax.psum_scatter(part, axes, scatter_dimension=d, tiled=True)
+    done = {axis for axes in scattered.values() for axis in axes}
+    rest = tuple(axis for axis in summed if axis not in done)
+    return lax.psum(part, rest) if rest else part
 
 
 def _mapped_across(

@@ -113,16 +113,22 @@ def unsharded():
 
 
 def collectives(compiled):
-    """How many of each, and how many of those in a loop's body or a branch."""
+    """How many arrays each is of, and how many in a loop's body or a branch."""
     counts = collections.Counter()
     entry = False
     for line in compiled.as_text().splitlines():
         if line and not line[0].isspace():
             entry = line.startswith("ENTRY")
-        found = re.search(rf" ({'|'.join(COLLECTIVES)})(-start)?\(", line)
+        found = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
         if found:
-            counts[found[1], "once" if entry else "in a loop"] += 1
+            arrays = len(re.findall(r"[a-z]\w*\[", found[1]))
+            counts[kind_of(found[2]), "once" if entry else "in a loop"] += arrays
     return counts
+
+
+def kind_of(collective):
+    """XLA:CPU sums the plain step's gradients whole, and then takes a part."""
+    return "all-reduce" if collective == "reduce-scatter" else collective
 
 
 # What a device receives of one element. XLA:CPU moves codes as float16 or uint8.
@@ -136,7 +142,7 @@ def sent(compiled):
     for results, kind in re.findall(pattern, compiled.as_text()):
         for dtype, dims in re.findall(r"([a-z]\w*)\[([\d,]*)\]", results):
             count = np.prod([int(n) for n in dims.split(",") if n], dtype=int)
-            sizes[kind] += BYTES[dtype] * int(count)
+            sizes[kind_of(kind)] += BYTES[dtype] * int(count)
     return sizes
 
 
@@ -559,11 +565,81 @@ def test_whoever_says_that_arrays_are_sharded_products_are_split():
 def test_reports_say_what_split_products_do_without():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     params, x, y = start()
-    split = jax.device_put(x, NamedSharding(mesh, P("data")))
     step = fp8_transform(train_step())
     assert step.report(params, x, y).notes == ()
-    (note,) = step.report(params, split, y).notes
-    assert "quantize for themselves" in note
+    batches, features = (
+        NamedSharding(mesh, P("data")),
+        NamedSharding(mesh, P(None, "data")),
+    )
+    batch = jax.device_put(x, batches)
+    assert step.report(params, batch, y).notes == ()
+    # An axis of features, which cuts tiles of the 256 that both products read.
+    split = {name: jax.device_put(w, features) for name, w in params.items()}
+    (note,) = step.report(split, x, y).notes
+    assert note.startswith("5 products of sharded arrays quantize for themselves")
+    # One of batches, by which weights are gathered.
+    assert step.report(split, batch, y).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "parameters", "batch", "alone"),
+    [
+        (1024, P(None, "x"), P("x"), 0),
+        (704 * 8, P(None, "x"), P("x"), 0),  # FSDP: shards of 5.5 tiles are gathered.
+        # Tensor parallelism multiplies them: fprops and the dgrad read blocks.
+        (704 * 8, P(None, "x"), P(), 3),
+        (1024, P(None, "x"), P(), 0),
+        # Each device has 8 rows of each sequence: wgrad's tiles would be cut.
+        (1024, P(), P(None, "x"), 2),
+    ],
+)
+def test_products_quantize_for_themselves_where_shards_may_cut_their_tiles(
+    hidden, parameters, batch, alone
+):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+
+    def typed(shape, spec):
+        where = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+
+    params = {
+        "up": typed((1024, hidden), parameters),
+        "down": typed((hidden, 1024), parameters),
+    }
+    x = typed((16, 64 if batch == P(None, "x") else 1024, 1024), batch)
+    report = fp8_transform(train_step()).report(params, x, x)
+    assert report.fraction == 1.0
+    notes = [note for note in report.notes if "for themselves" in note]
+    assert [int(note.split()[0]) for note in notes] == ([alone] if alone else [])
+
+
+def test_shards_that_cut_tiles_have_the_numbers_of_one_device():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    params = {"up": normal(0, D, 88 * 8), "down": normal(1, 88 * 8, D)}
+    x, y = normal(2, BATCH, TOKENS, D), normal(3, BATCH, TOKENS, D)
+    step = fp8_transform(train_step())
+    wanted = jax.tree.map(np.asarray, step(params, x, y))
+    rows = NamedSharding(mesh, P("data"))
+    layout = {
+        "up": NamedSharding(mesh, P(None, "data")),  # Eighths of 5.5 tiles.
+        "down": rows,
+    }
+    got = step(jax.device_put(params, layout), *jax.device_put((x, y), (rows, rows)))
+    assert_close(got, wanted)
+
+
+def test_gradients_are_summed_in_parts_where_each_device_keeps_a_part():
+    layout = LAYOUTS["fsdp"]
+    mesh = layout.make_mesh(AxisType.Auto)
+    params = {name: NamedSharding(mesh, spec) for name, spec in layout.params.items()}
+    step = jax.jit(train_step(), out_shardings=(None, params, params))
+    text = fp8_transform(step).lower(*place(layout, mesh)).compile().as_text()
+    assert len(re.findall(r" reduce-scatter(?:-start)?\(", text)) == 2
+    largest = max(
+        np.prod([int(n) for n in dims.split(",") if n], dtype=int)
+        for dims in re.findall(r"= \(?\w+\[([\d,]*)\].* all-reduce(?:-start)?\(", text)
+    )
+    assert largest <= 1  # The loss.
 
 
 @pytest.mark.filterwarnings("ignore:fp8_transform")
