@@ -217,6 +217,26 @@ def test_products_of_one_size_share_kernels_by_how_often_they_run():
     assert down.seconds == pytest.approx(30e-6)
 
 
+@pytest.mark.parametrize("sharing", [1, 2, 7])
+@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_counts_are_whole_for_whole_numbers_of_kernels(steps, devices, sharing):
+    """The parts of kernels that products share add up, whatever they round to."""
+    counts = range(1, sharing + 1)
+    report = Report(tuple(row(path=str(count), count=count) for count in counts))
+    known = Origins({}, {GEMM: tuple(range(sharing))})
+    step = [
+        event(name, "", 10 * i, device=str(device))
+        for device in range(devices)
+        for i, name in enumerate([*[GEMM] * sum(counts), *["MemcpyD2D"] * 7])
+    ]
+    profile = profile_of([step] * steps, known, report, "a GPU")
+    *products, copies, _ = profile.rows
+    assert [r.count for r in products] == list(counts)
+    assert copies.count == 7
+    assert sorted(k.count for k in profile.kernels) == sorted([7, sum(counts)])
+
+
 def test_table_is_like_the_report_s():
     profile = profile_of(steps(), ORIGINS, REPORT, "a GPU")
     text = str(profile)
