@@ -1,13 +1,17 @@
 """A whole train step compiled for one H100 does nothing twice and copies no weight."""
 
 import collections
+import functools
+import re
 
 import pytest
 
 import fp8jax
 from benchmarks import _h100, _hlo
 from benchmarks._llama import Decoder
+from fp8jax.transform.profile._events import Event
 from fp8jax.transform.profile._origins import origins
+from fp8jax.transform.profile._profile import profile_of
 from tests.compiled.programs import fp8, plain, products
 
 pytestmark = pytest.mark.compiled
@@ -80,16 +84,23 @@ def test_norms_and_swiglu_are_computed_where_they_are_quantized():
     assert max(len(kernel.operands) for kernel in fused) == 3
 
 
-def test_profiles_tell_each_product_s_operations_apart():
-    decoder = SCANS[1]
+@functools.cache
+def marked(decoder):
+    """The text of a step's program as it is profiled, and the step's report."""
     step, args = decoder.step(_h100.mesh(1))
     transformed = fp8jax.fp8_transform(step)
-    marked = transformed._step._jitted(tags=True)
     call = transformed._step.split(args, {})
     with _h100.as_where_they_are(1):
         report = transformed.report(*args)
-        lowered = marked.lower(call[0], *call[1], **call[2])
+        lowered = transformed._step._jitted(tags=True).lower(
+            call[0], *call[1], **call[2]
+        )
         text = lowered.compile(compiler_options=_h100.OPTIONS).as_text()
+    return text, report
+
+
+def test_profiles_tell_each_product_s_operations_apart():
+    text, report = marked(SCANS[1])
     found = origins(text).by_op
     multiplied = collections.Counter(o.row for o in found.values() if o.multiplies)
     rows = dict(enumerate(report.rows))
@@ -97,3 +108,22 @@ def test_profiles_tell_each_product_s_operations_apart():
     # A call in a fusion and the fusion around it are two operations.
     ours = {i: multiplied[i] for i, row in rows.items() if row.status == "fp8"}
     assert max(ours.values()) <= 2, ours
+
+
+def test_profiles_count_each_product_as_often_as_the_report():
+    """Of what a profiler would see: XLA names the operation of kernels in fusions."""
+    text, report = marked(SCANS[1])
+    seen = []
+    for run in _hlo.runs(_hlo.parse(text)):
+        if run.instruction.is_mosaic:
+            *_, kernel = re.findall(r"\bfp8jax_(?!row_)\w+", run.instruction.source)
+            op = run.launch.name if run.launch is not run.instruction else ""
+            seen += [(f"{kernel}_mosaic_gpu_kernel", op)] * run.times
+    assert {bool(op) for _, op in seen} == {True, False}
+    step = [Event("0", name, op, 10.0 * i, 5.0) for i, (name, op) in enumerate(seen)]
+    profile = profile_of([step] * 3, origins(text), report, "H100")
+    products = [(r.count, r.product) for r in profile.rows if r.product]
+    ours = [(count, row) for count, row in products if row.status == "fp8"]
+    assert ours
+    assert [count for count, _ in ours] == [row.count for _, row in ours]
+    assert profile.of("other GEMMs") == 0

@@ -217,6 +217,49 @@ def test_products_of_one_size_share_kernels_by_how_often_they_run():
     assert down.seconds == pytest.approx(30e-6)
 
 
+@pytest.mark.parametrize("sharing", [1, 2, 7])
+@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_counts_are_whole_for_whole_numbers_of_kernels(steps, devices, sharing):
+    """The parts of kernels that products share add up, whatever they round to."""
+    counts = range(1, sharing + 1)
+    report = Report(tuple(row(path=str(count), count=count) for count in counts))
+    known = Origins({}, {GEMM: tuple(range(sharing))})
+    step = [
+        event(name, "", 10 * i, device=str(device))
+        for device in range(devices)
+        for i, name in enumerate([*[GEMM] * sum(counts), *["MemcpyD2D"] * 7])
+    ]
+    profile = profile_of([step] * steps, known, report, "a GPU")
+    *products, copies, _ = profile.rows
+    assert [r.count for r in products] == list(counts)
+    assert copies.count == 7
+    assert sorted(k.count for k in profile.kernels) == sorted([7, sum(counts)])
+
+
+def test_products_of_an_unrolled_loop_share_kernels_as_often_as_they_run():
+    """Not as often as the program holds operations of them."""
+    launch = """\
+  %mpmd_map.{number} = (f32[2]{{0}}, s8[8]{{0}}) custom-call(%x), \
+custom_call_target="mosaic_gpu_v2", metadata={{op_name="jit(step)/fp8jax_row_{row}/jit(\
+fp8jax::wgrad)/jit(gemm)/{kernel}/mpmd_map"}}
+"""
+    # Of a scan of four layers, two in each iteration; and of one layer.
+    numbers = [0, 0, 1]
+    known = origins(
+        "ENTRY %main (x: f32[2]) -> f32[2] {\n"
+        + "".join(
+            launch.format(number=i, row=number, kernel=WGRAD)
+            for i, number in enumerate(numbers)
+        )
+    )
+    report = Report((row(path="ws", count=4), row(path="first", count=1)))
+    step = [event(WGRAD, "", 10 * i, 10) for i in range(5)]
+    layers, first, _ = profile_of([step] * 3, known, report, "a GPU").rows
+    assert (layers.count, first.count) == (4, 1)
+    assert layers.seconds == pytest.approx(40e-9)
+
+
 def test_table_is_like_the_report_s():
     profile = profile_of(steps(), ORIGINS, REPORT, "a GPU")
     text = str(profile)

@@ -47,7 +47,7 @@ class Origins:
     Attributes:
         by_op: the origin of each operation, by its name.
         by_kernel: for the names of our GEMMs outside of fusions, the rows of all
-            products that launch one.
+            products that launch one, each once.
     """
 
     by_op: Mapping[str, Origin]
@@ -86,11 +86,12 @@ def origins(hlo: str) -> Origins:
             if multiplies and (kernel := _GEMM.findall(scopes)):
                 gemms[name] = kernel[-1]
     fused = {name for called in calls.values() for name in inside.get(called, ())}
-    by_kernel: dict[str, list[int]] = {}
+    # A row once: it counts all its runs, and unrolled loops have an operation for each.
+    by_kernel: dict[str, dict[int, None]] = {}
     for name, kernel in gemms.items():
         row = own[name].row
         if row is not None and name not in fused:
-            by_kernel.setdefault(kernel, []).append(row)
+            by_kernel.setdefault(kernel, {})[row] = None
     return Origins(
         {name: _with_inside(name, own, calls, inside) for name in own},
         {kernel: tuple(rows) for kernel, rows in by_kernel.items()},

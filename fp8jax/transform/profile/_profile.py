@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 from collections.abc import Sequence
+from fractions import Fraction
 
 from fp8jax.transform.plan import (
     Report,
@@ -144,18 +145,23 @@ _NUMBERS = range(2, 9)
 
 @dataclasses.dataclass
 class _Sum:
-    """Of a step and a device: how many kernels there are, and their seconds."""
+    """Of all steps and devices: how many kernels there are, and their time.
 
-    count: float = 0.0
-    seconds: float = 0.0
+    Counts are exact: six sixths of a kernel that products share are one, which a sum of
+    floats misses.
+    """
 
-    def add(self, count: float, seconds: float) -> None:
-        self.count += count
-        self.seconds += seconds
+    count: Fraction = Fraction(0)
+    ns: float = 0.0
 
-    @property
-    def pair(self) -> tuple[float, float]:
-        return self.count, self.seconds
+    def add(self, ns: float, part: Fraction = Fraction(1)) -> None:
+        """Adds a part of one kernel, whose whole time is `ns`."""
+        self.count += part
+        self.ns += ns * float(part)
+
+    def mean(self, runs: int) -> tuple[float, float]:
+        """Kernels and seconds of one of so many runs."""
+        return float(self.count / runs), self.ns / runs * 1e-9
 
 
 def profile_of(
@@ -176,7 +182,7 @@ def profile_of(
     """
     devices = {event.device for step in steps for event in step}
     everywhere = processes * len(devices)
-    share = 1 / (len(steps) * len(devices))  # Of what one event counts.
+    runs = len(steps) * len(devices)
     kernels: dict[tuple[str, str], _Sum] = collections.defaultdict(_Sum)
     rows: dict[int, _Sum] = collections.defaultdict(_Sum)
     others: dict[str, _Sum] = collections.defaultdict(_Sum)
@@ -189,28 +195,26 @@ def profile_of(
                 busy += busy_ns(events)
         for event in step:
             kind, of_rows = kind_of(event, origins)
-            seconds = event.duration_ns * 1e-9 * share
-            kernels[event.name, kind].add(share, seconds)
+            kernels[event.name, kind].add(event.duration_ns)
             if not of_rows:
-                others[kind].add(share, seconds)
-            runs = [max(report.rows[row].count, 1) for row in of_rows]
-            for row, times in zip(of_rows, runs, strict=True):
-                part = times / sum(runs)
-                rows[row].add(share * part, seconds * part)
+                others[kind].add(event.duration_ns)
+            often = [max(report.rows[row].count, 1) for row in of_rows]
+            for row, times in zip(of_rows, often, strict=True):
+                rows[row].add(event.duration_ns, Fraction(times, sum(often)))
 
     table = [
-        ProfileRow("product", row, *rows[i].pair, row.flops / everywhere)
+        ProfileRow("product", row, *rows[i].mean(runs), row.flops / everywhere)
         for i, row in enumerate(report.rows)
     ]
     seen = [kind for kind in OTHERS if kind in others]
-    table += [ProfileRow(kind, None, *others[kind].pair) for kind in seen]
-    table.append(ProfileRow("idle", None, 0, (total - busy) * share * 1e-9))
-    named = [KernelTime(*key, *times.pair) for key, times in kernels.items()]
+    table += [ProfileRow(kind, None, *others[kind].mean(runs)) for kind in seen]
+    table.append(ProfileRow("idle", None, 0, (total - busy) / runs * 1e-9))
+    named = [KernelTime(*key, *times.mean(runs)) for key, times in kernels.items()]
     named.sort(key=lambda kernel: -kernel.seconds)
     return Profile(
         tuple(table),
         tuple(named),
-        total * share * 1e-9,
+        total / runs * 1e-9,
         len(devices),
         device_kind,
         len(steps),
