@@ -49,6 +49,17 @@ def operand(contraction: int = 1) -> ops.Operand:
     return ops.plan(X.shape, X.shape, (((contraction,), (0,)), ((), ())), "test").lhs
 
 
+def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    (codes,) = ops.split_codes(operand(), (((1, TILE_1X128),),), [x], None)
+    return codes
+
+
+def split_product(lhs, rhs):
+    layout = ops.plan(X.shape, X.shape, DIMS, "test")
+    tiles = (1, 128), (1, 128)
+    return ops.multiply_split(lhs, rhs, layout, tiles, np.dtype(jnp.float32), None)
+
+
 def product(q: QTensor) -> jax.Array:
     layout = ops.plan(X.shape, X.shape, DIMS, "test")
     return ops.multiply_operands(q, W, layout, np.dtype(jnp.float32), None)
@@ -112,6 +123,11 @@ REFUSES: dict[str, Use] = {
         "integer_amax",
     ),
     "ops.multiply_operands": (lambda x: product(codes(x)), "scaled_matmul"),
+    "ops.multiply_split": (
+        lambda x: split_product(split(x), split(X)),
+        "quantized_dot",
+    ),
+    "ops.split_codes": (lambda x: split(x)[1], "quantized_dot"),
     "ops.quantize_operand": (
         lambda x: ops.quantize_operand(x, operand(), TILE_1X128, None),
         "quantized_dot",
@@ -309,7 +325,9 @@ NOTHING_TO_DIFFERENTIATE = {
     *("numerics.max_value", "numerics.no_derivative", "numerics.refuse_derivatives"),
     "numerics.scale_shape",
     *("ops.Dispatch", "ops.INPUT_CODES", "ops.INPUT_DTYPES", "ops.Layout"),
-    *("ops.Operand", "ops.PRODUCT", "ops.RaggedForm", "ops.Routing", "ops.Spread"),
+    *("ops.Operand", "ops.PRODUCT", "ops.Placement", "ops.RaggedForm", "ops.Routing"),
+    *("ops.Spread", "ops.axes_of_mesh", "ops.axes_of_sharding", "ops.has_split_codes"),
+    *("ops.placement", "ops.placement_of"),
     *("ops.WEIGHT_CODES", "ops.balanced_bias", "ops.check_quantized_input"),
     *("ops.check_routing", "ops.dispatch", "ops.output_dtype", "ops.plan"),
     *("ops.spread", "ops.spread_of_mesh", "ops.spread_of_sharding"),
@@ -317,6 +335,7 @@ NOTHING_TO_DIFFERENTIATE = {
     *("quant.BLOCK_128X128", "quant.MOMENTS", "quant.QTensor", "quant.QuantSpec"),
     *("quant.TILE_128X1", "quant.TILE_1X128", "quant.grouped_columns"),
     "quant.maps_like_quantize",
+    *("transform.KernelTime", "transform.Profile", "transform.ProfileRow"),
     *("transform.Report", "transform.Row", "transform.plot_statistics"),
 }
 ROOMS = ("quant", "matmul", "numerics", "ops", "transform", "checkpoint", "linen")
