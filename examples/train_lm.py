@@ -6,6 +6,7 @@ train step wrapped by `fp8jax.fp8_transform`; the model does not change.
 
     python examples/train_lm.py                  # some minutes on two CPU cores
     python examples/train_lm.py --preset h200    # 85 M parameters on one H200
+    python examples/train_lm.py --parallel fsdp  # on all GPUs, or 8 emulated devices
 
 It writes loss.csv, loss.png and summary.csv into --out. On a CPU, FP8 is emulated in
 float32 and therefore slower than BF16: only the losses are worth comparing there. So
@@ -16,6 +17,7 @@ the final loss by up to half a percent, so a gap of that size is no finding.
 import dataclasses
 import functools
 import math
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any, Literal
@@ -27,6 +29,8 @@ import jax.numpy as jnp
 import optax
 from absl import app, flags, logging
 from flax.training import train_state
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 import fp8jax
@@ -34,6 +38,10 @@ import fp8jax
 PROGRAM = "train_lm"
 
 Attention = Literal["xla", "cudnn"]  # `jax.nn.dot_product_attention` has these.
+Parallel = Literal["none", "dp", "fsdp"]
+
+EMULATED_DEVICES = 8  # Where --parallel finds no GPU.
+SMALLEST_SPLIT = 2**14  # Elements; what has fewer, such as norms, is whole everywhere.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +88,13 @@ flags.DEFINE_enum(
     ["auto", "xla", "cudnn"],
     "jax.nn.dot_product_attention's implementation; auto tries cudnn on a GPU.",
 )
+flags.DEFINE_enum(
+    "parallel",
+    "none",
+    ["none", "dp", "fsdp"],
+    "What is split over all devices: nothing (one device), batches (dp), or batches, "
+    "weights and the optimizer's state (fsdp).",
+)
 FLAGS = flags.FLAGS
 
 
@@ -91,6 +106,7 @@ class Block(nn.Module):
 
     config: Config
     attention: Attention
+    activations: NamedSharding
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
@@ -116,7 +132,8 @@ class Block(nn.Module):
         h = dense(2 * c.d_ff, kernel_init=wide, name="up")(norm(name="norm_2")(x))
         gate, h = jnp.split(h, 2, axis=-1)
         h = dense(c.d_model, kernel_init=back, name="down")(jax.nn.silu(gate) * h)
-        return x + h, None
+        # Or XLA may split what a layer computes as its weights lie, not as the batch.
+        return jax.lax.with_sharding_constraint(x + h, self.activations), None
 
 
 class LanguageModel(nn.Module):
@@ -124,6 +141,7 @@ class LanguageModel(nn.Module):
 
     config: Config
     attention: Attention
+    activations: NamedSharding
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -136,6 +154,7 @@ class LanguageModel(nn.Module):
             embedding_init=init,
             name="embed",
         )(tokens)
+        x = jax.lax.with_sharding_constraint(x, self.activations)
         # Stacked layers: compiled once, and one row of the report per kind of layer.
         blocks = nn.scan(
             Block,
@@ -143,7 +162,7 @@ class LanguageModel(nn.Module):
             split_rngs={"params": True},
             length=c.layers,
         )
-        x, _ = blocks(c, self.attention, name="blocks")(x, None)
+        x, _ = blocks(c, self.attention, self.activations, name="blocks")(x, None)
         x = nn.RMSNorm(dtype=jnp.bfloat16, name="norm")(x)
         logits = nn.Dense(
             byte_lm.VOCABULARY,
@@ -165,11 +184,10 @@ def loss_fn(apply: Callable, params: Any, tokens: jax.Array) -> jax.Array:
 # Training.
 
 
-@functools.partial(jax.jit, donate_argnums=0)
 def train_step(
     state: train_state.TrainState, tokens: jax.Array
 ) -> tuple[train_state.TrainState, jax.Array]:
-    """One AdamW step: BF16 compute, float32 master weights; the state is donated."""
+    """One AdamW step: BF16 compute, float32 master weights."""
     loss, grads = jax.value_and_grad(functools.partial(loss_fn, state.apply_fn))(
         state.params, tokens
     )
@@ -184,20 +202,52 @@ def mean_loss(state: train_state.TrainState, batches: jax.Array) -> jax.Array:
 
 
 def initial_state(
-    config: Config, attention: Attention, key: jax.Array
+    config: Config,
+    attention: Attention,
+    parallel: Parallel,
+    mesh: Mesh,
+    key: jax.Array,
 ) -> train_state.TrainState:
-    """Returns the state that both arms start from, float32 on the device."""
-    model = LanguageModel(config, attention)
+    """Returns the state that both arms start from, float32, placed on the mesh."""
+    model = LanguageModel(config, attention, NamedSharding(mesh, P("data")))
     optimizer = byte_lm.adamw(config.learning_rate, config.steps)
 
-    @jax.jit
     def create() -> train_state.TrainState:
-        params = model.init(key, jnp.zeros((1, config.seq_len), jnp.int32))["params"]
+        tokens = jnp.zeros((config.batch, config.seq_len), jnp.int32)
+        params = model.init(key, tokens)["params"]
         return train_state.TrainState.create(
             apply_fn=model.apply, params=params, tx=optimizer
         )
 
-    return create()
+    place = functools.partial(sharding_of, parallel=parallel, mesh=mesh)
+    shardings = jax.tree.map(place, jax.eval_shape(create))
+    return jax.jit(create, out_shardings=shardings)()
+
+
+# Several devices.
+
+
+def make_mesh(parallel: Parallel) -> Mesh:
+    """All devices as one axis, or the first device; before JAX is used otherwise."""
+    if parallel == "none":
+        devices = jax.devices()[:1]
+    else:
+        if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+            jax.config.update("jax_num_cpu_devices", EMULATED_DEVICES)
+        devices = jax.devices()
+    return Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+
+
+def sharding_of(
+    x: jax.ShapeDtypeStruct, parallel: Parallel, mesh: Mesh
+) -> NamedSharding:
+    """Of an array of the state: with fsdp its longest side is split, if it can be."""
+    spec: list[str | None] = [None] * len(x.shape)
+    if parallel == "fsdp" and x.size >= SMALLEST_SPLIT:
+        side = x.shape.index(max(x.shape))
+        if x.shape[side] % mesh.size == 0:
+            spec[side] = "data"
+    return NamedSharding(mesh, P(*spec))
 
 
 # The command line.
@@ -247,34 +297,48 @@ def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)  # JAX lists the backends it does not find.
     console, config = Console(), config_from_flags()
+    mesh = make_mesh(FLAGS.parallel)
+    if config.batch % mesh.size:
+        byte_lm.fail(
+            PROGRAM,
+            f"--batch must be a multiple of the {mesh.size} devices that share it, "
+            f"got {config.batch}.",
+        )
     out = byte_lm.make_out_folder(PROGRAM, pathlib.Path(FLAGS.out))
     train_text, heldout_text = byte_lm.load_text(PROGRAM, FLAGS.corpus, config.seq_len)
     attention = choose_attention(config)
 
     text = jnp.asarray(train_text)
     heldout = byte_lm.heldout_batches(heldout_text, config.batch, config.seq_len)
+    heldout = jax.device_put(heldout, NamedSharding(mesh, P(None, "data")))
+    by_batch = NamedSharding(mesh, P("data"))
     weights_key, batches_key = jax.random.split(jax.random.key(FLAGS.seed))
 
     def next_batch(step: int) -> jax.Array:
-        return byte_lm.draw_batch(text, batches_key, step, config.batch, config.seq_len)
+        sizes = config.batch, config.seq_len
+        batch = byte_lm.draw_batch(text, batches_key, step, *sizes)
+        return jax.device_put(batch, by_batch)
 
-    start = initial_state(config, attention, weights_key)
+    start = initial_state(config, attention, FLAGS.parallel, mesh, weights_key)
+    shardings = jax.tree.map(lambda x: x.sharding, start)
+    # The state is donated, and the next one lies as it does.
+    bf16_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
     size = sum(p.size for p in jax.tree.leaves(start.params))
     batch_tokens = config.batch * config.seq_len
     console.print(
         f"{size / 1e6:.1f} M parameters, {config.steps} steps of {batch_tokens} tokens "
         f"an arm, {text.size / 1e6:.1f} MB of text, {attention} attention, on "
-        f"{jax.devices()[0].device_kind}",
+        f"{mesh.size} x {mesh.devices[0].device_kind}, parallel: {FLAGS.parallel}",
         highlight=False,
     )
 
     recipe = byte_lm.RECIPES[FLAGS.recipe]()
-    fp8_step = fp8jax.fp8_transform(train_step, recipe)
+    fp8_step = fp8jax.fp8_transform(bf16_step, recipe)
     print(fp8_step.report(start, next_batch(0)))
 
     arms = {}
     with byte_lm.progress_bar(console) as progress:
-        for name, step in {"BF16": train_step, "FP8": fp8_step}.items():
+        for name, step in {"BF16": bf16_step, "FP8": fp8_step}.items():
             arms[name] = byte_lm.train(
                 step,
                 jax.tree.map(jnp.copy, start),  # The step donates its state.

@@ -62,5 +62,9 @@ def test_code_in_the_docs_about_layers_runs():
     run_blocks("docs/layers.md")
 
 
+def test_code_in_the_docs_about_sharding_runs():
+    run_blocks("docs/sharding.md")
+
+
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150

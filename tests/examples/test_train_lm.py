@@ -30,8 +30,8 @@ SMALL = (
 )
 
 
-def run(*argv: str) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+def run(*argv: str, **more: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | more
     root = str(PROGRAM.parents[1])
     return subprocess.run(
         [sys.executable, str(PROGRAM), *argv],
@@ -154,6 +154,46 @@ class TestRun:
         assert (outcome[0] / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+class TestParallel:
+    @pytest.mark.parametrize("parallel", ["dp", "fsdp"])
+    def test_emulated_devices_learn_what_one_learns(
+        self, parallel, outcome, corpus, tmp_path
+    ):
+        # A batch of four is no multiple of eight devices.
+        emulated = "--xla_force_host_platform_device_count=4"
+        argv = *SMALL, f"--corpus={corpus}", f"--out={tmp_path}"
+        done = run(*argv, f"--parallel={parallel}", XLA_FLAGS=emulated)
+        assert done.returncode == 0, done.stderr
+        assert f"on 4 x cpu, parallel: {parallel}" in done.stdout
+        assert "12 of 21 matrix products in FP8" in done.stdout
+        ours, alone = read_csv(tmp_path / "loss.csv"), read_csv(outcome[0] / "loss.csv")
+        for arm in ("loss_bf16", "loss_fp8"):
+            found, wanted = (
+                np.array([float(row[arm]) for row in rows]) for rows in (ours, alone)
+            )
+            # The same weights and batches. Rounded otherwise, as FP8 is to BF16 above.
+            assert abs(found[0] / wanted[0] - 1) < 1e-2
+            assert abs(found[-5:].mean() / wanted[-5:].mean() - 1) < 3e-2
+
+    def test_without_flags_there_are_eight(self, tmp_path):
+        done = run("--parallel=dp", "--batch=4", f"--out={tmp_path}", XLA_FLAGS="")
+        assert done.returncode == 2
+        assert "multiple of the 8 devices that share it, got 4" in done.stderr
+
+    @pytest.mark.parametrize("parallel", ["none", "dp", "fsdp"])
+    def test_fsdp_alone_splits_weights_and_moments(self, program, parallel):
+        mesh = program.make_mesh(parallel)
+        assert mesh.size == (1 if parallel == "none" else 8)
+        config = program.PRESETS["cpu"]
+        key = jax.random.key(0)
+        state = program.initial_state(config, "xla", parallel, mesh, key)
+        split = 8 if parallel == "fsdp" else 1
+        for path, x in jax.tree_util.tree_leaves_with_path(state):
+            name = str(path[-1])
+            parts = split if "kernel" in name or "embedding" in name else 1
+            assert x.addressable_shards[0].data.size * parts == x.size
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("argv", "message"),
@@ -166,6 +206,7 @@ class TestRefusals:
             (["--d_model=256", "--heads=3"], "256 and 3"),
             (["--preset=b200"], "--preset=b200: value should be one of <cpu|h200>"),
             (["--recipe=int4"], "--recipe=int4"),
+            (["--parallel=tp"], "--parallel=tp"),
             (["--attention=flash"], "--attention=flash"),
             (["--seed=-1"], "--seed=-1"),
             (["--stepz=3"], "stepz"),
