@@ -27,6 +27,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from fp8jax import _compat
 from fp8jax._version import __version__
+from fp8jax.matmul import has_gpu_kernels
 from fp8jax.ops._partly_manual import compass, free_axes, free_mesh, partitioned_mesh
 
 Factors = tuple[str, ...]  # One name for each dimension of an array.
@@ -185,6 +186,9 @@ def split_over_devices(
             it no such dimension is split.
     """
     count = len(factors.operands)
+    # XLA:GPU joins a sum and the slice of it that a device keeps by itself, and hides
+    # more behind that than behind what is scattered here.
+    scatters = not has_gpu_kernels()
 
     def whole(*args: jax.Array) -> Any:
         return product(*args[:count])
@@ -204,6 +208,8 @@ def split_over_devices(
         local = across(cut) if across is not None and cut else product
         wanted = [
             _scattered(names, spec, x.shape, axes, summed, dict(free.shape))
+            if scatters
+            else {}
             for names, spec, x in zip(
                 factors.results, specs[count:], jax.tree.leaves(out), strict=True
             )
