@@ -180,6 +180,7 @@ class TestParallel:
         assert done.returncode == 2
         assert "multiple of the 8 devices that share it, got 4" in done.stderr
 
+    @pytest.mark.usefixtures("standard_promotion")
     @pytest.mark.parametrize("parallel", ["none", "dp", "fsdp"])
     def test_fsdp_alone_splits_weights_and_moments(self, program, parallel):
         mesh = program.make_mesh(parallel)
