@@ -47,6 +47,20 @@ class Sides:
         pairs = zip((self.rows, self.columns), tile, strict=True)
         return {names[-1]: side for names, side in pairs if side > 1}
 
+    def scales_of(
+        self, tile: tuple[int, int], number: int
+    ) -> tuple[Factors, list[tuple[str, str, int]]]:
+        """Names of scales' dimensions, and what they follow: `Factorization.follows`.
+
+        Args:
+            tile: of the codes.
+            number: of the array in its operation, which tells the names of one apart.
+        """
+        in_tiles = self.in_tiles(tile)
+        scales = tuple(f"s{number}{name}" for name in self.names)
+        pairs = zip(scales, self.names, strict=True)
+        return scales, [(scale, n, in_tiles.get(n, 1)) for scale, n in pairs]
+
     def matrix(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape `[*batch, rows, columns]`, given that of each dimension."""
         rows, columns = (

@@ -96,16 +96,12 @@ def _split_quantization(
     dims, whole = names[0], dict(sizes)
     order = tuple(dims.index(name) for name in sides.names)
     results, follows, tiles = [], [], {}
-    for i, (contraction, spec) in enumerate(way for several in ways for way in several):
+    for i, (contraction, spec) in enumerate(_each(ways)):
         codes = sides.contracting(contraction)
-        in_tiles = codes.in_tiles(spec.tile)
-        scales = tuple(f"s{i}{name}" for name in codes.names)
+        scales, followed = codes.scales_of(spec.tile, i)
         results += [codes.names, scales]
-        follows += [
-            (scale, name, in_tiles.get(name, 1))
-            for scale, name in zip(scales, codes.names, strict=True)
-        ]
-        tiles.update(in_tiles)
+        follows += followed
+        tiles.update(codes.in_tiles(spec.tile))
     factors = Factorization(
         operands=names,
         results=tuple(results),
@@ -280,14 +276,10 @@ def _split_product(
     both = Sides(batch, m, contracted), Sides(batch, n, contracted)
     operands, follows, parts, whole = [], [], {}, {}
     for i, (sides, shape, tile) in enumerate(zip(both, shapes, tiles, strict=True)):
-        in_tiles = sides.in_tiles(tile)
-        scales = tuple(f"s{i}{name}" for name in sides.names)
+        scales, followed = sides.scales_of(tile, i)
         operands += [sides.names, scales]
-        follows += [
-            (scale, name, in_tiles.get(name, 1))
-            for scale, name in zip(scales, sides.names, strict=True)
-        ]
-        parts.update(in_tiles)
+        follows += followed
+        parts.update(sides.in_tiles(tile))
         whole.update(zip(sides.names, shape, strict=True))
     factors = Factorization(
         operands=tuple(operands),
