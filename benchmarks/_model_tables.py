@@ -1,4 +1,4 @@
-"""Tables of products of public models, and of narrow blocks."""
+"""Tables of products of public models, of narrow blocks, and of batches of products."""
 
 import statistics
 
@@ -55,6 +55,39 @@ def narrow_table(rows: Rows) -> list[str]:
                     r["tokens"],
                     r["width"],
                     "the MLP" if int(r["square_in_bf16"]) else "all",
+                    r["bf16_us"],
+                    r["fp8_us"],
+                    f"{float(r['speed']):.2f}",
+                ]
+                for r in rows
+            ],
+        ),
+    ]
+
+
+def batched_table(rows: Rows) -> list[str]:
+    """A train step of experts as batched products in FP8 over the same in BF16."""
+    if not rows:
+        return []
+    return [
+        "A train step of experts of equal capacity as batched einsums "
+        f"(`benchmarks.batched`), on one {rows[0]['device']}: us, speed over BF16's.",
+        table(
+            [
+                "experts",
+                "width, hidden",
+                "rows each",
+                "einsums",
+                "BF16",
+                "FP8",
+                "speed",
+            ],
+            [
+                [
+                    r["entries"],
+                    f"{r['width']}, {r['hidden']}",
+                    r["rows"],
+                    r["form"],
                     r["bf16_us"],
                     r["fp8_us"],
                     f"{float(r['speed']):.2f}",

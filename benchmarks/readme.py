@@ -20,7 +20,7 @@ from benchmarks._group_tables import (
     moe_table,
 )
 from benchmarks._inference_tables import inference_summary, inference_table
-from benchmarks._model_tables import gemm_models_table, narrow_table
+from benchmarks._model_tables import batched_table, gemm_models_table, narrow_table
 from benchmarks._peaks import H200, MEMORY_GBPS, PEAK_RATIO, PEAK_TFLOPS
 from benchmarks._tables import Rows, mean, table
 
@@ -110,6 +110,7 @@ def every_row() -> list[str]:
         *gemm_models_table(read("gemm_models")),
         *layer_table(read("layer")),
         *narrow_table(read("narrow")),
+        *batched_table(read("batched")),
         *grouped_table(read("grouped")),
         *moe_table(read("moe")),
         *inference_table(read("inference")),

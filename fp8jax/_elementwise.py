@@ -1,7 +1,7 @@
 """Elementwise functions as data: hashable, and evaluated by any lowering."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -87,6 +87,22 @@ class Elementwise:
         """Of its inputs, where the matrices are [m, k]."""
         by_kind = {"matrix": (m, k), "rows": (m, 1), "columns": (1, k)}
         return [by_kind[kind] for kind in self.kinds]
+
+    def arranged(
+        self, inputs: Sequence[jax.Array], shape: tuple[int, ...]
+    ) -> list[jax.Array]:
+        """Inputs of any ranks as those of matrices of a shape.
+
+        Args:
+            inputs: matrices with all dimensions, numbers per row or column with any of
+                their own, scalars.
+            shape: [m, k]; of a batch [*batch, m, k], of matrices alone.
+        """
+        *batch, m, k = shape
+        return [
+            jnp.broadcast_to(x, one) if x.ndim == 0 else x.reshape(*batch, *one)
+            for x, one in zip(inputs, self.shapes(m, k), strict=True)
+        ]
 
     def __call__(
         self, *inputs: jax.Array, functions: Mapping[str, Function] = FUNCTIONS

@@ -195,8 +195,6 @@ def _maps(
     implementation: str | None,
 ) -> bool:
     """Whether one kernel computes and quantizes; else one reads what XLA computes."""
-    if len(matrix) != 2:
-        return False
     specs = tuple(map(_specs, ways))
     return maps_like_quantize(function, matrix, specs, implementation)
 
@@ -208,12 +206,7 @@ def _mapped(
     ways: tuple[tuple[Way, ...], ...],
     implementation: str | None,
 ) -> list[QTensor]:
-    rows, columns = matrix
-    shapes = function.shapes(rows, columns)
-    flat = [
-        jax.numpy.broadcast_to(x, shape) if x.ndim == 0 else x.reshape(shape)
-        for x, shape in zip(inputs, shapes, strict=True)
-    ]
+    flat = function.arranged(inputs, matrix)
     found = quantize_map(
         function, flat, [*map(_specs, ways)], implementation=implementation
     )

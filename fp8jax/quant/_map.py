@@ -1,6 +1,7 @@
 """Elementwise functions straight to FP8: one read of their inputs, nothing between."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,19 +28,26 @@ def quantize_map(
 
     Args:
         function: of matrices [m, k], numbers per row [m, 1] and per column [1, k].
-        inputs: as `function.kinds` says.
+        inputs: as `function.kinds` says. A function of matrices alone takes batches of
+            them, [*batch, m, k].
         specs: for each result, of it and of its transpose, None to leave one out. They
             differ in their tiles alone.
         implementation: as in `quantize`.
 
     Returns:
-        For each result, QTensors [m, k] and [k, m], None for what was left out.
+        For each result, QTensors [m, k] and [k, m], None for what was left out; after
+        the batch's dimensions.
 
     Raises:
         ValueError: If specs differ in more than their tiles, or none is given.
         NotImplementedError: If the implementation asked for cannot run.
         TypeError: When differentiated.
     """
+    if inputs[0].ndim > 2:
+        run = functools.partial(
+            quantize_map, function, specs=specs, implementation=implementation
+        )
+        return jax.vmap(lambda *matrices: run(matrices))(*inputs)
     found = _dispatch.call(
         "quantize_map",
         *inputs,
@@ -65,7 +73,7 @@ def in_both_directions(codes: Any, specs: Specs) -> Directions:
 
 def maps_like_quantize(
     function: Elementwise,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     specs: Sequence[Specs],
     implementation: str | None,
 ) -> bool:
@@ -73,17 +81,18 @@ def maps_like_quantize(
 
     Args:
         function, specs, implementation: as in `quantize_map`.
-        shape: of the matrices.
+        shape: of the matrices, [m, k] or, of a batch, [*batch, m, k].
     """
+    *batch, m, k = shape
+    if batch and set(function.kinds) != {"matrix"}:
+        return False  # Each entry would be a launch of its own.
     name = "quantize_map"
     inputs = [
         jax.ShapeDtypeStruct(of_input, dtype)
-        for of_input, dtype in zip(
-            function.shapes(*shape), function.dtypes, strict=True
-        )
+        for of_input, dtype in zip(function.shapes(m, k), function.dtypes, strict=True)
     ]
     static = _static(name, function, specs)
-    result = jax.ShapeDtypeStruct(shape, function.result_dtypes[0])
+    result = jax.ShapeDtypeStruct((m, k), function.result_dtypes[0])
     how = {name: static[name] for name in ("dtype", "scale", "eps")}
     tile = next(tile for both in static["tiles"] for tile in both if tile is not None)
     try:

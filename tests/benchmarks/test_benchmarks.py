@@ -5,6 +5,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import fp8jax
@@ -13,6 +14,7 @@ from benchmarks import (
     _hlo,
     _models,
     activations,
+    batched,
     decode,
     gemm,
     gemm_models,
@@ -234,6 +236,19 @@ def test_narrow_steps_are_in_fp8_but_for_nothing(on_cpu, monkeypatch):
     report = fp8jax.fp8_transform(narrow._step).report(*arrays)
     assert report.fraction == 1
     assert len(report.rows) == 3 * len(["q", "k", "v", "o", "gate", "up", "down"])
+
+
+def test_batches_of_experts_are_in_fp8_in_both_forms(on_cpu, monkeypatch):
+    tiny = {"tiny": batched.Experts(2, 128, 256)}
+    monkeypatch.setattr(batched, "MODELS", tiny)
+    run(monkeypatch, batched, "--models tiny --rows 128 --rounds 1 --commit abc")
+    found = rows(on_cpu / "batched.csv")
+    assert [(r["model"], r["form"], r["rows"]) for r in found] == [
+        ("tiny", form, "128") for form in batched.FORMS
+    ]
+    params, x = batched._arrays(tiny["tiny"], 128)
+    both = [batched._loss(mlp, params, x) for mlp in batched._MLPS.values()]
+    np.testing.assert_allclose(*both, rtol=2**-8)  # One product, rounded to bfloat16.
 
 
 def test_every_recipe_of_the_layer_benchmark_has_fp8_in_it():

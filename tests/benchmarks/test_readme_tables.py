@@ -225,3 +225,13 @@ def test_narrow_blocks_have_a_line_each(results):
     text = "\n".join(readme.every_row())
     assert "| 16384 | 768 | all | 100 | 80 | 1.25 |" in text
     assert "| 16384 | 768 | the MLP | 100 | 80 | 1.25 |" in text
+
+
+@pytest.mark.usefixtures("results")
+def test_batches_of_experts_have_a_line_each(results):
+    row = {"entries": "8", "width": "4096", "hidden": "14336", "form": "weight first"}
+    row |= {"bf16_us": "100", "fp8_us": "80", "speed": "1.25", "device": "a GPU"}
+    write(results / "batched.csv", [of(row, rows=rows) for rows in ("128", "256")])
+    text = "\n".join(readme.every_row())
+    assert "| 8 | 4096, 14336 | 128 | weight first | 100 | 80 | 1.25 |" in text
+    assert "| 8 | 4096, 14336 | 256 | weight first | 100 | 80 | 1.25 |" in text

@@ -4,10 +4,12 @@ import collections
 import functools
 import re
 
+import jax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import fp8jax
-from benchmarks import _h100, _hlo
+from benchmarks import _h100, _hlo, batched
 from benchmarks._llama import Decoder
 from fp8jax.transform.profile._events import Event
 from fp8jax.transform.profile._origins import origins
@@ -127,3 +129,29 @@ def test_profiles_count_each_product_as_often_as_the_report():
     assert ours
     assert [count for count, _ in ours] == [row.count for _, row in ours]
     assert profile.of("other GEMMs") == 0
+
+
+@pytest.mark.parametrize("form", batched.FORMS)
+def test_batched_products_move_no_codes_and_cast_no_weight(form):
+    """Of one shape each: a dimension tells casts of weights from activations."""
+    text = batched_step(form)
+    program = _hlo.parse(text)
+    kernels = _hlo.kernels(program)
+    products = [kernel for kernel in kernels if kernel.is_product]
+    # Three of each weight, but for the gradient of x, which nobody asks for.
+    assert sum(kernel.times for kernel in products) == 3 * 3 - 2
+    moved = re.compile(r"= f8e4m3fn\[[\d,]+\]\S* (copy|transpose|concatenate|pad)\(")
+    assert moved.findall(text) == []
+    weights = re.compile(r"= bf16\[4,(512,768|768,512)\]\S* convert\(")
+    assert weights.findall(text) == []
+
+
+def batched_step(form):
+    """What XLA makes of a step of four experts, of 256 rows each."""
+    shapes = jax.eval_shape(lambda: batched._arrays(batched.Experts(4, 512, 768), 256))
+    sharding = NamedSharding(_h100.mesh(1), PartitionSpec())
+    args = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+    )
+    step = functools.partial(batched._step, batched._MLPS[form])
+    return _h100.compiled(fp8jax.fp8_transform(jax.jit(step)), *args)

@@ -405,7 +405,10 @@ def test_xla_cancels_the_transposes_around_the_kernels():
 
 @pytest.mark.gpu
 @every_batch
-@pytest.mark.parametrize("shape", [(8, 384, 512, 256), (3, 200, 320, 200)])
+@pytest.mark.parametrize(
+    "shape",
+    [(8, 384, 512, 256), (3, 200, 320, 200), (5, 20, 96, 512), (2, 1, 64, 128)],
+)
 def test_batch_is_one_launch_with_the_bits_of_each_entry(tiles, shape):
     _check_batch(tiles, shape, contextlib.nullcontext)
 

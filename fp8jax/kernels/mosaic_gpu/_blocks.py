@@ -94,11 +94,28 @@ def quantize_blocks(
         """The call for so many matrices, one below the other, and so their codes."""
 
         def fold(*batches: jax.Array) -> Any:
-            b, m = batches[0].shape[:2]
-            if vectors or (not by_rows and m // count % BLOCK):
-                return None  # Vectors differ, or a tile would span two matrices.
-            folded = of_stacked(b * count)(*(x.reshape(b * m, -1) for x in batches))
-            return jax.tree.map(lambda x: x.reshape(b, -1, x.shape[-1]), folded)
+            if vectors:
+                return None  # Each matrix has its own.
+            (b, m, k), every = batches[0].shape, len(batches[0]) * count
+            one = m // count
+            # No tile spans two matrices.
+            multiple = 1 if by_rows else BLOCK
+            apart = (
+                zero_pad(x.reshape(every, one, k), (1, multiple, 1)) for x in batches
+            )
+            folded = of_stacked(every)(*(x.reshape(-1, k) for x in apart))
+
+            def cut(codes: Quantized, d: Direction) -> Quantized:
+                sides = (k, one) if d.transposed else (one, k)
+                codes = _without_padding(*codes, d.tile, sides, every)
+                return codes[0].reshape(b, -1, sides[1]), codes[1].reshape(
+                    b, -1, codes[1].shape[-1]
+                )
+
+            return tuple(
+                tuple(map(cut, several, directions))
+                for several, directions in zip(folded, values.directions, strict=True)
+            )
 
         return mapped_under_vmap(functools.partial(run, stacked=count), fold)
 
@@ -164,9 +181,16 @@ def _cut(
     stacked: int = 1,
 ) -> Quantized:
     """What the kernel wrote, without the padding and with scales one a tile."""
-    rows, columns = shape
     if tile == ROW:
         scale = scale.T  # The kernel wrote [columns / 128, rows].
+    return _without_padding(data, scale, tile, shape, stacked)
+
+
+def _without_padding(
+    data: jax.Array, scale: jax.Array, tile: Tile, shape: tuple[int, int], stacked: int
+) -> Quantized:
+    """Codes and scales of matrices of a shape, stacked, of codes of larger ones."""
+    rows, columns = shape
     scales = ceil_div(rows, tile[0]), ceil_div(columns, tile[1])
     return _sliced(data, shape, stacked), _sliced(scale, scales, stacked)
 

@@ -221,6 +221,30 @@ def row_groups_config(m: int, n: int, k: int, groups: int, num_sms: int) -> Gemm
     )
 
 
+def batch_config(
+    kind: Literal["1d2d", "1d1d"],
+    entries: int,
+    m: int,
+    n: int,
+    k: int,
+    num_sms: int,
+) -> GemmConfig:
+    """The block shape for a batch of products: that of one of them, on its share.
+
+    Args:
+        kind: by the rhs scale.
+        entries: of the batch.
+        m, n, k: sides of one product.
+        num_sms: multiprocessors to fill.
+    """
+    of_one = {"1d2d": gemm_1d2d_config, "1d1d": gemm_1d1d_config}[kind]
+    # One entry's blocks run beside the next one's.
+    config = of_one(m, n, k, max(1, num_sms // entries))
+    # Half of an entry's last cluster would be idle, entry after entry.
+    wasted = -(-m // config.block_m) % config.cluster
+    return dataclasses.replace(config, cluster=1) if wasted else config
+
+
 def column_groups_config(
     kind: Literal["1d2d", "1d1d"], m: int, n: int, k: int, groups: int, num_sms: int
 ) -> GemmConfig:

@@ -30,9 +30,10 @@ def fetch(
     """Copies what every block of this CTA takes, block after block.
 
     Args:
-        lhs: [m, k].
+        lhs: [m, k] or, of a batch, [g, m, k].
         rhs: [n, k] or, in groups, [g, n, k]; several share a block between them.
-        lhs_scale, rhs_scale: [k / 128, m or n], where scales are of rows.
+        lhs_scale, rhs_scale: [k / 128, m or n], where scales are of rows; of a batch,
+            the entries' side by side.
         tables: of the schedule.
         schedule, config: which blocks, and their shape.
         full, empty: barriers of the stages.
@@ -43,11 +44,16 @@ def fetch(
     shared = "cluster" if config.cluster > 1 else None
     # With fewer rows than a block has, the others keep what they held: nothing of them
     # is stored. To fetch zeros for them takes a fifth of the time of 16 rows.
-    present = min(config.block_m, lhs.shape[0])
+    present = min(config.block_m, lhs.shape[-2])
 
     def fetch_block(block: Block, count: Index) -> Index:
         width = config.block_n // len(rhs)
         columns = pl.ds(block.column, width)
+        of_rows, first_scale_row, first_scale_column = lhs, block.row, block.column
+        if schedule.lhs_in_groups:  # Scales beyond an entry's are of no row stored.
+            of_rows = lhs.at[block.group]
+            first_scale_row += block.group * lhs.shape[-2]
+            first_scale_column += block.group * rhs[0].shape[-2]
 
         def fetch_stage(step: Index, count: Index) -> Index:
             stage = lax.rem(count, jnp.int32(config.stages))
@@ -72,18 +78,19 @@ def fetch(
                     collective_axes=shared,
                 )
             plgpu.copy_gmem_to_smem(
-                lhs.at[pl.ds(block.row, present), k],
+                of_rows.at[pl.ds(block.row, present), k],
                 lhs_smem.at[stage].at[pl.ds(0, present)],
                 done,
             )
             if lhs_scale_smem is not None:
-                rows = pl.ds(block.row, config.block_m)
+                rows = pl.ds(first_scale_row, config.block_m)
                 plgpu.copy_gmem_to_smem(
                     lhs_scale.at[chunks, rows], lhs_scale_smem.at[stage], done
                 )
             if rhs_scale_smem is not None:
+                of_columns = pl.ds(first_scale_column, width)
                 plgpu.copy_gmem_to_smem(
-                    rhs_scale.at[chunks, columns], rhs_scale_smem.at[stage], done
+                    rhs_scale.at[chunks, of_columns], rhs_scale_smem.at[stage], done
                 )
             return count + 1
 

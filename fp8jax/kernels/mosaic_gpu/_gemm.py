@@ -6,13 +6,13 @@ Two products go by the tiles of the right operand: 1d2d, 128x128 (fprop and dgra
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from fp8jax import _compat
 from fp8jax.kernels._contract import Tile
-from fp8jax.kernels.mosaic_gpu._batch import in_one_launch
 from fp8jax.kernels.mosaic_gpu._choose import choose_config
 from fp8jax.kernels.mosaic_gpu._common import (
     in_32_bits,
@@ -20,7 +20,7 @@ from fp8jax.kernels.mosaic_gpu._common import (
     num_sms,
     zero_pad,
 )
-from fp8jax.kernels.mosaic_gpu._config import CHUNK, GemmConfig
+from fp8jax.kernels.mosaic_gpu._config import CHUNK, GemmConfig, batch_config
 from fp8jax.kernels.mosaic_gpu._gemm_kernel import gemm_padded
 from fp8jax.kernels.mosaic_gpu._operands import (
     BLOCK,
@@ -30,7 +30,7 @@ from fp8jax.kernels.mosaic_gpu._operands import (
     output_multiples,
     stored_dtype,
 )
-from fp8jax.kernels.mosaic_gpu._schedule import Dense
+from fp8jax.kernels.mosaic_gpu._schedule import Batch, Dense
 
 _TILES = ((ROW, BLOCK), (ROW, ROW), (BLOCK, ROW))  # Of (lhs, rhs).
 
@@ -53,7 +53,7 @@ def gemm(
     for every chunk of 128 of k, in order, in float32; rounded once to `out_dtype`. A
     row of the result depends on no other row of `lhs`, nor on m. Every m, n and k from
     1 is taken; m and k that are no multiples of 8 and 128, and n that is none of 32,
-    cost a zero-padded copy.
+    cost a zero-padded copy. Under vmap a batch of all operands is one launch.
 
     Args:
         lhs: FP8 [m, k], in tiles of `lhs_tile`: (1, 128), or (128, 128) with a rhs in
@@ -88,14 +88,27 @@ def gemm(
         )
         return accumulate + product(lhs, lhs_scale, rhs, rhs_scale)
     stored = stored_dtype(out_dtype)
-    run = mapped_under_vmap(
+    run = _in_one_launch(
         functools.partial(
             multiply, lhs_tile=lhs_tile, rhs_tile=rhs_tile, out_dtype=stored
-        ),
-        in_one_launch(lhs_tile, rhs_tile, stored),
+        )
     )
     added = () if accumulate is None else (accumulate,)
     return run(lhs, lhs_scale, rhs, rhs_scale, *added).astype(out_dtype)
+
+
+def _in_one_launch(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`run`, of batches, too, with a rule that makes batches of batches one batch."""
+
+    def fold(*operands: jax.Array) -> jax.Array:
+        *outer, b, _, _ = operands[0].shape
+        if not outer:
+            return mapped(*operands)
+        out = mapped(*(x.reshape(-1, *x.shape[2:]) for x in operands))
+        return out.reshape(*outer, b, *out.shape[1:])
+
+    mapped = mapped_under_vmap(run, fold)
+    return mapped
 
 
 @in_32_bits
@@ -114,9 +127,11 @@ def multiply(
     """`gemm` of what the kernel takes, with a block shape of one's own choice.
 
     Args:
-        lhs, lhs_scale, rhs, rhs_scale, accumulate, lhs_tile, rhs_tile: as in `gemm`.
+        lhs, lhs_scale, rhs, rhs_scale, accumulate, lhs_tile, rhs_tile: as in `gemm`,
+            of one product or, with a first dimension more, of a batch.
         out_dtype: bfloat16 or float32.
-        config: the block shape; None takes `choose_config`'s.
+        config: the block shape; None takes `choose_config`'s, of a batch
+            `batch_config`'s.
     """
     run = functools.partial(
         _multiply, accumulate=accumulate, out_dtype=out_dtype, config=config
@@ -138,29 +153,37 @@ def _multiply(
     config: GemmConfig | None,
     transposed: bool = False,
 ) -> jax.Array:
-    """Pads and launches: [m, n], or [n, m] where `transposed`."""
-    (m, k), n = lhs.shape, rhs.shape[0]
+    """Pads and launches: [m, n], or [n, m] where `transposed`, after a batch."""
+    (*batch, m, k), n = lhs.shape, rhs.shape[-2]
     lhs_scale_rows, rhs_scale_rows, sms = True, rhs_tile[0] == 1, num_sms()
+    kind, stored = KINDS[rhs_tile], jnp.dtype(out_dtype).name
     if config is None:
-        stored = jnp.dtype(out_dtype).name
-        config = choose_config(KINDS[rhs_tile], m, n, k, stored, sms)
+        config = (
+            batch_config(kind, batch[0], m, n, k, sms)
+            if batch
+            else choose_config(kind, m, n, k, stored, sms)
+        )
     if config.turned:
         lhs, lhs_scale, rhs, rhs_scale = rhs, rhs_scale, lhs, lhs_scale
         lhs_scale_rows, rhs_scale_rows = rhs_scale_rows, lhs_scale_rows
         (m, n), transposed = (n, m), not transposed
     rows, columns = output_multiples(m, n, transposed=transposed)
     if accumulate is not None:
-        accumulate = zero_pad(
+        accumulate = _padded(
             accumulate, (columns, rows) if transposed else (rows, columns)
         )
-    lhs, rhs = zero_pad(lhs, (rows, CHUNK)), zero_pad(rhs, (columns, CHUNK))
+    lhs, rhs = _padded(lhs, (rows, CHUNK)), _padded(rhs, (columns, CHUNK))
+    sides = dict(zip("mnk", (lhs.shape[-2], rhs.shape[-2], lhs.shape[-1]), strict=True))
     out = gemm_padded(
         lhs,
-        # The quantization kernel writes [k / 128, m]: XLA cancels the transposes.
-        zero_pad(lhs_scale.T, (1, rows)) if lhs_scale_rows else lhs_scale,
+        _of_rows(lhs_scale, rows) if lhs_scale_rows else lhs_scale,
         rhs,
-        zero_pad(rhs_scale.T, (1, columns)) if rhs_scale_rows else rhs_scale,
-        schedule=Dense(m=len(lhs), n=len(rhs), k=lhs.shape[1], config=config),
+        _of_rows(rhs_scale, columns) if rhs_scale_rows else rhs_scale,
+        schedule=(
+            Batch(**sides, config=config, groups=batch[0])
+            if batch
+            else Dense(**sides, config=config)
+        ),
         out_dtype=out_dtype,
         num_sms=sms,
         lhs_scale_rows=lhs_scale_rows,
@@ -168,4 +191,17 @@ def _multiply(
         transposed=transposed,
         accumulate=accumulate,
     )
-    return out[:n, :m] if transposed else out[:m, :n]
+    return out[..., :n, :m] if transposed else out[..., :m, :n]
+
+
+def _of_rows(scale: jax.Array, multiple: int) -> jax.Array:
+    """Scales [m, k / 128], also of a batch, as [k / 128, m], the entries side by side.
+
+    The quantization kernel writes them so: XLA cancels the transposes.
+    """
+    scale = _padded(scale, (multiple, 1))
+    return scale.reshape(-1, scale.shape[-1]).T
+
+
+def _padded(x: jax.Array, multiples: tuple[int, int]) -> jax.Array:
+    return zero_pad(x, (*[1] * (x.ndim - 2), *multiples))

@@ -43,14 +43,14 @@ def gemm_padded(
     """Launches the kernel on operands that fit its copies.
 
     Args:
-        lhs: FP8 [m, k], m a multiple of 8, k of 128.
+        lhs: FP8 [m, k], m a multiple of 8, k of 128; [g, m, k] of a batch.
         lhs_scale: float32 [k / 128, m], or [ceil(m / 128), k / 128] unless
-            `lhs_scale_rows`.
-        rhs: FP8 [n, k], n a multiple of 8; [g, n, k] where rows are in groups. The side
-            of the output that is contiguous, n or, where `transposed`, m, is a multiple
-            of 32 and at least 64.
-        rhs_scale: float32, [ceil(n / 128), k / 128], after g where rows are in groups,
-            or [k / 128, n] where `rhs_scale_rows`.
+            `lhs_scale_rows`. Of a batch [k / 128, g m] or [g, ceil(m / 128), k / 128].
+        rhs: FP8 [n, k], n a multiple of 8; [g, n, k] of a batch and where rows are in
+            groups. The side of the output that is contiguous, n or, where `transposed`,
+            m, is a multiple of 32 and at least 64.
+        rhs_scale: float32, [ceil(n / 128), k / 128], after g where rhs has it, or
+            [k / 128, n] where `rhs_scale_rows`, [k / 128, g n] of a batch.
         tables: of the schedule.
         schedule: which blocks there are, and their shape.
         out_dtype: bfloat16 or float32.
@@ -62,7 +62,8 @@ def gemm_padded(
             float32; in place, where XLA need not keep it.
 
     Returns:
-        [m, n], or [n, m], of `out_dtype`; after g where the contraction is in groups.
+        [m, n], or [n, m], of `out_dtype`; after g of a batch, and where the contraction
+        is in groups.
     """
     config = schedule.config
     assert config.smem_bytes(rhs_scale_rows=rhs_scale_rows) <= SMEM_BYTES, config
@@ -84,10 +85,8 @@ def gemm_padded(
         rhs_scale_rows=rhs_scale_rows,
         results={"slots": slots},
     )
-    m, n = lhs.shape[0], rhs.shape[-2]
-    shape = (n, m) if transposed else (m, n)
-    if schedule.out_in_groups:
-        shape = (len(tables[0]), *shape)
+    m, n = lhs.shape[-2], rhs.shape[-2]
+    shape = (*schedule.outputs, *((n, m) if transposed else (m, n)))
     adds = accumulate is not None
     store = functools.partial(
         _epilogue.store, config=config, transposed=transposed, add=adds
@@ -95,7 +94,7 @@ def gemm_padded(
     dims = "".join("1d" if rows else "2d" for rows in (lhs_scale_rows, rhs_scale_rows))
     launch = launcher(
         functools.partial(_body, schedule=schedule, store=store),
-        kernel_name=kernel_name(schedule.op, dims, sides=(m, n, lhs.shape[1])),
+        kernel_name=kernel_name(schedule.op, dims, sides=(m, n, lhs.shape[-1])),
         out_type=() if adds else jax.ShapeDtypeStruct(shape, out_dtype),
         scratch_types=scratch,
         grid=(max(1, min(num_sms // config.cluster, schedule.most)),),

@@ -92,7 +92,8 @@ def multiply(
         chunk = block.begin + step * config.chunks + i
         if lhs_scale_smem is None:
             row = block.row + first_row
-            return [tile_factor((lhs_scale,), row, chunk, block)] * len(pieces)
+            of_lhs = lhs_scale.at[block.group] if schedule.lhs_in_groups else lhs_scale
+            return [tile_factor((of_lhs,), row, chunk, block)] * len(pieces)
         if rhs_scale_smem is not None:
             return None
         of_group = tuple(

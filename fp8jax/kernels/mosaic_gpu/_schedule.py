@@ -1,9 +1,10 @@
 """Which block of the output a CTA works on next, and what of the operands it takes.
 
-Three walks, one loop. Dense: every block of [m, n]. Rows in groups: blocks of the rows
-of one group each, which end where the group ends. Columns in groups: every block of
-every group's [m, n], over the group's own part of the contraction. What depends on the
-groups' sizes was computed before the launch, and is read a block ahead.
+Four walks, one loop. Dense: every block of [m, n]. Batch: every block of every entry's
+[m, n]. Rows in groups: blocks of the rows of one group each, which end where the group
+ends. Columns in groups: every block of every group's [m, n], over the group's own part
+of the contraction. What depends on the groups' sizes was computed before the launch,
+and is read a block ahead.
 """
 
 import dataclasses
@@ -30,7 +31,8 @@ class Block(NamedTuple):
     Attributes:
         row, column: the first row of the lhs and of the rhs, of the output's side each.
         begin, end: the chunks of 128 of k that are added, from one to before the other.
-        group: whose rhs, or whose output it is; None where there are no groups.
+        group: whose rhs, or whose output it is; None where there are no groups. Of a
+            batch, the entry.
         rows: the first row that is stored and the one after the last; None for all.
     """
 
@@ -65,7 +67,7 @@ class Dense:
 
     tables = 0  # Arrays that say where groups lie.
     op = "gemm"
-    rhs_in_groups = out_in_groups = ends_within_stage = stores_some_rows = False
+    lhs_in_groups = rhs_in_groups = ends_within_stage = stores_some_rows = False
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -74,6 +76,11 @@ class Dense:
         return ceil_div(m_blocks, self.config.cluster), ceil_div(
             self.n, self.config.block_n
         )
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """How many matrices are written, if not one alone."""
+        return ()
 
     @property
     def most(self) -> int:
@@ -97,6 +104,33 @@ class Dense:
     def _place(self, index: Index, grid: tuple[Index, Index]) -> tuple[Index, Index]:
         axis, width = self.config.snake_axis, self.config.snake_width
         return plgpu.planar_snake(index, grid, axis, width)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch(Dense):
+    """Products of one shape: all blocks of one entry, then of the next.
+
+    Attributes:
+        groups: entries of the batch.
+    """
+
+    groups: int
+
+    op = "batched_gemm"
+    lhs_in_groups = rhs_in_groups = True
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        return (self.groups,)
+
+    @property
+    def most(self) -> int:
+        return self.groups * super().most
+
+    def block(self, index: Index, entry: tuple[Index, ...]) -> Block:
+        of_one = jnp.int32(super().most)
+        dense = super().block(lax.rem(index, of_one), entry)
+        return dense._replace(group=lax.div(index, of_one))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,7 +205,11 @@ class ColumnGroups(Dense):
 
     tables = 1
     op = "grouped_gemm_k"
-    out_in_groups = ends_within_stage = True
+    ends_within_stage = True
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        return (self.groups,)
 
     @property
     def most(self) -> int:

@@ -108,12 +108,12 @@ class QuantizeMap:
 
     Attributes:
         function: of the values, as matrices.
-        shape: of those matrices.
+        shape: of those matrices, after a batch's.
         ways: for each of its results, how it is quantized: along one side or both.
     """
 
     function: Elementwise
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     ways: tuple[tuple[Quantize, ...], ...]
 
     @property
@@ -143,10 +143,7 @@ class QuantizeMap:
                 self.function,
             )
             return tuple(a for codes in made for a in codes)
-        arrays = [
-            x.reshape(shape) if x.ndim else jnp.full(shape, x)
-            for x, shape in zip(inputs, self.function.shapes(*self.shape), strict=True)
-        ]
+        arrays = self.function.arranged(inputs, self.shape)
         found = quantize_map(
             self.function, arrays, self.specs, implementation=self.implementation
         )

@@ -114,7 +114,7 @@ class _Group:
     def call(self) -> QuantizeMap:
         shape = self.roots[0].ways[0].operand.shape
         ways = tuple(root.ways for root in self.roots)
-        return QuantizeMap(self.chain.function, (shape[0], shape[1]), ways)
+        return QuantizeMap(self.chain.function, shape, ways)
 
 
 def _fused(
@@ -205,10 +205,14 @@ def _roots(eqns: Sequence[JaxprEqn], graph: Graph, calls: Calls) -> list[_Root]:
 
 
 def _fits(root: _Root) -> bool:
-    """Whether its quantizations are of whole blocks of one matrix, each side once."""
+    """Whether its quantizations are of whole blocks, each side once.
+
+    Of those of one matrix or, in a batch, of each.
+    """
     shape, first = aval_of(root.value).shape, root.ways[0]
     sides = [way.operand.contraction for way in root.ways]
-    matrix = (math.prod(shape[:-1]), shape[-1])
+    batch, _, _ = first.operand.ranks
+    matrix = (*shape[:batch], math.prod(shape[batch:-1]), shape[-1])
     return (
         len(set(sides)) == len(sides)
         and {(way.matrix, way.other_tiles) for way in root.ways}
@@ -216,7 +220,7 @@ def _fits(root: _Root) -> bool:
         # The kernel reads the matrix as it lies: nothing may be moved before.
         and first.operand.permutation == tuple(range(len(shape)))
         and first.operand.shape == matrix
-        and all(side and side % _BLOCK == 0 for side in matrix)
+        and all(side and side % _BLOCK == 0 for side in matrix[batch:])
         and not _compat.is_explicit(root.value.aval)
     )
 

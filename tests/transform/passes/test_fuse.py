@@ -22,16 +22,23 @@ from tests.transform.passes.small import (
 X, Y, W, STACK = normal(0, D, D), normal(1, D, D), normal(2, D, D), normal(3, 3, D, D)
 GAIN, ROWS = normal(4, D), jnp.abs(normal(5, D, 1)) + 1
 PASSES = "pair", "fuse", "clean"
+CAST = "convert_element_type"
 
 
 def maps(program, jaxpr=None):
     """The fused calls of one jaxpr, and how many inputs of each kind they take."""
     found = []
     for eqn in equations(program.jaxpr if jaxpr is None else jaxpr):
-        call = program.calls.of(eqn)
-        if isinstance(call, QuantizeMap):
+        call = fused(program, eqn)
+        if call is not None:
             found.append((call.function, eqn))
     return found
+
+
+def fused(program, eqn):
+    """The call of an equation, if it is a fused one."""
+    call = program.calls.of(eqn)
+    return call if isinstance(call, QuantizeMap) else None
 
 
 def kinds(program, jaxpr=None):
@@ -176,6 +183,33 @@ def test_whole_blocks_alone_but_of_any_rank(shape):
     program = after(before, *PASSES)
     assert len(maps(program)) == (len(shape) == 3)
     same_bits(before, program, x, w)
+
+
+def in_batch(x, y):
+    return lax.dot_general(x, y, (((2,), (1,)), ((0,), (0,))))
+
+
+def test_batches_of_matrices():
+    """Each entry's blocks; numbers per row or column would be a launch per entry."""
+    x, w = jnp.stack([X, Y]), jnp.stack([W, X])
+
+    def run(x, w):
+        h = in_batch(jax.nn.silu(x), w.astype(jnp.bfloat16).astype(jnp.float32))
+        return h + in_batch(x * GAIN, w)
+
+    before = replaced(run, x, w)
+    program = after(before, *PASSES)
+    found = [call for eqn in equations(program.jaxpr) if (call := fused(program, eqn))]
+    assert [call.function.steps[0].name for call in found] == ["logistic", CAST]
+    assert {call.shape for call in found} == {(2, D, D)}
+    same_bits(before, program, x, w)
+
+
+@pytest.mark.parametrize("shape", [(2, 100, D), (2, D, 96)])
+def test_entries_of_a_batch_have_whole_blocks(shape):
+    x, w = normal(6, *shape), normal(7, 2, shape[-1], D)
+    before = replaced(lambda x, w: in_batch(jnp.tanh(x), w), x, w)
+    assert maps(after(before, *PASSES)) == []
 
 
 def test_in_scans_and_through_nested_jits():
