@@ -266,6 +266,14 @@ def _check_batch(tiles, shape, context, nested=False) -> None:
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "cluster"), [(100, 65536, 1), (2048, 2048, 1), (1100, 4200, 2)]
+)
+def test_a_cluster_takes_more_than_two_waves_of_blocks(m, n, cluster):
+    config = mosaic_gpu.choose_config("1d2d", m, n, 8192, "bfloat16", 132)
+    assert config.cluster == cluster
+
+
 def _shapes() -> list[tuple[int, int, int]]:
     """Every side at every place, in two mixtures, and clusters with an odd block."""
     sides = len(EDGE_SIZES)
@@ -278,7 +286,7 @@ def _shapes() -> list[tuple[int, int, int]]:
         for s in (1, 2)
         for i in range(sides)
     ]
-    return [*mixed, (1100, 2100, 576), (64, 4096, 1024), (100, 17000, 384)]
+    return [*mixed, (1100, 4200, 576), (64, 4096, 1024), (100, 17000, 384)]
 
 
 @pytest.mark.gpu
