@@ -55,6 +55,7 @@ def tiles(kind):
     return dict(zip(("lhs_tile", "rhs_tile"), TILES[kind], strict=True))
 
 
+@functools.cache  # One function, compiled once for all that has its shape.
 def gemm(kind, out_dtype="bfloat16"):
     def run(*args):
         return mosaic_gpu.gemm(*args, **tiles(kind), out_dtype=out_dtype)

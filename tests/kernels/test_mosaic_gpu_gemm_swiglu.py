@@ -14,6 +14,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fp8jax.kernels import mosaic_gpu, xla
+from tests.kernels.trust import on_cpu
 
 HOW = {
     "lhs_tile": (1, 128),
@@ -45,9 +46,7 @@ def _operands(m: int, n: int, k: int) -> list[jax.Array]:
 
 
 def _expected(operands, **how):
-    with jax.default_device(jax.devices("cpu")[0]):
-        run = jax.jit(functools.partial(xla.gemm_swiglu, **HOW | how))
-        return run(*map(np.asarray, operands))
+    return on_cpu(functools.partial(xla.gemm_swiglu, **HOW | how), *operands)
 
 
 def _check(found, expected) -> None:

@@ -115,6 +115,7 @@ def _inputs(function, m, k):
     ]
 
 
+@functools.cache  # One function, compiled once for all that has its shape.
 def _quantize(kernels, function, tiles, scale="pow2"):
     return functools.partial(
         kernels.quantize_map,
@@ -132,15 +133,18 @@ def _oracle(function, tiles, inputs):
     def logistic(x):  # XLA's own of bfloat16 is rounded thrice within.
         return jnp.asarray(1 / (1 + np.exp(-np.float64(x))), jnp.float32)
 
-    values = function(*inputs, functions={**FUNCTIONS, "logistic": logistic})
     how = {"dtype": jnp.float8_e4m3fn, "scale": "pow2", "eps": 0.0}
-    return tuple(
-        tuple(
-            tile and xla.quantize(value, tile=tile, transposed=transposed, **how)
-            for tile, transposed in zip(both, (False, True), strict=True)
+    with jax.default_device(jax.devices("cpu")[0]):  # Which compiles each step sooner.
+        inputs = map(np.asarray, inputs)
+        values = function(*inputs, functions={**FUNCTIONS, "logistic": logistic})
+        codes = tuple(
+            tuple(
+                tile and xla.quantize(value, tile=tile, transposed=transposed, **how)
+                for tile, transposed in zip(both, (False, True), strict=True)
+            )
+            for value, both in zip(values, tiles, strict=True)
         )
-        for value, both in zip(values, tiles, strict=True)
-    )
+        return jax.tree.map(np.asarray, codes)
 
 
 def _got(function, tiles, inputs, context=contextlib.nullcontext):
@@ -153,7 +157,7 @@ def _check(case, shape, context=contextlib.nullcontext):
     function, tiles = CASES[case]
     inputs = _inputs(function, *shape)
     got = _got(function, tiles, inputs, context)
-    expected = jax.tree.map(np.asarray, _oracle(function, tiles, inputs))
+    expected = _oracle(function, tiles, inputs)
     if function is SWIGLU:
         # Not dgate, whose sum of two products may be fused.
         assert_codes_differ_by_last_bits((got[0], got[2]), (expected[0], expected[2]))

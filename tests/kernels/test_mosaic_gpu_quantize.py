@@ -40,6 +40,7 @@ def _interpreting() -> Iterator[None]:
         yield
 
 
+@functools.cache  # One function, compiled once for all that has its shape.
 def _jitted(tile, scale="pow2", dtype=jnp.float8_e4m3fn, eps=0.0):
     return jax.jit(
         functools.partial(

@@ -1,4 +1,4 @@
-"""What the tests of several GEMM kernels check by: counted bounds, poisoned outputs."""
+"""What the tests of several kernels check by: oracles, counted bounds, poison."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +11,16 @@ from jax import lax
 from fp8jax.testing import gemm_float64
 
 _F32_STEP = 2.0**-24
+
+
+def on_cpu(run: Callable[..., Any], *args: Any) -> Any:
+    """`run(*args)` compiled for the CPU, as NumPy arrays: an oracle of few operations.
+
+    XLA:GPU takes longer to compile one than Mosaic takes for the kernel.
+    """
+    with jax.default_device(jax.devices("cpu")[0]):
+        out = jax.jit(run)(*jax.tree.map(np.asarray, args))
+        return jax.tree.map(np.asarray, out)
 
 
 def small_codes(rng, shape, dtype=jnp.float8_e4m3fn) -> jax.Array:

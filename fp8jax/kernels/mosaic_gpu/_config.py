@@ -109,7 +109,7 @@ def gemm_1d2d_config(m: int, n: int, k: int, num_sms: int) -> GemmConfig:
         return shaped(64, 64, "n", stages=3)
     if m <= 128 and -(-n // 128) < num_sms:
         return narrow(128, 64, "m", chunks=chunks, stages=4)
-    # A cluster pays where there are more than two waves of blocks: two CTAs that wait for
+    # A cluster pays where there are more than two waves of blocks: CTAs that wait for
     # one another end later, and few blocks have few to make up for it.
     fills = -(-m // 128) * -(-n // 128) > 2 * num_sms
     return GemmConfig(
