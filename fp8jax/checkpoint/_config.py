@@ -19,7 +19,7 @@ def quantization_config(
     dtype: np.dtype,
     tile: numerics.Tile,
     scale: ScaleFormat,
-    kept_weights: Iterable[str],
+    kept_modules: Iterable[str],
 ) -> dict[str, Any]:
     """The `quantization_config` of a model, as DeepSeek-V3's.
 
@@ -27,11 +27,11 @@ def quantization_config(
         dtype: of the codes.
         tile: of every FP8 weight `[out, in]`.
         scale: how scales are stored.
-        kept_weights: names of matrices that are not FP8. Their modules are listed
-            twice: `modules_to_not_convert` is what transformers reads,
-            `ignored_layers` what vLLM does.
+        kept_modules: those that are not FP8. They are listed twice:
+            `modules_to_not_convert` is what transformers reads, `ignored_layers` what
+            vLLM does.
     """
-    kept = sorted({name.removesuffix(".weight") for name in kept_weights})
+    kept = sorted(kept_modules)
     return {
         "quant_method": "fp8",
         "fmt": _FORMATS[np.dtype(dtype)],

@@ -14,6 +14,14 @@ from fp8jax.checkpoint._ahead import Work
 from fp8jax.checkpoint._band import quantize_band
 from fp8jax.checkpoint._config import quantization_config
 from fp8jax.checkpoint._dtypes import E8M0, scale_to_e8m0
+from fp8jax.checkpoint._families import (
+    is_layer,
+    is_of_vocabulary,
+    left_by_their_own,
+    modules_kept,
+    vocabulary_rows,
+)
+from fp8jax.checkpoint._quantized import check_unquantized
 from fp8jax.checkpoint._reader import Reader
 from fp8jax.checkpoint._rules import TILE, WeightRules
 from fp8jax.checkpoint._save import MAX_SHARD_BYTES, SCALE_SUFFIX
@@ -64,22 +72,19 @@ def quantize_checkpoint(
 
     Raises:
         CheckpointError: As `Reader` does.
-        ValueError: If a weight is FP8 already, or `target` is there.
+        ValueError: If the checkpoint is quantized already, by whatever method; if the
+            rules choose no weight; or if `target` is there, is or holds the source, or
+            is being written by another run.
         OSError: If a file cannot be read or written.
 
     Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.2.
     """
     reader = Reader(source)
     rules = WeightRules() if rules is None else rules
+    notes = _notes(reader, rules)
     jobs, outcomes = [], []
     for name, weight in reader.items():
-        if weight.scale is not None:
-            raise ValueError(
-                f"quantize_checkpoint takes weights that are not FP8 yet, got {name!r} "
-                f"in {weight.stored.path}."
-            )
-        stored = weight.stored
-        note = rules.reason_kept(name, stored.shape, stored.dtype)
+        stored, note = weight.stored, notes[name]
         specs: Specs = {name: jax.ShapeDtypeStruct(stored.shape, stored.dtype)}
         work = functools.partial(copy_work, name=name, note=note or "")
         if note is None:
@@ -95,12 +100,18 @@ def quantize_checkpoint(
         outcomes.append(Outcome(name, note or "", stored.nbytes, size))
     if dry_run:
         return outcomes
-    kept = (
-        o.name
-        for o in outcomes
-        if o.note
-        and o.name.endswith(".weight")
-        and len(reader[o.name].stored.shape) > 1
+    if None not in notes.values():
+        reasons = sorted({note for note in notes.values() if note})
+        raise ValueError(
+            f"quantize_checkpoint finds no weight of {reader.path} that the rules "
+            f"choose: its {len(notes)} tensors stay, because "
+            f"{', '.join(reasons[:8]) or 'there are none'}."
+        )
+    layers = [n for n in notes if is_layer(n, len(reader[n].stored.shape))]
+    kept = modules_kept(
+        (n for n in layers if notes[n] is not None),
+        (n for n in notes if notes[n] is None),
+        reader.config,
     )
     return rewrite(
         reader,
@@ -141,6 +152,8 @@ def dequantize_checkpoint(
             f"{dtype!r}."
         )
     reader = Reader(source)
+    if all(weight.scale is None for weight in reader.values()):
+        raise ValueError(f"dequantize_checkpoint finds no FP8 weight in {reader.path}.")
     jobs = []
     for name, weight in reader.items():
         stored = weight.stored
@@ -158,6 +171,24 @@ def dequantize_checkpoint(
         overwrite=overwrite,
         progress=progress,
     )
+
+
+def _notes(reader: Reader, rules: WeightRules) -> dict[str, str | None]:
+    """Why each tensor stays as it is; None of those that become FP8."""
+    check_unquantized(reader)
+    rows = vocabulary_rows(reader.config)
+    notes: dict[str, str | None] = {}
+    for name, weight in reader.items():
+        shape, dtype = weight.stored.shape, weight.stored.dtype
+        notes[name] = rules.reason_kept(name, shape, dtype)
+        is_chosen = notes[name] is None and not rules.include
+        if is_chosen and is_of_vocabulary(name, shape, rows):
+            notes[name] = "vocabulary"
+    converted = [name for name, note in notes.items() if note is None]
+    kept = [name for name, note in notes.items() if note is not None]
+    for name, other in left_by_their_own(kept, converted).items():
+        notes[name] = f"fused with {other}"
+    return notes
 
 
 def _fp8_specs(name: str, shape: tuple[int, ...], rules: WeightRules) -> Specs:

@@ -7,6 +7,9 @@ import os
 import shutil
 from collections.abc import Iterator
 
+from fp8jax.checkpoint._lock import held
+from fp8jax.checkpoint._target import WEIGHTS, check_old, resolved
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -17,44 +20,81 @@ def replaced_folder(path: str) -> Iterator[str]:
 
     Files of an earlier folder at `path` that are no part of a checkpoint's weights and
     are not there anew (a tokenizer, say) move along. Killed or raising before the end,
-    the old folder stays whole; what was begun lies beside it until the next save.
+    the old folder stays whole; what was begun lies beside it until the next save. A
+    link stays, and the folder that it leads to is replaced.
 
     Raises:
-        ValueError: If `path` is a file.
+        ValueError: If `path` is a file or a mount point, or what lies in it cannot move
+            along; or if another save or run is writing it.
     """
-    path = os.path.abspath(path)
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise ValueError(f"A checkpoint is saved to a folder, got the file {path}.")
+    path = resolved(path)
+    if os.path.lexists(path):
+        if not os.path.isdir(path):
+            raise ValueError(f"A checkpoint is saved to a folder, got the file {path}.")
+        check_old(path)
     parent, name = os.path.split(path)
     os.makedirs(parent, exist_ok=True)
     staging = os.path.join(parent, f".{name}.saving")
-    shutil.rmtree(staging, ignore_errors=True)
-    os.mkdir(staging)
-    try:
-        yield staging
-        publish(staging, path)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with held(path):
+        cleared(staging)
+        try:
+            yield staging
+            publish(staging, path)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
-def publish(staging: str, path: str) -> None:
-    """Puts the folder `staging` in the place of `path`; what was there is deleted."""
+def cleared(folder: str) -> None:
+    """Makes an empty folder in the place of whatever an earlier run left there."""
+    if os.path.islink(folder) or os.path.isfile(folder):
+        os.remove(folder)
+    elif os.path.isdir(folder):
+        shutil.rmtree(folder)
+    os.mkdir(folder)
+
+
+def publish(staging: str, path: str, *, without: str | None = None) -> None:
+    """Puts the folder `staging` in the place of `path`; what was there is deleted.
+
+    Args:
+        staging: on the file system of `path`.
+        path: as `resolved` gives it.
+        without: a file of `staging` that lies beside it meanwhile and is deleted in the
+            end; killed before that, `take_back` has it back.
+    """
     if os.path.isdir(path):
         _keep_others(path, staging)
     _flush(staging)
+    if without is not None:
+        os.replace(os.path.join(staging, without), _aside(staging))
     if not os.path.isdir(path):
         os.rename(staging, path)
     else:
         _exchange(staging, path)
         shutil.rmtree(staging)
+    if without is not None:
+        os.remove(_aside(staging))
     _flush_folder(os.path.dirname(path))
+
+
+def take_back(staging: str, name: str) -> None:
+    """Undoes what a `publish` that was killed has done of its `without`."""
+    aside, place = _aside(staging), os.path.join(staging, name)
+    if os.path.isfile(aside):
+        if os.path.isdir(staging) and not os.path.lexists(place):
+            os.replace(aside, place)
+        else:
+            os.remove(aside)
+
+
+def _aside(staging: str) -> str:
+    return f"{staging}.journal"
 
 
 def _keep_others(old: str, new: str) -> None:
     for name in os.listdir(old):
         source, target = os.path.join(old, name), os.path.join(new, name)
-        weights = name.endswith((".safetensors", ".safetensors.index.json"))
-        if weights or os.path.exists(target):
+        if name.endswith(WEIGHTS) or os.path.lexists(target):
             continue
         if os.path.isdir(source):
             shutil.copytree(source, target, symlinks=True)
@@ -64,8 +104,10 @@ def _keep_others(old: str, new: str) -> None:
 
 def _flush(folder: str) -> None:
     for where, _, files in os.walk(folder):
-        for name in files:
-            file = os.open(os.path.join(where, name), os.O_RDONLY)
+        for path in (os.path.join(where, name) for name in files):
+            if os.path.islink(path):  # What it leads to is not ours.
+                continue
+            file = os.open(path, os.O_RDONLY)
             os.fsync(file)
             os.close(file)
         _flush_folder(where)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fp8jax.checkpoint._config import ScaleFormat
-from fp8jax.checkpoint._layout import EMBEDDING
+from fp8jax.checkpoint._families import EMBEDDING, HEAD, RAGGED
 from fp8jax.quant import QTensor, QuantSpec, contraction_minor, quantize
 
 TILE = (128, 128)
@@ -20,7 +20,7 @@ _KEPT = (
     ("embedding", EMBEDDING),
     ("norm", re.compile(r"norm", re.IGNORECASE)),
     ("router", re.compile(r"router|(^|\.)(shared_expert_)?gate(\.|$)")),
-    ("head", re.compile(r"(^|\.)(lm_head|head|classifier|cls|score|pooler)(\.|$)")),
+    ("head", HEAD),
 )
 _LEAVES = ("weight", "kernel")
 _DTYPES = tuple(np.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
@@ -31,8 +31,10 @@ class WeightRules:
     """Chooses weights by name, shape and dtype, and says how they are quantized.
 
     Matrices called `weight` or `kernel`, and stacks of matrices of `experts`, are
-    quantized in 128x128 blocks; embeddings, norms, routers and heads are not,
-    nor are weights with a side that is no multiple of 128: others misread such blocks.
+    quantized in 128x128 blocks; embeddings, norms, routers and heads are not (by name,
+    and offline by the vocabulary's size in `config.json`), nor are weights with a side
+    that is no multiple of 128: others misread such blocks, but for MLA's
+    `kv_a_proj_with_mqa`, which is so in DeepSeek-V3's own files.
 
     Attributes:
         include: regular expressions; if any, only names in which one is found are
@@ -95,7 +97,8 @@ class WeightRules:
             matrix = len(shape) == 2 and name.rpartition(".")[2] in _LEAVES
             if not (matrix or experts):
                 return "no linear layer's"
-        if not self.ragged and (shape[-2] % TILE[0] or shape[-1] % TILE[1]):
+        ragged = self.ragged or RAGGED.search(name)
+        if not ragged and (shape[-2] % TILE[0] or shape[-1] % TILE[1]):
             return "no multiple of 128"
         return None
 

@@ -7,25 +7,39 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from typing import Any
 
 import numpy as np
 
 from fp8jax import numerics
+from fp8jax._version import __version__
+from fp8jax.checkpoint import _journal
 from fp8jax.checkpoint._ahead import Work, run_ahead
 from fp8jax.checkpoint._config import write_config
-from fp8jax.checkpoint._publish import publish
+from fp8jax.checkpoint._lock import held, lock_of
+from fp8jax.checkpoint._publish import cleared, publish, take_back
 from fp8jax.checkpoint._reader import CONFIG, Reader
-from fp8jax.checkpoint._write import ShardWriter, Specs, split_shards
+from fp8jax.checkpoint._target import WEIGHTS, check_apart, check_old, resolved
+from fp8jax.checkpoint._write import (
+    ShardWriter,
+    Specs,
+    lost_shards,
+    split_shards,
+)
 
 # Half of it takes 7 % more time. A band is in memory once a thread.
 _BAND_ELEMENTS = 1 << 20
-_JOURNAL = "progress.jsonl"
 
 Progress = Callable[[int], None]
 
@@ -74,40 +88,57 @@ def rewrite(
     of the same jobs on the same files goes on behind the last tensor that was finished.
 
     Raises:
-        ValueError: If `target` is there already, unless `overwrite`, or is the source.
+        ValueError: If `target` is there already, unless `overwrite`; if it is, holds or
+            links to the source; or if another run is writing it.
     """
-    target = os.path.abspath(target)
-    if os.path.exists(target):
-        if os.path.samefile(target, reader.path):
-            raise ValueError(f"The result is another folder than the source {target}.")
-        if not overwrite or not os.path.isdir(target):
-            raise ValueError(f"{target} is there already: remove it, or overwrite it.")
+    target = resolved(target)
     parent, name = os.path.split(target)
     staging = os.path.join(parent, f".{name}.partial")
-    os.makedirs(staging, exist_ok=True)
-    journal = os.path.join(staging, _JOURNAL)
+    for folder in (target, staging):
+        check_apart(folder, reader.path, reader.files)
+    if os.path.lexists(target):
+        if not overwrite or not os.path.isdir(target):
+            raise ValueError(f"{target} is there already: remove it, or overwrite it.")
+        check_old(target)
+    os.makedirs(parent, exist_ok=True)
+    with held(target):
+        outcomes = _written(reader, staging, jobs, max_shard_bytes, progress)
+        write_config(staging, reader.config, quantization)
+        _copy_others(reader.path, staging, without=(target, staging, lock_of(target)))
+        publish(staging, target, without=_journal.NAME)
+    return outcomes
+
+
+def _written(
+    reader: Reader,
+    staging: str,
+    jobs: Sequence[Job],
+    max_shard_bytes: int,
+    progress: Progress,
+) -> list[Outcome]:
+    """Runs what of the jobs no earlier run has done; their journal stays."""
     key = _fingerprint(reader, jobs, max_shard_bytes)
-    done = _finished(journal, key)
-    if done is None:
-        shutil.rmtree(staging)
-        os.mkdir(staging)
+    take_back(staging, _journal.NAME)
+    lines = _journal.finished(staging, key)
+    if lines is None:
+        cleared(staging)
     shards = split_shards((job.specs for job in jobs), max_shard_bytes)
+    lost = lost_shards(staging, shards)
+    gone = {name for shard in lost for name in shards[shard]}
+    done = _outcomes(lines or (), {job.name for job in jobs} - gone)
     outcomes = []
+    kept = (dataclasses.asdict(outcome) for outcome in done.values())
     with (
-        ShardWriter(staging, shards, resume=done is not None) as writer,
-        open(journal, "w", encoding="utf-8") as log,  # Its last line may be cut short.
+        _journal.Journal(staging, key, kept) as log,
+        ShardWriter(staging, shards, anew=lost, flushing=log.marking) as writer,
     ):
-        print(json.dumps(key), file=log)
-        works = (_work(job, done or {}, reader, writer) for job in jobs)
+        works = (_work(job, done, reader, writer) for job in jobs)
         # Closed before the files are: a piece may be writing yet.
         with contextlib.closing(run_ahead(works, progress)) as running:
             for outcome in running:
-                print(json.dumps(dataclasses.asdict(outcome)), file=log, flush=True)
+                if outcome.name not in done:
+                    log.add(dataclasses.asdict(outcome))
                 outcomes.append(outcome)
-    os.remove(journal)
-    write_config(staging, reader.config, quantization)
-    _copy_others(reader.path, staging)
-    publish(staging, target)
     return outcomes
 
 
@@ -128,31 +159,46 @@ def _fingerprint(reader: Reader, jobs: Sequence[Job], max_shard_bytes: int) -> s
     ]
     specs = [[(n, str(s)) for n, s in job.specs.items()] for job in jobs]
     rules = [job.work.keywords for job in jobs]
-    text = repr((files, specs, rules, max_shard_bytes))
+    text = repr((__version__, files, specs, rules, max_shard_bytes))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _finished(journal: str, key: str) -> dict[str, Outcome] | None:
-    """The tensors of a run of this key that are whole; None if there was none."""
-    if not os.path.isfile(journal):
-        return None
-    with open(journal, encoding="utf-8") as file:
-        lines = file.read().split("\n")[:-1]  # Whole lines.
-    if not lines or json.loads(lines[0]) != key:
-        return None
-    outcomes = (Outcome(**json.loads(line)) for line in lines[1:])
-    return {outcome.name: outcome for outcome in outcomes}
+def _outcomes(
+    lines: Iterable[Mapping[str, Any]], wanted: Collection[str]
+) -> dict[str, Outcome]:
+    """Those of tensors that are wanted; a damaged line costs its tensor."""
+    found = {}
+    for line in lines:
+        with contextlib.suppress(TypeError):  # Other fields than an Outcome's.
+            outcome = Outcome(**line)
+            if outcome.name in wanted:
+                found[outcome.name] = outcome
+    return found
 
 
-def _copy_others(source: str, target: str) -> None:
-    """The tokenizer and what else lies beside the weights."""
+def _copy_others(source: str, target: str, without: Collection[str]) -> None:
+    """The tokenizer, subfolders and what else lies beside the weights."""
     if not os.path.isdir(source):
         return
+    places = [os.stat(path) for path in without if os.path.exists(path)]
+
+    def unwanted(where: str, names: list[str]) -> list[str]:
+        paths = {name: os.path.join(where, name) for name in names}
+        return [name for name, path in paths.items() if not wanted(path)]
+
+    def wanted(path: str) -> bool:
+        if not (os.path.isdir(path) or os.path.isfile(path)):
+            return False  # A pipe, or a link to nothing.
+        return not any(os.path.samestat(os.stat(path), place) for place in places)
+
     for name in os.listdir(source):
-        path = os.path.join(source, name)
-        weights = name.endswith((".safetensors", ".safetensors.index.json"))
-        if os.path.isfile(path) and not weights and name != CONFIG:
-            shutil.copy2(path, os.path.join(target, name))
+        path, copy = os.path.join(source, name), os.path.join(target, name)
+        if name.endswith(WEIGHTS) or name == CONFIG or not wanted(path):
+            continue
+        if os.path.isdir(path):
+            shutil.copytree(path, copy, ignore=unwanted, dirs_exist_ok=True)
+        else:
+            shutil.copy2(path, copy)
 
 
 def bands(shape: tuple[int, ...], tile: numerics.Tile) -> Iterator[tuple[int, slice]]:

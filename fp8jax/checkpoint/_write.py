@@ -5,11 +5,14 @@ model larger than that needs to write one band of rows after another.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import math
 import os
+import stat
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -53,6 +56,20 @@ def split_shards(groups: Iterable[Specs], max_bytes: int) -> dict[str, Specs]:
     }
 
 
+def lost_shards(folder: str, shards: Mapping[str, Specs]) -> set[str]:
+    """Those whose files are not in a folder, or have another size."""
+
+    def is_there(name: str, specs: Specs) -> bool:
+        try:
+            found = os.lstat(os.path.join(folder, name))
+        except FileNotFoundError:
+            return False
+        size = len(_header(specs)[0]) + sum(map(nbytes, specs.values()))
+        return stat.S_ISREG(found.st_mode) and found.st_size == size
+
+    return {name for name, specs in shards.items() if not is_there(name, specs)}
+
+
 class ShardWriter:
     """The files of a checkpoint, of their full size from the start; a context manager.
 
@@ -60,19 +77,28 @@ class ShardWriter:
     flush of who publishes the files.
 
     Args:
-        folder: where they are made, or, to `resume`, where they are already.
+        folder: where they are made, or are already.
         shards: as `split_shards` gives them.
-        resume: keep what the files hold.
+        anew: those whose files are made; the others' keep what they hold.
+        flushing: a context around every flush of all that was written before.
     """
 
     def __init__(
-        self, folder: str, shards: Mapping[str, Specs], *, resume: bool = False
+        self,
+        folder: str,
+        shards: Mapping[str, Specs],
+        *,
+        anew: Collection[str] | None = None,
+        flushing: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self._files: list[int] = []
         self._closing = threading.Event()
+        self._flushing = flushing
         self._places: dict[str, tuple[int, int, int]] = {}  # file, start, bytes
         for file_name, specs in shards.items():
-            flags = os.O_RDWR | (0 if resume else os.O_CREAT | os.O_TRUNC)
+            flags = os.O_RDWR | os.O_CREAT
+            if anew is None or file_name in anew:
+                flags |= os.O_TRUNC
             file = os.open(os.path.join(folder, file_name), flags, 0o666)
             self._files.append(file)
             header, offsets = _header(specs)
@@ -106,8 +132,9 @@ class ShardWriter:
 
     def _flush_until_closing(self) -> None:
         while not self._closing.wait(_FLUSH_SECONDS):
-            for file in self._files:
-                os.fsync(file)
+            with self._flushing():
+                for file in self._files:
+                    os.fsync(file)
 
 
 def _header(specs: Specs) -> tuple[bytes, dict[str, tuple[int, int]]]:

@@ -320,10 +320,13 @@ def test_refusals_name_what_came(source, tmp_path):
         WeightRules(include=["("])
     with pytest.raises(ValueError, match="'fp32' or 'ue8m0', got 'pow2'"):
         WeightRules(scale="pow2")
-    checkpoint.quantize_checkpoint(
-        source, tmp_path / "q", WeightRules(exclude=["."]), overwrite=True
-    )
-    assert all(w.scale is None for w in checkpoint.Reader(tmp_path / "q").values())
+    with pytest.raises(ValueError, match="9 tensors stay, because excluded"):
+        checkpoint.quantize_checkpoint(
+            source, tmp_path / "q", WeightRules(exclude=["."]), overwrite=True
+        )
+    with pytest.raises(ValueError, match="finds no FP8 weight in"):
+        checkpoint.dequantize_checkpoint(source, tmp_path / "r")
+    assert sorted(os.listdir(tmp_path)) == ["in", "q"]
 
 
 # Of this program alone: ru_maxrss would count the parent's pages before exec.

@@ -69,7 +69,7 @@ def test_include_and_exclude_reach_the_rules(source, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["inspect", "none"], "No checkpoint at none"),
-        (["quantize", "IN", "IN"], "is there already"),
+        (["quantize", "IN", "IN"], "another folder than the source"),
         (["quantize", "IN", "out", "--include", "("], "regular expressions, got '('"),
         (["inspect", "IN", "--plot", "x.png"], "no FP8 weight to plot"),
         (["quantize", "IN", "out", "--scale", "bf16"], "invalid choice: 'bf16'"),

@@ -1,0 +1,42 @@
+"""Whether a checkpoint is quantized already, by whatever method."""
+
+import os
+from collections.abc import Mapping
+
+from fp8jax.checkpoint._reader import Reader
+
+# Beside config.json, which has no entry then.
+_SIDE_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq"}
+
+
+def check_unquantized(reader: Reader) -> None:
+    """That there is something to quantize.
+
+    Raises:
+        ValueError: If a weight is FP8, or a config says that weights are quantized.
+    """
+    for name, weight in reader.items():
+        if weight.scale is not None:
+            raise ValueError(
+                f"quantize_checkpoint takes weights that are not FP8 yet, got {name!r} "
+                f"in {weight.stored.path}."
+            )
+    method = _method(reader)
+    if method:
+        raise ValueError(
+            f"quantize_checkpoint takes weights that are not quantized yet, and "
+            f"{reader.path} is by {method!r}."
+        )
+
+
+def _method(reader: Reader) -> str:
+    """What quantized a checkpoint, by its configs; empty if they do not say."""
+    for table in (reader.config, reader.config.get("text_config")):
+        found = table.get("quantization_config") if isinstance(table, Mapping) else None
+        if found:
+            named = found.get("quant_method") if isinstance(found, Mapping) else None
+            return str(named or "an unnamed method")
+    for file, method in _SIDE_FILES.items():
+        if os.path.isfile(os.path.join(reader.path, file)):
+            return method
+    return ""
