@@ -63,6 +63,8 @@ def diff(first: str | os.PathLike, second: str | os.PathLike) -> list[Difference
         CheckpointError, OSError: As `Reader` does.
     """
     a, b = Reader(first), Reader(second)
+    for reader in (a, b):
+        reader.check_known()
     return [_difference(a, b, name) for name in dict.fromkeys((*a, *b))]
 
 

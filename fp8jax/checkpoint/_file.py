@@ -6,12 +6,15 @@ Source: https://huggingface.co/docs/safetensors, "Format". Read here and not by 
 safetensors library, which up to 0.8 cannot give NumPy its float8 tensors.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import mmap
 import os
+import re
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from fp8jax.checkpoint._dtypes import FROM_CODE
 from fp8jax.checkpoint._error import CheckpointError
 
 _MAX_HEADER = 100_000_000  # The format's own limit.
+_CODE = re.compile(r"[A-Z][A-Z0-9_]*")  # Of a dtype, known here or not.
 _MAX_RANK = 64  # NumPy's.
 _MAX_SIDE = 2**63 - 1
 _FIELDS = {"dtype", "shape", "data_offsets"}
@@ -44,6 +48,14 @@ class Stored:
 class SafetensorsFile:
     """A file whose header was checked against its size; tensors are views of it.
 
+    It is open while it is read and while views of it live: a model of many files takes
+    no more of what a process may have open.
+
+    Attributes:
+        metadata: of the header.
+        tensors: where each lies.
+        unknown: the dtype codes of those whose dtype is unknown here, by name.
+
     Args:
         path: of a `.safetensors` file.
 
@@ -56,13 +68,33 @@ class SafetensorsFile:
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
         with open(self.path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            header = _read_header(self.path, file, size)
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._file = os.dup(file.fileno())
-        weakref.finalize(self, os.close, self._file)
+            self._identity = os.fstat(file.fileno())
+            header = _read_header(self.path, file, self._identity.st_size)
+        self._map: weakref.ref[mmap.mmap] | None = None
         self.metadata: dict[str, str] = header.metadata
         self.tensors: dict[str, Stored] = header.tensors
+        self.unknown: dict[str, str] = header.unknown
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        """The file that the header is of, or an error."""
+        file = os.open(self.path, os.O_RDONLY)
+        try:
+            now = os.fstat(file)
+            if not os.path.samestat(now, self._identity):
+                raise CheckpointError(self.path, "is another file than it was.")
+            yield file
+        finally:
+            os.close(file)
+
+    def _mapped(self) -> mmap.mmap:
+        """The file's bytes, mapped once for all views that live."""
+        found = self._map() if self._map is not None else None
+        if found is None:
+            with self._opened() as file:
+                found = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
+            self._map = weakref.ref(found)
+        return found
 
     def read(self, name: str) -> np.ndarray:
         """A read-only view of a tensor; pages are loaded as they are touched."""
@@ -70,7 +102,10 @@ class SafetensorsFile:
         count = math.prod(stored.shape)
         if count == 0:
             return np.empty(stored.shape, stored.dtype)
-        flat = np.frombuffer(self._bytes, np.uint8, stored.nbytes, stored.start)
+        bytes_ = self._mapped()
+        if len(bytes_) < stored.stop:
+            raise CheckpointError(self.path, "was cut short meanwhile.", name)
+        flat = np.frombuffer(bytes_, np.uint8, stored.nbytes, stored.start)
         return flat.view(stored.dtype).reshape(stored.shape)
 
     def take(self, name: str, part: slice) -> np.ndarray:
@@ -88,25 +123,29 @@ class SafetensorsFile:
         first = -room.ctypes.data % _JAX_ALIGNMENT
         copy = room[first : first + end - begin]
         done = 0
-        while done < copy.size:
-            got = os.preadv(self._file, [copy[done:].data], stored.start + begin + done)
-            if not got:
-                raise CheckpointError(self.path, "was cut short meanwhile.", name)
-            done += got
+        with self._opened() as file:
+            while done < copy.size:
+                at = stored.start + begin + done
+                got = os.preadv(file, [copy[done:].data], at)
+                if not got:
+                    raise CheckpointError(self.path, "was cut short meanwhile.", name)
+                done += got
         return copy.view(stored.dtype)
 
     def release(self, name: str) -> None:
         """Lets go of the pages of a tensor; they count as this process's memory."""
         stored = self.tensors[name]
+        found = self._map() if self._map is not None else None
         first = stored.start - stored.start % mmap.PAGESIZE
-        if stored.nbytes and hasattr(mmap, "MADV_DONTNEED"):
-            self._bytes.madvise(mmap.MADV_DONTNEED, first, stored.stop - first)
+        if found is not None and stored.nbytes and hasattr(mmap, "MADV_DONTNEED"):
+            found.madvise(mmap.MADV_DONTNEED, first, stored.stop - first)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Header:
     metadata: dict[str, str]
     tensors: dict[str, Stored]
+    unknown: dict[str, str]
 
 
 def _read_header(path: str, file: Any, size: int) -> _Header:
@@ -120,26 +159,28 @@ def _read_header(path: str, file: Any, size: int) -> _Header:
             f"the size, and {_MAX_HEADER} are allowed.",
         )
     fields = _parse(path, file.read(length))
-    metadata = fields.pop("__metadata__", {})
+    metadata = fields.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in metadata.values()
     ):
         raise CheckpointError(path, "__metadata__ is no table of strings.")
     begin = 8 + length
-    tensors = {
-        name: _stored(path, name, entry, begin) for name, entry in fields.items()
+    found = {name: _stored(path, name, entry, begin) for name, entry in fields.items()}
+    _check_cover(path, found, begin, size)
+    unknown = {
+        name: fields[name]["dtype"] for name in found if not _is_known(fields[name])
     }
-    _check_cover(path, tensors, begin, size)
-    return _Header(metadata, tensors)
+    tensors = {name: stored for name, stored in found.items() if name not in unknown}
+    return _Header(metadata, tensors, unknown)
 
 
 def _parse(path: str, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(path, "is in the header twice.", twice)
+        table: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in table:
+                raise CheckpointError(path, "is in the header twice.", name)
+            table[name] = value
         return table
 
     try:
@@ -151,28 +192,29 @@ def _parse(path: str, text: bytes) -> dict[str, Any]:
         raise
     except (ValueError, RecursionError) as error:
         raise CheckpointError(path, f"its header is no JSON: {error}") from None
-    if not isinstance(fields, dict) or text[:1] != b"{":
+    if not isinstance(fields, dict):
         raise CheckpointError(path, "its header is no JSON object.")
     return fields
 
 
 def _stored(path: str, name: str, entry: Any, begin: int) -> Stored:
-    if not isinstance(entry, dict) or set(entry) != _FIELDS:
+    # The format may get more fields.
+    if not isinstance(entry, dict) or not set(entry) >= _FIELDS:
         raise CheckpointError(
             path, f"its entry has other fields than {sorted(_FIELDS)}.", name
         )
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in FROM_CODE:
-        raise CheckpointError(
-            path,
-            f"has dtype {entry['dtype']!r}; known are {', '.join(FROM_CODE)}.",
-            name,
-        )
-    dtype, shape, offsets = FROM_CODE[entry["dtype"]], entry["shape"], None
+    if not isinstance(entry["dtype"], str) or not _CODE.fullmatch(entry["dtype"]):
+        raise CheckpointError(path, f"has dtype {entry['dtype']!r}, no name.", name)
+    shape = entry["shape"]
     if not _are_sizes(shape) or len(shape) > _MAX_RANK:
         raise CheckpointError(path, f"has shape {_brief(shape)}.", name)
     offsets = entry["data_offsets"]
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(path, f"has data_offsets {_brief(offsets)}.", name)
+    place = begin + offsets[0], begin + offsets[1]
+    if not _is_known(entry):  # How many bytes it takes is unknown, too.
+        return Stored(path, np.dtype(np.void), tuple(shape), *place)
+    dtype = FROM_CODE[entry["dtype"]]
     # Python's integers: a product of lying sides cannot wrap around.
     needed = math.prod(shape) * dtype.itemsize
     if math.prod(side for side in shape if side) * dtype.itemsize > _MAX_SIDE:
@@ -184,7 +226,11 @@ def _stored(path: str, name: str, entry: Any, begin: int) -> Stored:
             f"{_brief(offsets)} hold {offsets[1] - offsets[0]}.",
             name,
         )
-    return Stored(path, dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
+    return Stored(path, dtype, tuple(shape), *place)
+
+
+def _is_known(entry: dict[str, Any]) -> bool:
+    return entry["dtype"] in FROM_CODE
 
 
 def _are_sizes(values: Any) -> bool:

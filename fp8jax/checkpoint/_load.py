@@ -4,6 +4,7 @@ Invariant: no FP8 weight is inflated, on the host or on a device.
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -44,11 +45,13 @@ def load(
         tile: as in `Reader`.
 
     Returns:
-        A pytree of QTensors and arrays. Scales are float32, whatever the file's dtype;
+        A pytree of QTensors and arrays, without tensors of unknown dtypes, which a
+        warning names. Scales are float32, whatever the file's dtype;
         64-bit numbers become 32-bit ones unless JAX has x64 enabled.
 
     Raises:
-        CheckpointError: As `Reader` does, or if a 64-bit value does not fit 32 bits.
+        CheckpointError: As `Reader` does, if a 64-bit value does not fit 32 bits, or if
+            a name in a nested tree is within another.
         ValueError: If the layout is unknown, or a sharding does not fit.
         OSError: If a file cannot be read.
 
@@ -56,18 +59,41 @@ def load(
     """
     check_layout("load", layout)
     reader = Reader(path, tile=tile)
+    if reader.unknown:
+        some = ", ".join(f"{n} ({code})" for n, code in [*reader.unknown.items()][:5])
+        warnings.warn(
+            f"load leaves out {len(reader.unknown)} tensors of {reader.path} whose "
+            f"dtypes are unknown here: {some}.",
+            stacklevel=2,
+        )
     tree: dict[str, Any] = {}
+    places: dict[tuple[str, ...], str] = {}
     for name, weight in reader.items():
         where, transposed = (name,), False
         if layout == "flax":
             where, transposed = to_flax(name, len(weight.stored.shape))
+        places.setdefault(where, name)
         *tables, leaf = where
         branch = tree
-        for table in tables:
+        for i, table in enumerate(tables, 1):
+            if where[:i] in places:
+                raise _within(reader, name, places[where[:i]])
             branch = branch.setdefault(table, {})
+        if leaf in branch:
+            other = next(n for w, n in places.items() if w[: len(where)] == where)
+            raise _within(reader, name, other)
         branch[leaf] = _load_weight(reader, weight, transposed, sharding)
         reader.release(name)
     return tree
+
+
+def _within(reader: Reader, name: str, other: str) -> CheckpointError:
+    return CheckpointError(
+        reader[name].stored.path,
+        f"has the place of {other!r} in a nested tree, or one in or around it: take "
+        "layout='hf'.",
+        name,
+    )
 
 
 def _load_weight(

@@ -152,6 +152,7 @@ def dequantize_checkpoint(
             f"{dtype!r}."
         )
     reader = Reader(source)
+    reader.check_known()
     if all(weight.scale is None for weight in reader.values()):
         raise ValueError(f"dequantize_checkpoint finds no FP8 weight in {reader.path}.")
     jobs = []
@@ -175,6 +176,7 @@ def dequantize_checkpoint(
 
 def _notes(reader: Reader, rules: WeightRules) -> dict[str, str | None]:
     """Why each tensor stays as it is; None of those that become FP8."""
+    reader.check_known()
     check_unquantized(reader)
     rows = vocabulary_rows(reader.config)
     notes: dict[str, str | None] = {}

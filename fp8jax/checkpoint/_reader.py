@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from fp8jax import numerics
-from fp8jax.checkpoint._dtypes import SCALE_DTYPES, scale_to_float32
+from fp8jax.checkpoint._dtypes import FROM_CODE, SCALE_DTYPES, scale_to_float32
 from fp8jax.checkpoint._error import CheckpointError
 from fp8jax.checkpoint._file import SafetensorsFile, Stored
 
@@ -45,6 +45,8 @@ class Reader(Mapping[str, Weight]):
 
     A mapping from the name of each tensor that is no weight's scale to where it lies.
     Opening reads headers only; `codes` and `scale` give views of the mapped files.
+    Tensors whose dtype is unknown here are no items of it: `unknown` has their dtypes'
+    codes by name, and to ask for one is an error.
 
     Args:
         path: a `.safetensors` file, or a folder with `model.safetensors.index.json` or
@@ -73,6 +75,7 @@ class Reader(Mapping[str, Weight]):
         names = _shards(self.path)
         self._files = {file: SafetensorsFile(file) for file in dict.fromkeys(names[1])}
         self._stored: dict[str, Stored] = {}
+        self.unknown: dict[str, str] = {}
         for name, file in zip(*names, strict=True):
             self._add(name, self._files[file])
         self._weights = _pair(self._stored, self.tile)
@@ -80,6 +83,9 @@ class Reader(Mapping[str, Weight]):
     def _add(self, name: str | None, file: SafetensorsFile) -> None:
         if name is None:  # No index: all that the file holds.
             self._stored |= file.tensors
+            self.unknown |= file.unknown
+        elif name in file.unknown:
+            self.unknown[name] = file.unknown[name]
         elif name in file.tensors:
             self._stored[name] = file.tensors[name]
         else:
@@ -88,7 +94,27 @@ class Reader(Mapping[str, Weight]):
             )
 
     def __getitem__(self, name: str) -> Weight:
+        if name in self.unknown:
+            self.check_known([name])
         return self._weights[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
+
+    def check_known(self, names: Iterable[str] | None = None) -> None:
+        """That tensors, by default all, have dtypes that are known here.
+
+        Raises:
+            CheckpointError: If one has another.
+        """
+        for name in self.unknown if names is None else names:
+            if name in self.unknown:
+                raise CheckpointError(
+                    self.path,
+                    f"has dtype {self.unknown[name]!r}; known are "
+                    f"{', '.join(FROM_CODE)}.",
+                    name,
+                )
 
     def __iter__(self):
         return iter(self._weights)
@@ -169,7 +195,11 @@ def _shards(path: str) -> tuple[list[str | None], list[str]]:
         return _indexed(path, index)
     if not os.path.isdir(path):
         raise FileNotFoundError(f"No checkpoint at {path}.")
-    found = sorted(x for x in os.listdir(path) if x.endswith(".safetensors"))
+    found = sorted(
+        x
+        for x in os.listdir(path)
+        if x.endswith(".safetensors") and os.path.isfile(os.path.join(path, x))
+    )
     if len(found) != 1:
         raise CheckpointError(
             path, f"has no {INDEX}, and {len(found)} .safetensors files: one is wanted."

@@ -136,6 +136,8 @@ def check(path: pathlib.Path, data: bytes) -> str:
         if str(path) not in str(error):
             raise
         return "refused"
+    if reader.unknown:  # Refused when it is asked for; the library may not know it.
+        return "refused"
     theirs = dict(safetensors.deserialize(data))
     ours = {}
     for name, weight in reader.items():

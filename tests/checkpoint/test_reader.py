@@ -1,6 +1,7 @@
 """The reader against files that the safetensors library wrote, and against lies."""
 
 import json
+import os
 import struct
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from fp8jax import checkpoint
 from fp8jax.checkpoint import CheckpointError, Reader
 from fp8jax.testing import assert_same_bits, random_codes
 
@@ -115,8 +117,8 @@ HEADERS = {
     "a lone surrogate": (b'{"\\ud800": {}}', "no JSON"),
     "a huge number": (b'{"w": {"a": ' + b"9" * 10_000 + b"}}", "no JSON"),
     "an entry of another kind": ({"w": 3}, "'w': its entry has other fields"),
-    "a field too many": ({"w": {**entry(), "x": 1}}, "'w': its entry"),
-    "an unknown dtype": ({"w": entry("F7")}, "'w': has dtype 'F7'"),
+    "a field too few": ({"w": {"dtype": "U8", "shape": [4]}}, "'w': its entry"),
+    "an unknown dtype past the end": ({"w": entry("F7", offsets=(0, 5))}, "'w': ends"),
     "a dtype that is no name": ({"w": entry({})}, "'w': has dtype"),
     "a negative side": ({"w": entry(shape=(-4,))}, r"'w': has shape \[-4\]"),
     "a side that is a float": ({"w": entry(shape=(4.0,))}, "'w': has shape"),
@@ -239,3 +241,106 @@ def test_taken_elements_are_those_of_the_file_and_jax_takes_them_uncopied(tmp_pa
         file.truncate(1000)
     with pytest.raises(CheckpointError, match=r"'x'.*was cut short meanwhile"):
         reader.take("x", slice(None))
+
+
+TAKEN = {
+    "white space in front": b" \n\t" + json.dumps({"w": entry()}).encode(),
+    "metadata of null": {"__metadata__": None, "w": entry()},
+    "a field that the format may get": {"w": {**entry(), "x": 1}},
+}
+
+
+@pytest.mark.parametrize("what", TAKEN)
+def test_a_header_that_others_take_with(tmp_path, what):
+    raw_file(tmp_path / "x.safetensors", TAKEN[what], b"\1\2\3\4")
+    reader = Reader(tmp_path)
+    assert reader.codes("w").tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("code", ["F4", "F6_E2M3", "F8_E4M3FNUZ", "C64"])
+def test_a_tensor_of_an_unknown_dtype_is_refused_when_it_is_asked_for(tmp_path, code):
+    header = {"w": entry(code, offsets=(0, 2)), "v": entry(shape=(2,), offsets=(2, 4))}
+    raw_file(tmp_path / "x.safetensors", header, b"\1\2\3\4")
+    reader = Reader(tmp_path)
+    assert list(reader) == ["v"]
+    assert reader.unknown == {"w": code}
+    assert "w" not in reader
+    match = f"'w': has dtype '{code}'; known are"
+    with pytest.raises(CheckpointError, match=match):
+        reader.codes("w")
+    with pytest.warns(UserWarning, match=rf"leaves out 1 tensors .* w \({code}\)"):
+        params = checkpoint.load(tmp_path)
+    assert params["v"].tolist() == [3, 4]
+    # What copies or compares all of a checkpoint would lose it.
+    for run in (
+        lambda: checkpoint.quantize_checkpoint(tmp_path, tmp_path / "out"),
+        lambda: checkpoint.dequantize_checkpoint(tmp_path, tmp_path / "out"),
+        lambda: checkpoint.diff(tmp_path, tmp_path),
+    ):
+        with pytest.raises(CheckpointError, match=match):
+            run()
+
+
+def test_many_names_are_checked_in_linear_time(tmp_path):
+    """A quarter of a second; a search of the list for each took minutes."""
+    count = 200_000
+    header = {f"w{i}": entry("U8", (0,), (0, 0)) for i in range(count)}
+    text = json.dumps(header).encode()
+    twice = text[:-1] + b', "w199999": {}}'
+    path = raw_file(tmp_path / "x.safetensors", twice)
+    with pytest.raises(CheckpointError, match="'w199999': is in the header twice"):
+        Reader(path)
+    assert len(Reader(raw_file(tmp_path / "y.safetensors", text))) == count
+
+
+def test_more_files_than_a_process_may_have_open(tmp_path):
+    resource = pytest.importorskip("resource")
+    x = np.ones((128, 128), np.float32)
+    params = {f"l.{i}.weight": x for i in range(60)}
+    checkpoint.save(tmp_path / "in", params, max_shard_bytes=x.nbytes)
+    assert len(Reader(tmp_path / "in").files) == 60
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    busy = max(map(int, os.listdir("/proc/self/fd")))
+    # A run writes as many files of its own.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (busy + 90, before[1]))
+    try:
+        checkpoint.quantize_checkpoint(
+            tmp_path / "in", tmp_path / "out", max_shard_bytes=1
+        )
+        loaded = checkpoint.load(tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(loaded) == 60
+
+
+def test_a_file_that_another_took_the_place_of_is_not_read(tmp_path):
+    path = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file({"w": np.zeros(8, np.uint8)}, path)
+    reader = Reader(path)
+    safetensors.numpy.save_file({"v": np.ones(8, np.uint8)}, tmp_path / "other")
+    os.replace(tmp_path / "other", path)
+    for read in (reader.codes, lambda name: reader.take(name, slice(None))):
+        with pytest.raises(CheckpointError, match="is another file than it was"):
+            read("w")
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path):
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"0 \.safetensors files"):
+        Reader(tmp_path)
+    with pytest.raises(FileNotFoundError, match="No checkpoint"):
+        Reader(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("names", [("a.weight", "a.weight.b"), ("a.b", "a.b.c.d")])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_name_within_another_is_refused_in_a_nested_tree(tmp_path, names, turned):
+    names = names[::-1] if turned else names
+    x = np.ones((2, 2, 2), np.float32)  # Of no other name in Flax's layout.
+    raw = json.dumps(
+        {n: entry("F32", x.shape, (32 * i, 32 * i + 32)) for i, n in enumerate(names)}
+    )
+    raw_file(tmp_path / "x.safetensors", raw.encode(), x.tobytes() * 2)
+    with pytest.raises(CheckpointError, match=rf"'{names[1]}': has the place of"):
+        checkpoint.load(tmp_path, layout="flax")
+    assert sorted(checkpoint.load(tmp_path)) == sorted(names)
