@@ -84,8 +84,8 @@ def _difference(a: Reader, b: Reader, name: str) -> Difference:
         same_bits = a.scale(name).tobytes() == b.scale(name).tobytes()
     for x, y, same_codes in _pieces(a, b, name):
         same_bits &= same_codes
-        with np.errstate(invalid="ignore"):
-            off = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, y - x)
+        off = _off(x, y)
+        x = x.astype("f8")
         error += float(np.sum(off**2))
         signal += float(np.sum(x**2))
         # Not max: it must not lose a NaN that one side alone has.
@@ -94,18 +94,29 @@ def _difference(a: Reader, b: Reader, name: str) -> Difference:
         return Difference(name, "same bits")
     if largest == 0:
         return Difference(name, "same values")
-    sqnr = math.nan if math.isnan(error) else sqnr_of(error, signal)
-    return Difference(name, "differs", sqnr, largest)
+    return Difference(name, "differs", sqnr_of(error, signal), largest)
+
+
+def _off(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """`y - x` in float64, zero where they are equal, or NaN both, and nowhere else."""
+    wide = [v.astype("f8") for v in (x, y)]
+    # Integers beyond 2^53 are compared as they are.
+    whole = all(v.dtype.kind in "iub" for v in (x, y))
+    equal = x == y if whole else wide[0] == wide[1]
+    with np.errstate(invalid="ignore"):
+        off = wide[1] - wide[0]
+    off = np.where(off == 0, 1.0, off)
+    return np.where(equal | (np.isnan(wide[0]) & np.isnan(wide[1])), 0.0, off)
 
 
 def _pieces(
     a: Reader, b: Reader, name: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-    """float64 values of both, and whether what is stored is the same bytes."""
+    """Values of both, and whether what is stored is the same bytes."""
     shape = a[name].stored.shape
     if len(shape) < 2:
         x, y = a.codes(name), b.codes(name)
-        yield x.astype("f8"), y.astype("f8"), x.tobytes() == y.tobytes()
+        yield x, y, x.tobytes() == y.tobytes()
         return
     # Bands of whole tiles of both.
     rows_of = [reader[name].tile or (1, 1) for reader in (a, b)]
@@ -122,6 +133,6 @@ def _pieces(
             for reader, codes in zip((a, b), stored, strict=True)
         )
         same = stored[0].tobytes() == stored[1].tobytes()
-        yield x.astype("f8"), y.astype("f8"), same
+        yield x, y, same
         a.release(name)
         b.release(name)

@@ -236,7 +236,9 @@ def _quantize_work(
 
 
 def sqnr_of(error: float, signal: float) -> float:
-    """dB of two sums of squares; infinite where there is no error."""
+    """dB of two sums of squares; infinite where there is no error, NaN of NaN."""
+    if not (math.isfinite(error) and math.isfinite(signal)):
+        return math.nan
     if error == 0:
         return math.inf
     return 10 * math.log10(signal / error) if signal > 0 else -math.inf

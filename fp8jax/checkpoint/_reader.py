@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,13 @@ from fp8jax import numerics
 from fp8jax.checkpoint._dtypes import FROM_CODE, SCALE_DTYPES, scale_to_float32
 from fp8jax.checkpoint._error import CheckpointError
 from fp8jax.checkpoint._file import SafetensorsFile, Stored
+from fp8jax.checkpoint._schemes import Scheme, in_tiles, scheme_of
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 SCALE_SUFFIXES = ("_scale_inv", "_scale", "_scales_inv")
+# In the place of `weight`: DeepSeek-V4's, and Mistral's own files.
+_OTHER_NAMES = ("scale", "qscale_weight")
 
 _DEFAULT_TILE = (128, 128)
 
@@ -24,8 +27,8 @@ _DEFAULT_TILE = (128, 128)
 class Weight:
     """A tensor of a checkpoint, and the scale beside it if its codes are FP8.
 
-    Invariant: `stored` is FP8 if and only if there is a scale, whose shape is
-    `ceil(stored.shape / tile)` over the last two dimensions.
+    Invariant: `stored` is FP8 if and only if there is a scale, which stands for one of
+    each tile (`scheme`).
     """
 
     name: str
@@ -33,6 +36,7 @@ class Weight:
     scale_name: str | None = None
     scale: Stored | None = None
     tile: numerics.Tile | None = None
+    scheme: Scheme = "blocks"
 
     @property
     def nbytes(self) -> int:
@@ -51,8 +55,9 @@ class Reader(Mapping[str, Weight]):
     Args:
         path: a `.safetensors` file, or a folder with `model.safetensors.index.json` or
             with one `.safetensors` file.
-        tile: of the FP8 weights; by default `weight_block_size` of the folder's
-            `config.json`, else 128x128.
+        tile: of FP8 weights with a scale for each block; by default what the folder's
+            `config.json` says (`weight_block_size`, or `block_structure` of
+            compressed-tensors, also in `text_config`), else 128x128.
 
     Raises:
         CheckpointError: If a header lies, a shard or a tensor is missing, an FP8 weight
@@ -60,8 +65,9 @@ class Reader(Mapping[str, Weight]):
         OSError: If a file cannot be read.
 
     Scales are float32, bfloat16, float16, e8m0, or uint8 that hold e8m0's bits; they
-    are called as the weight with `_scale_inv`, `_scale` or `_scales_inv` behind, and
-    multiply, whatever their name: `x ~= codes * scale`.
+    are called as the weight with `_scale_inv`, `_scale` or `_scales_inv` behind, or as
+    its module with `.scale` or `.qscale_weight`, and multiply, whatever their name:
+    `x ~= codes * scale`. They are of blocks, of output channels or of whole matrices.
 
     Source: DeepSeek-V3's README_WEIGHTS.md, "FP8 Weight Documentation".
     """
@@ -142,12 +148,13 @@ class Reader(Mapping[str, Weight]):
         return self._files[self[name].stored.path].take(name, part)
 
     def scale(self, name: str) -> np.ndarray:
-        """The float32 scales of an FP8 weight; KeyError if `name` is none."""
+        """The float32 scales of an FP8 weight's tiles; KeyError if `name` is none."""
         weight = self[name]
-        if weight.scale is None or weight.scale_name is None:
+        if weight.scale is None or weight.scale_name is None or weight.tile is None:
             raise KeyError(f"{name} is no FP8 weight: it has no scale.")
         stored = self._files[weight.scale.path].read(weight.scale_name)
-        return scale_to_float32(stored)
+        scale = scale_to_float32(stored)
+        return in_tiles(scale, weight.scheme, weight.stored.shape, weight.tile)
 
     def release(self, name: str) -> None:
         """Lets go of a tensor's pages once it is done with, so that memory stays flat.
@@ -174,16 +181,30 @@ def _read_config(path: str) -> dict[str, Any]:
 
 
 def _configured_tile(path: str, config: dict[str, Any]) -> numerics.Tile:
-    quantization = config.get("quantization_config") or {}
-    tile = _DEFAULT_TILE
-    if isinstance(quantization, dict):
-        tile = quantization.get("weight_block_size") or _DEFAULT_TILE
+    found = (
+        tile for table in (config, config.get("text_config")) for tile in _tiles(table)
+    )
+    tile = next(found, _DEFAULT_TILE)
     sides = tuple(tile) if isinstance(tile, list | tuple) else ()
     if len(sides) != 2 or not all(type(x) is int and x > 0 for x in sides):
         raise CheckpointError(
             os.path.join(path, CONFIG), f"has weight_block_size {tile!r}."
         )
     return sides
+
+
+def _tiles(config: Any) -> Iterator[Any]:
+    """What a table of a config says of blocks, if anything."""
+    quantization = (
+        config.get("quantization_config") if isinstance(config, dict) else None
+    )
+    if not isinstance(quantization, dict):
+        return
+    groups = quantization.get("config_groups")
+    groups = groups.values() if isinstance(groups, dict) else ()
+    weights = [group.get("weights") for group in groups if isinstance(group, dict)]
+    blocks = [w.get("block_structure") for w in weights if isinstance(w, dict)]
+    yield from filter(None, (quantization.get("weight_block_size"), *blocks))
 
 
 def _shards(path: str) -> tuple[list[str | None], list[str]]:
@@ -229,19 +250,20 @@ def _pair(stored: dict[str, Stored], tile: numerics.Tile) -> dict[str, Weight]:
     for name, tensor in stored.items():
         if not numerics.is_fp8(tensor.dtype):
             continue
-        scale_name = next(
-            (name + s for s in SCALE_SUFFIXES if name + s in stored), None
-        )
+        names = [name + suffix for suffix in SCALE_SUFFIXES]
+        if name.endswith(".weight"):
+            names += [name.removesuffix("weight") + other for other in _OTHER_NAMES]
+        scale_name = next((n for n in names if n in stored), None)
         if scale_name is None:
             raise CheckpointError(
                 tensor.path,
-                f"is {tensor.dtype} and has no scale: none of "
-                f"{', '.join(name + s for s in SCALE_SUFFIXES)} is there.",
+                f"is {tensor.dtype} and has no scale: none of {', '.join(names)} is "
+                "there.",
                 name,
             )
         scale = stored[scale_name]
-        _check_scale(name, tensor, scale_name, scale, tile)
-        weights[name] = Weight(name, tensor, scale_name, scale, tile)
+        scheme, of_tiles = _scheme(name, tensor, scale_name, scale, tile)
+        weights[name] = Weight(name, tensor, scale_name, scale, of_tiles, scheme)
         scales.add(scale_name)
     return {
         name: weights.get(name, Weight(name, tensor))
@@ -250,19 +272,22 @@ def _pair(stored: dict[str, Stored], tile: numerics.Tile) -> dict[str, Weight]:
     }
 
 
-def _check_scale(
+def _scheme(
     name: str, tensor: Stored, scale_name: str, scale: Stored, tile: numerics.Tile
-) -> None:
+) -> tuple[Scheme, numerics.Tile]:
     if len(tensor.shape) < 2:
         raise CheckpointError(
             tensor.path, f"is FP8 of shape {tensor.shape}: no matrix.", name
         )
-    expected = numerics.scale_shape(tensor.shape, tile)
-    if scale.shape != expected:
+    found = scheme_of(tensor.shape, scale.shape, tile)
+    if found is None:
+        expected = numerics.scale_shape(tensor.shape, tile)
         raise CheckpointError(
             scale.path,
             f"has shape {scale.shape}; {name!r} {tensor.shape} in tiles of {tile} "
-            f"needs {expected}.",
+            f"needs {expected}, one scale per output channel "
+            f"{(*tensor.shape[:-1], 1)}, one per matrix {tensor.shape[:-2]}. Other "
+            "tiles are those of config.json, or of `tile=`.",
             scale_name,
         )
     if scale.dtype not in SCALE_DTYPES:
@@ -272,3 +297,4 @@ def _check_scale(
             f"{', '.join(str(d) for d in SCALE_DTYPES)}.",
             scale_name,
         )
+    return found

@@ -2,11 +2,13 @@
 
     fp8jax quantize IN OUT      BF16/FP32 safetensors to FP8, 128x128 blocks
     fp8jax dequantize IN OUT    FP8 safetensors to BF16
-    fp8jax inspect PATH         tensors, tiles, scales, bytes, codes
-    fp8jax diff A B             tensors that differ; exits with 1 if any does
+    fp8jax inspect PATH         tensors, kinds of scales, bytes
+    fp8jax diff A B             tensors that differ
 
-IN, PATH, A and B are safetensors files or folders; OUT is a folder. More:
-docs/checkpoints.md.
+IN, PATH, A and B are safetensors files or folders; OUT is a folder. With --json a
+command prints one array of objects instead of a table. Exit codes: 0; 1 where values
+differ (diff); 2 for an error; 3 where a weight holds NaN or infinities (quantize); 4
+where dtypes differ and all values are the same (diff). More: docs/checkpoints.md.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from collections.abc import Sequence
 
 from fp8jax import checkpoint
 from fp8jax._extras import needed_by
+from fp8jax._version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,15 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     overwrite=options.overwrite,
                     progress=progress,
                 )
-            _view.show_outcomes(outcomes)
+            _show_outcomes(options, outcomes, _view)
         elif options.command == "inspect":
             _inspect(parser, options, _view)
         else:
-            differences = checkpoint.diff(options.first, options.second)
-            _view.show_differences(differences)
-            sys.exit(any(d.what != "same bits" for d in differences))
+            _diff(options, _view)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        sys.exit("fp8jax: interrupted; the same command goes on where it was.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,12 +57,18 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     quantize = commands.add_parser("quantize", help="BF16/FP32 safetensors to FP8")
-    quantize.add_argument("source", metavar="IN")
-    quantize.add_argument("target", metavar="OUT")
-    quantize.add_argument("--scale", choices=("fp32", "ue8m0"), default="fp32")
+    quantize.add_argument("source", metavar="IN", help="file or folder to read")
+    quantize.add_argument("target", metavar="OUT", help="folder to write")
+    quantize.add_argument(
+        "--scale",
+        choices=("fp32", "ue8m0"),
+        default="fp32",
+        help="float32 scales, or powers of two in a byte each",
+    )
     quantize.add_argument(
         "--include", action="append", default=[], metavar="REGEX", help="only these"
     )
@@ -73,23 +82,51 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--overwrite", action="store_true", help="replace OUT")
 
     dequantize = commands.add_parser("dequantize", help="FP8 safetensors to BF16")
-    dequantize.add_argument("source", metavar="IN")
-    dequantize.add_argument("target", metavar="OUT")
+    dequantize.add_argument("source", metavar="IN", help="file or folder to read")
+    dequantize.add_argument("target", metavar="OUT", help="folder to write")
     dequantize.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16"
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of what was FP8",
     )
     dequantize.add_argument("--overwrite", action="store_true", help="replace OUT")
 
-    inspect = commands.add_parser(
-        "inspect", help="tensors, tiles, scales, bytes, codes"
+    inspect = commands.add_parser("inspect", help="tensors, kinds of scales, bytes")
+    inspect.add_argument("path", metavar="PATH", help="file or folder to read")
+    inspect.add_argument(
+        "--tile",
+        type=int,
+        nargs=2,
+        metavar=("ROWS", "COLUMNS"),
+        help="of blocks, if config.json does not say",
     )
-    inspect.add_argument("path", metavar="PATH")
-    inspect.add_argument("--plot", metavar="PNG", help="histogram of the codes")
+    inspect.add_argument(
+        "--codes",
+        action="store_true",
+        help="read all codes and scales, for their shares and ranges",
+    )
+    inspect.add_argument(
+        "--plot", metavar="PNG", help="histogram of the codes, which reads them"
+    )
 
     diff = commands.add_parser("diff", help="tensors that differ")
-    diff.add_argument("first", metavar="A")
-    diff.add_argument("second", metavar="B")
+    diff.add_argument("first", metavar="A", help="file or folder")
+    diff.add_argument("second", metavar="B", help="file or folder")
+    for command in (quantize, dequantize, inspect, diff):
+        command.add_argument("--json", action="store_true", help="print no table")
     return parser
+
+
+def _diff(options: argparse.Namespace, view) -> None:
+    differences = checkpoint.diff(options.first, options.second)
+    (view.show_json if options.json else view.show_differences)(differences)
+    kinds = {d.what for d in differences} - {"same bits"}
+    sys.exit(0 if not kinds else 4 if kinds == {"same values"} else 1)
+
+
+def _show_outcomes(options: argparse.Namespace, outcomes, view) -> None:
+    (view.show_json if options.json else view.show_outcomes)(outcomes)
 
 
 def _quantize(options: argparse.Namespace, view) -> None:
@@ -108,17 +145,23 @@ def _quantize(options: argparse.Namespace, view) -> None:
             overwrite=options.overwrite,
             progress=progress,
         )
-    view.show_outcomes(outcomes)
+    _show_outcomes(options, outcomes, view)
+    odd = view.not_numbers(outcomes)
+    if odd:
+        print(f"fp8jax: NaN or infinities in {', '.join(odd)}", file=sys.stderr)
+        sys.exit(3)
 
 
 def _inspect(parser: argparse.ArgumentParser, options: argparse.Namespace, view):
-    reader = checkpoint.Reader(options.path)
+    tile = tuple(options.tile) if options.tile else None
+    reader = checkpoint.Reader(options.path, tile=tile)
     histograms = {
         name: checkpoint.code_histogram(reader, name)
         for name, weight in reader.items()
-        if weight.scale is not None
+        if weight.scale is not None and (options.codes or options.plot)
     }
-    view.show_tensors(reader, histograms)
+    rows = view.tensors(reader, histograms)
+    (view.show_json if options.json else view.show_tensors)(rows)
     if options.plot:
         try:
             with needed_by("--plot", "cli"):

@@ -1,11 +1,14 @@
 """What the commands print."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -13,10 +16,10 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
 
 from fp8jax import numerics
 from fp8jax.checkpoint import Difference, Outcome, Reader
+from fp8jax.cli._table import show
 
 
 @contextlib.contextmanager
@@ -34,24 +37,42 @@ def progress(reader: Reader) -> Iterator[Callable[[int], None]]:
         yield lambda nbytes: bar.advance(task, nbytes)
 
 
+def show_json(items: Iterable[Any]) -> None:
+    """One JSON array of objects; numbers that JSON has no word for as strings."""
+    tables = [x if isinstance(x, dict) else dataclasses.asdict(x) for x in items]
+    print(json.dumps([{k: _plain(v) for k, v in t.items()} for t in tables], indent=1))
+
+
+def _plain(value: Any) -> Any:
+    is_odd = isinstance(value, float) and not math.isfinite(value)
+    return str(value) if is_odd else value
+
+
+def not_numbers(outcomes: Iterable[Outcome]) -> list[str]:
+    """Names of tensors whose weights hold NaN or infinities."""
+    return [o.name for o in outcomes if o.sqnr_db is not None and math.isnan(o.sqnr_db)]
+
+
 def show_outcomes(outcomes: Sequence[Outcome]) -> None:
     """Tensors with their SQNR and bytes, and the totals."""
-    table = _table("tensor", ">bytes in", ">bytes out", ">SQNR dB", "kept, because")
-    for o in outcomes:
-        table.add_row(
-            escape(o.name),
-            f"{o.bytes_in:,}",
-            f"{o.bytes_out:,}",
-            "" if o.sqnr_db is None else f"{o.sqnr_db:.2f}",
-            o.note,
-        )
-    console = Console()
-    console.print(table)
+    show(
+        ("tensor", ">bytes in", ">bytes out", ">SQNR dB", "kept, because"),
+        (
+            (
+                o.name,
+                f"{o.bytes_in:,}",
+                f"{o.bytes_out:,}",
+                "" if o.sqnr_db is None else f"{o.sqnr_db:.2f}",
+                o.note,
+            )
+            for o in outcomes
+        ),
+    )
     changed = [o for o in outcomes if not o.note]
     for what, group in (("converted", changed), ("all", outcomes)):
         before, after = (sum(getattr(o, f"bytes_{x}") for o in group) for x in _ENDS)
         share = after / before if before else 1.0
-        console.print(
+        print(
             f"{what}: {len(group)} tensors, {before:,} to {after:,} bytes ({share:.2%})"
         )
 
@@ -59,68 +80,95 @@ def show_outcomes(outcomes: Sequence[Outcome]) -> None:
 _ENDS = ("in", "out")
 
 
-def show_tensors(reader: Reader, histograms: Mapping[str, np.ndarray]) -> None:
-    """Tensors with shapes and bytes; of FP8 ones tiles, scales and codes."""
-    table = _table(
-        "tensor", "dtype", "shape", "tile", "scales", ">bytes", ">zero", ">largest"
-    )
-    scale_bytes = 0
+def tensors(reader: Reader, histograms: Mapping[str, np.ndarray]) -> list[dict]:
+    """What there is to say of each tensor; of FP8 ones with a histogram their codes."""
+    found = []
     for name, weight in reader.items():
-        row = [escape(name), str(weight.stored.dtype), _sides(weight.stored.shape)]
-        if weight.scale is None or weight.tile is None:
-            table.add_row(*row, "", "", f"{weight.nbytes:,}", "", "")
-            continue
-        scale, counts = reader.scale(name), histograms[name]
-        codes = np.arange(256, dtype=np.uint8).view(weight.stored.dtype)
-        values = np.abs(codes.astype(np.float32))
-        total = max(1, counts.sum())
-        zero = counts[values == 0].sum() / total
-        largest = counts[values == numerics.max_value(codes.dtype)].sum() / total
-        scale_bytes += weight.scale.nbytes
-        table.add_row(
-            *row,
-            _sides(weight.tile),
-            f"{weight.scale.dtype} {scale.min():.2e} to {scale.max():.2e}",
-            f"{weight.nbytes:,}",
-            f"{zero:.2%}",
-            f"{largest:.3%}",
-        )
-    console = Console()
-    console.print(table)
-    total = sum(w.nbytes for w in reader.values())
-    console.print(
-        f"{len(reader)} tensors, {total:,} bytes, {scale_bytes:,} of them scales; "
-        "zero, largest: shares of codes that are 0 and the format's largest value"
+        row: dict[str, Any] = {
+            "name": name,
+            "dtype": str(weight.stored.dtype),
+            "shape": list(weight.stored.shape),
+            "bytes": weight.nbytes,
+        }
+        if weight.scale is not None and weight.tile is not None:
+            row |= {
+                "scheme": weight.scheme,
+                "tile": list(weight.tile),
+                "scale_name": weight.scale_name,
+                "scale_dtype": str(weight.scale.dtype),
+                "scale_bytes": weight.scale.nbytes,
+            }
+        if name in histograms:
+            row |= _codes(reader, name, histograms[name])
+        found.append(row)
+    found += [{"name": n, "dtype": code} for n, code in reader.unknown.items()]
+    return found
+
+
+def _codes(reader: Reader, name: str, counts: np.ndarray) -> dict[str, float]:
+    """Shares of codes, and the range of the scales."""
+    dtype, scale = reader[name].stored.dtype, reader.scale(name)
+    values = np.abs(np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32))
+    total = max(1, int(counts.sum()))
+    largest = counts[values == numerics.max_value(dtype)]
+    return {
+        "least_scale": float(scale.min()),
+        "largest_scale": float(scale.max()),
+        "zero": float(counts[values == 0].sum() / total),
+        "largest": float(largest.sum() / total),
+    }
+
+
+def show_tensors(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Tensors with shapes and bytes; of FP8 ones tiles, scales and codes."""
+    with_codes = any("zero" in row for row in rows)
+    columns = ["tensor", "dtype", "shape", "scheme", "scales", ">bytes"]
+    if with_codes:
+        columns += ["scales from", "to", ">zero", ">largest"]
+    show(columns, (_cells(row, with_codes) for row in rows))
+    total = sum(row.get("bytes", 0) for row in rows)
+    scales = sum(row.get("scale_bytes", 0) for row in rows)
+    kinds = sorted({_scheme(row) for row in rows if "scheme" in row})
+    print(
+        f"{len(rows)} tensors, {total:,} bytes, {scales:,} of them scales"
+        + (f"; FP8 by {', '.join(kinds)}" if kinds else "; none is FP8")
     )
+    if with_codes:
+        print("zero, largest: shares of codes that are 0 and the format's largest")
+
+
+def _cells(row: Mapping[str, Any], with_codes: bool) -> list[str]:
+    cells = [row["name"], row["dtype"], _sides(row["shape"]) if "shape" in row else ""]
+    cells += [_scheme(row), row.get("scale_dtype", "")]
+    cells.append(f"{row['bytes']:,}" if "bytes" in row else "dtype unknown here")
+    if with_codes:
+        formats = {"least_scale": ".2e", "largest_scale": ".2e"}
+        formats |= {"zero": ".2%", "largest": ".3%"}
+        cells += [f"{row[k]:{f}}" if k in row else "" for k, f in formats.items()]
+    return cells
+
+
+def _scheme(row: Mapping[str, Any]) -> str:
+    """Blocks by their sides, or what a scale is of."""
+    if "scheme" not in row:
+        return ""
+    return _sides(row["tile"]) if row["scheme"] == "blocks" else row["scheme"]
 
 
 def show_differences(differences: Sequence[Difference]) -> None:
     """Tensors that differ, and how many there are of each kind."""
-    table = _table("tensor", "", ">SQNR dB", ">largest difference")
     counts: dict[str, int] = {}
+    rows = []
     for d in differences:
         counts[d.what] = counts.get(d.what, 0) + 1
         if d.what != "same bits":
-            table.add_row(
-                escape(d.name),
-                d.what,
-                "" if d.sqnr_db is None else f"{d.sqnr_db:.2f}",
-                "" if d.largest is None else f"{d.largest:.3g}",
-            )
-    console = Console()
-    if table.row_count:
-        console.print(table)
-    console.print(", ".join(f"{n} {what}" for what, n in counts.items()) or "empty")
+            sqnr = "" if d.sqnr_db is None else f"{d.sqnr_db:.2f}"
+            largest = "" if d.largest is None else f"{d.largest:.3g}"
+            rows.append((d.name, d.what, sqnr, largest))
+    if rows:
+        show(("tensor", "how", ">SQNR dB", ">largest difference"), rows)
+    print(", ".join(f"{n} {what}" for what, n in counts.items()) or "empty")
 
 
 def _sides(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
-
-
-def _table(*columns: str) -> Table:
-    table = Table()
-    for column in columns:
-        justify = "right" if column.startswith(">") else "left"
-        fold = "fold" if column == "tensor" else "ellipsis"
-        table.add_column(column.lstrip(">"), justify=justify, overflow=fold)
-    return table
