@@ -56,7 +56,7 @@ def prepare(item: pytest.Item) -> None:
 
 
 # Single tests of half a minute: none of them is the last that all others wait for.
-_LONG = "examples", "processes", "test_on_gpu.py", "tune"
+_LONG = "examples", "processes", "test_on_gpu.py", "tune", "kernels/test_gemm_trust.py"
 
 
 def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
