@@ -14,8 +14,9 @@ from fp8jax.checkpoint._ahead import Work
 from fp8jax.checkpoint._band import quantize_band
 from fp8jax.checkpoint._config import quantization_config
 from fp8jax.checkpoint._dtypes import E8M0, scale_to_e8m0
+from fp8jax.checkpoint._families import is_matrix, modules_kept
 from fp8jax.checkpoint._reader import Reader
-from fp8jax.checkpoint._rules import TILE, WeightRules
+from fp8jax.checkpoint._rules import TILE, WeightRules, reasons_kept
 from fp8jax.checkpoint._save import MAX_SHARD_BYTES, SCALE_SUFFIX
 from fp8jax.checkpoint._stream import (
     Job,
@@ -71,6 +72,8 @@ def quantize_checkpoint(
     """
     reader = Reader(source)
     rules = WeightRules() if rules is None else rules
+    tensors = {n: (w.stored.shape, w.stored.dtype) for n, w in reader.items()}
+    notes = reasons_kept(rules, tensors, reader.config)
     jobs, outcomes = [], []
     for name, weight in reader.items():
         if weight.scale is not None:
@@ -79,7 +82,7 @@ def quantize_checkpoint(
                 f"in {weight.stored.path}."
             )
         stored = weight.stored
-        note = rules.reason_kept(name, stored.shape, stored.dtype)
+        note = notes[name]
         specs: Specs = {name: jax.ShapeDtypeStruct(stored.shape, stored.dtype)}
         work = functools.partial(copy_work, name=name, note=note or "")
         if note is None:
@@ -98,15 +101,15 @@ def quantize_checkpoint(
     kept = (
         o.name
         for o in outcomes
-        if o.note
-        and o.name.endswith(".weight")
-        and len(reader[o.name].stored.shape) > 1
+        if o.note and is_matrix(o.name, len(reader[o.name].stored.shape))
     )
     return rewrite(
         reader,
         os.fspath(target),
         jobs,
-        quantization_config(_E4M3, TILE, rules.scale, kept),
+        quantization_config(
+            _E4M3, TILE, rules.scale, modules_kept(kept, reader, reader.config)
+        ),
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
         progress=progress,
