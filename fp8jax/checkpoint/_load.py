@@ -4,6 +4,7 @@ Invariant: no FP8 weight is inflated, on the host or on a device.
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,9 @@ def load(
         tile: as in `Reader`.
 
     Returns:
-        A pytree of QTensors and arrays. Scales are float32, whatever the file's dtype;
+        A pytree of QTensors and arrays. Scales are float32, whatever the file's dtype,
+        those of rows or whole matrices repeated over tiles of 128. What is in
+        `Reader.others` is left out, with a warning;
         64-bit numbers become 32-bit ones unless JAX has x64 enabled.
 
     Raises:
@@ -56,6 +59,13 @@ def load(
     """
     check_layout("load", layout)
     reader = Reader(path, tile=tile)
+    if reader.others:
+        warnings.warn(
+            f"load leaves out {len(reader.others)} tensors of {reader.path} that are "
+            f"parts of weights in {', '.join(sorted(set(reader.others.values())))}: "
+            f"{', '.join(sorted(reader.others)[:3])}, ... (Reader.others names all).",
+            stacklevel=2,
+        )
     tree: dict[str, Any] = {}
     for name, weight in reader.items():
         where, transposed = (name,), False

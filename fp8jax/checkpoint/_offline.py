@@ -70,7 +70,7 @@ def quantize_checkpoint(
 
     Source: DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.3.2.
     """
-    reader = Reader(source)
+    reader = _whole("quantize_checkpoint", Reader(source))
     rules = WeightRules() if rules is None else rules
     tensors = {n: (w.stored.shape, w.stored.dtype) for n, w in reader.items()}
     notes = reasons_kept(rules, tensors, reader.config)
@@ -121,6 +121,7 @@ def dequantize_checkpoint(
     target: str | os.PathLike,
     *,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    tile: numerics.Tile | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress = lambda nbytes: None,
@@ -129,6 +130,7 @@ def dequantize_checkpoint(
 
     Args:
         dtype: of those weights. float32 is exact but for the product's rounding.
+        tile: as in `Reader`.
         source, target, overwrite, max_shard_bytes, progress: as in
             `quantize_checkpoint`.
 
@@ -143,7 +145,7 @@ def dequantize_checkpoint(
             "dequantize_checkpoint takes dtype bfloat16, float16 or float32, got "
             f"{dtype!r}."
         )
-    reader = Reader(source)
+    reader = _whole("dequantize_checkpoint", Reader(source, tile=tile))
     jobs = []
     for name, weight in reader.items():
         stored = weight.stored
@@ -161,6 +163,16 @@ def dequantize_checkpoint(
         overwrite=overwrite,
         progress=progress,
     )
+
+
+def _whole(name: str, reader: Reader) -> Reader:
+    """The reader, if it reads every tensor: none is to be lost."""
+    for other, kind in reader.others.items():
+        raise ValueError(
+            f"{name} takes FP8 weights and plain arrays, got {other!r} of {kind} in "
+            f"{reader.path}, one of {len(reader.others)} such tensors."
+        )
+    return reader
 
 
 def _fp8_specs(name: str, shape: tuple[int, ...], rules: WeightRules) -> Specs:

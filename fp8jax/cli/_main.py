@@ -29,11 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.command == "quantize":
             _quantize(options, _view)
         elif options.command == "dequantize":
-            with _view.progress(checkpoint.Reader(options.source)) as progress:
+            reader = checkpoint.Reader(options.source, tile=options.tile)
+            with _view.progress(reader) as progress:
                 outcomes = checkpoint.dequantize_checkpoint(
                     options.source,
                     options.target,
                     dtype=options.dtype,
+                    tile=options.tile,
                     overwrite=options.overwrite,
                     progress=progress,
                 )
@@ -78,18 +80,38 @@ def _parser() -> argparse.ArgumentParser:
     dequantize.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16"
     )
+    _add_tile(dequantize)
     dequantize.add_argument("--overwrite", action="store_true", help="replace OUT")
 
     inspect = commands.add_parser(
         "inspect", help="tensors, tiles, scales, bytes, codes"
     )
     inspect.add_argument("path", metavar="PATH")
+    _add_tile(inspect)
     inspect.add_argument("--plot", metavar="PNG", help="histogram of the codes")
 
     diff = commands.add_parser("diff", help="tensors that differ")
     diff.add_argument("first", metavar="A")
     diff.add_argument("second", metavar="B")
     return parser
+
+
+def _add_tile(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--tile",
+        type=_tile,
+        metavar="ROWSxCOLUMNS",
+        help="of FP8 weights, where config.json does not say it: 64x64",
+    )
+
+
+def _tile(text: str) -> tuple[int, int]:
+    sides = text.split("x")
+    if len(sides) != 2 or not all(s.isdecimal() and int(s) for s in sides):
+        raise argparse.ArgumentTypeError(
+            f"two sides are wanted, as 64x64, got {text!r}"
+        )
+    return int(sides[0]), int(sides[1])
 
 
 def _quantize(options: argparse.Namespace, view) -> None:
@@ -112,7 +134,7 @@ def _quantize(options: argparse.Namespace, view) -> None:
 
 
 def _inspect(parser: argparse.ArgumentParser, options: argparse.Namespace, view):
-    reader = checkpoint.Reader(options.path)
+    reader = checkpoint.Reader(options.path, tile=options.tile)
     histograms = {
         name: checkpoint.code_histogram(reader, name)
         for name, weight in reader.items()

@@ -1,5 +1,6 @@
 """What the commands print."""
 
+import collections
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -16,7 +17,7 @@ from rich.progress import (
 from rich.table import Table
 
 from fp8jax import numerics
-from fp8jax.checkpoint import Difference, Outcome, Reader
+from fp8jax.checkpoint import Difference, Outcome, Reader, Weight
 
 
 @contextlib.contextmanager
@@ -79,7 +80,7 @@ def show_tensors(reader: Reader, histograms: Mapping[str, np.ndarray]) -> None:
         scale_bytes += weight.scale.nbytes
         table.add_row(
             *row,
-            _sides(weight.tile),
+            _layout(weight),
             f"{weight.scale.dtype} {scale.min():.2e} to {scale.max():.2e}",
             f"{weight.nbytes:,}",
             f"{zero:.2%}",
@@ -92,6 +93,12 @@ def show_tensors(reader: Reader, histograms: Mapping[str, np.ndarray]) -> None:
         f"{len(reader)} tensors, {total:,} bytes, {scale_bytes:,} of them scales; "
         "zero, largest: shares of codes that are 0 and the format's largest value"
     )
+    kinds = collections.Counter(_layout(w) for w in reader.values() if w.scale)
+    if kinds:
+        shown = (f"{kind} ({count})" for kind, count in kinds.items())
+        console.print(f"FP8, a scale for each: {', '.join(shown)}")
+    for kind, count in collections.Counter(reader.others.values()).items():
+        console.print(f"not read: {count} tensors of weights in {kind}")
 
 
 def show_differences(differences: Sequence[Difference]) -> None:
@@ -111,6 +118,13 @@ def show_differences(differences: Sequence[Difference]) -> None:
     if table.row_count:
         console.print(table)
     console.print(", ".join(f"{n} {what}" for what, n in counts.items()) or "empty")
+
+
+def _layout(weight: Weight) -> str:
+    """What one scale is of, as the file stores them."""
+    if weight.kind == "tiles" and weight.tile is not None:
+        return _sides(weight.tile)
+    return str(weight.kind)
 
 
 def _sides(shape: Sequence[int]) -> str:
