@@ -51,6 +51,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="tests marked compiled fail where they would be skipped",
     )
     parser.addoption(
+        "--require-interop",
+        action="store_true",
+        help="fail where torch, transformers or accelerate is missing",
+    )
+    parser.addoption(
         "--optimized",
         action="store_true",
         help="XLA:CPU compiles every test's programs as it does users'; takes longer",
@@ -59,6 +64,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """What is set before a backend starts; workers and subprocesses inherit it."""
+    if config.getoption("--require-interop"):
+        needed = ("accelerate", "torch", "transformers")
+        missing = [name for name in needed if importlib.util.find_spec(name) is None]
+        if missing:
+            raise pytest.UsageError(f"--require-interop: no {', '.join(missing)} here.")
     compiling.emit_fusions_as_before()
     if hasattr(config, "workerinput"):
         return

@@ -9,6 +9,7 @@ import numpy as np
 
 from fp8jax import numerics
 from fp8jax.checkpoint._offline import band_values, sqnr_of
+from fp8jax.checkpoint._quantized import whole
 from fp8jax.checkpoint._reader import Reader
 from fp8jax.checkpoint._stream import bands
 
@@ -61,10 +62,11 @@ def diff(first: str | os.PathLike, second: str | os.PathLike) -> list[Difference
 
     Raises:
         CheckpointError, OSError: As `Reader` does.
+        ValueError: If one has tensors of other formats.
     """
     a, b = Reader(first), Reader(second)
     for reader in (a, b):
-        reader.check_known()
+        whole("diff", reader)
     return [_difference(a, b, name) for name in dict.fromkeys((*a, *b))]
 
 

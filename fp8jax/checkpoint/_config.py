@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ def quantization_config(
     dtype: np.dtype,
     tile: numerics.Tile,
     scale: ScaleFormat,
-    kept_modules: Iterable[str],
+    modules: Sequence[str],
 ) -> dict[str, Any]:
     """The `quantization_config` of a model, as DeepSeek-V3's.
 
@@ -27,19 +27,18 @@ def quantization_config(
         dtype: of the codes.
         tile: of every FP8 weight `[out, in]`.
         scale: how scales are stored.
-        kept_modules: those that are not FP8. They are listed twice:
+        modules: that are not FP8, as `modules_kept` names them. They are listed twice:
             `modules_to_not_convert` is what transformers reads, `ignored_layers` what
             vLLM does.
     """
-    kept = sorted(kept_modules)
     return {
         "quant_method": "fp8",
         "fmt": _FORMATS[np.dtype(dtype)],
         "activation_scheme": "dynamic",
         "weight_block_size": list(tile),
         **({"scale_fmt": "ue8m0"} if scale == "ue8m0" else {}),
-        "modules_to_not_convert": kept,
-        "ignored_layers": kept,
+        "modules_to_not_convert": list(modules),
+        "ignored_layers": list(modules),
     }
 
 

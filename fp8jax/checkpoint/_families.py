@@ -1,110 +1,129 @@
-"""What readers of FP8 checkpoints make of a model's names: tables, by family.
+"""How models and their readers name what stays: embeddings, heads, fused layers.
 
-Readers make one layer of several, tie heads to embeddings, and look for experts under
-a name of their own. The families beside an entry have such names in their files.
+| kept            | called                          | by                               |
+| --------------- | ------------------------------- | -------------------------------- |
+| embedding       | `embed_tokens`, `tok_embeddings`| Llama, Qwen, Gemma, DeepSeek     |
+|                 | `wte`, `wpe`                    | GPT-2, Falcon                    |
+|                 | `shared`                        | T5, BART                         |
+|                 | `relative_attention_bias`       | T5                               |
+|                 | `emb`                           | RWKV                             |
+| head            | `lm_head`, `head`               | most, DeepSeek's own format      |
+|                 | `output`                        | Llama's own format, InternLM2    |
+|                 | `output_layer`                  | ChatGLM                          |
+| MLA's pair      | `q_a_proj`, `kv_a_proj_with_mqa`| DeepSeek-V2, V3, Kimi, GLM       |
+| next token      | `eh_proj`                       | DeepSeek-V3's last layer: vLLM's |
+|                 |                                 | is a plain linear layer          |
+| Conv1D          | every matrix, `[in, out]`       | GPT-2 and what is made of it     |
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-# What is looked up and not multiplied by: its rows are entries of a vocabulary.
-EMBEDDING = re.compile(
-    r"embed"  # embed_tokens, tok_embeddings, word_embeddings, embedding
-    r"|(^|\.)w[tp]e(\.|$)"  # GPT-2
-    r"|(^|\.)(shared|emb)\.weight$"  # T5, BART; RWKV
-)
-HEAD = re.compile(
-    r"(^|\.)(lm_head|head|classifier|cls|score|pooler)(\.|$)"
-    r"|^(\w+\.)?(output|output_layer)\.weight$"  # Llama's own, InternLM2; ChatGLM
+from fp8jax.checkpoint._layout import EMBEDDING
+
+# Kept in DeepSeek-V3 too (report, section 3.3): what is small, or decides much.
+KEPT = (
+    ("embedding", EMBEDDING),
+    ("norm", re.compile(r"norm", re.IGNORECASE)),
+    ("router", re.compile(r"router|(^|\.)(shared_expert_)?gate(\.|$)")),
+    (
+        "head",
+        re.compile(
+            r"(^|\.)(lm_head|head|classifier|cls|score|pooler|output_layer)(\.|$)"
+            # A layer's own `output`, as BERT's, has a layer before it or behind it.
+            r"|^(model\.|transformer\.|language_model\.)*output(\.(weight|kernel))?$"
+        ),
+    ),
+    ("next token", re.compile(r"(^|\.)eh_proj(\.|$)")),
 )
 
-# Layers that a reader makes one of: all of a module's are FP8, or none is.
-FUSED = (
-    ("q_proj", "k_proj", "v_proj"),  # Llama, Qwen, Mistral, Gemma, GLM-4
-    ("gate_proj", "up_proj"),  # the same
-    ("w1", "w3"),  # Mixtral, Llama's own
-    ("q_a_proj", "kv_a_proj_with_mqa"),  # DeepSeek-V2 and V3, Kimi, GLM with MLA
-    ("query", "key", "value"),  # BERT
-)
-# Quantized though its 576 rows end within a tile, as in DeepSeek-V3's own files.
-RAGGED = re.compile(r"(^|\.)kv_a_proj_with_mqa(\.weight)?$")
+# kv_a_proj_with_mqa has 576 rows in every model published: with ragged ones alone do
+# both become FP8.
+MLA_PAIR = re.compile(r"(^|\.)(q_a_proj|kv_a_proj_with_mqa)(\.|$)")
 
-_EXPERTS = re.compile(r"^(.*\.experts)\.")
+# transformers' modules of these are Conv1D, which no FP8 layer takes the place of.
+_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_CONV1D_NAMES = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")
+
+# vLLM makes one layer of each of these, in FP8 or not.
+_FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+_GROUP = {name: group for group in _FUSED for name in group}
 _LAYER_NUMBER = re.compile(r"(^|\.)\d+\.")
+_EXPERTS = re.compile(r"(?P<module>(^|.*\.)experts)\.")
+# What a file calls a module, and what transformers' model does.
+_RENAMED = (("block_sparse_moe", "mlp"),)
 
 
-def vocabulary_rows(config: Mapping[str, Any]) -> int | None:
-    """How many rows an embedding or a head has, where `config.json` says so."""
-    for table in (config, config.get("text_config")):
-        rows = table.get("vocab_size") if isinstance(table, Mapping) else None
-        if type(rows) is int:
-            return rows
-    return None
+def is_conv1d(config: Mapping[str, Any], name: str) -> bool:
+    """Whether transformers' model multiplies by this weight as it is: `[in, out]`."""
+    return config.get("model_type") in _CONV1D and bool(_CONV1D_NAMES.search(name))
 
 
-def is_of_vocabulary(name: str, shape: tuple[int, ...], rows: int | None) -> bool:
+def is_of_vocabulary(
+    name: str, shape: tuple[int, ...], config: Mapping[str, Any]
+) -> bool:
     """Whether a matrix outside the layers has a row for each entry of a vocabulary."""
+    nested = config.get("text_config")
+    tables = (config, nested if isinstance(nested, Mapping) else {})
+    rows = {table.get("vocab_size") for table in tables} - {None}
     is_outside = not _LAYER_NUMBER.search(name)
-    return is_outside and len(shape) == 2 and rows is not None and shape[0] == rows
+    return is_outside and len(shape) == 2 and shape[0] in rows
 
 
-def left_by_their_own(
-    kept: Collection[str], converted: Collection[str]
-) -> dict[str, str]:
-    """Weights that stay because one that is fused with them does, and that one."""
-    where = {name: _fused(name) for name in (*kept, *converted)}
-    stays = {place: name for name in kept if (place := where[name]) is not None}
-    return {
-        name: stays[place]
-        for name in converted
-        if (place := where[name]) is not None and place in stays
-    }
+def is_matrix(name: str, ndim: int) -> bool:
+    """Whether a reader has a layer for this tensor, or one for all experts'."""
+    stacked = ndim == 3 and _EXPERTS.match(name) is not None
+    return ndim >= 2 and (name.endswith(".weight") or stacked)
 
 
-def _fused(name: str) -> tuple[str, int] | None:
-    """The module and the group of a weight that readers fuse with others."""
-    module, _, layer = name.removesuffix(".weight").rpartition(".")
-    for i, group in enumerate(FUSED):
-        if layer in group:
-            return module, i
-    return None
-
-
-def is_layer(name: str, rank: int) -> bool:
-    """Whether a tensor is a layer's matrix, or a stack of experts', for readers."""
-    return rank >= 2 and (
-        name.endswith(".weight") or (rank == 3 and _EXPERTS.match(name) is not None)
-    )
+def fused_layer(name: str) -> str | None:
+    """The layer that vLLM makes of this weight and others; None if of it alone."""
+    if experts := _EXPERTS.match(name):
+        return experts["module"]
+    *parent, module, leaf = ["", *name.split(".")]
+    group = _GROUP.get(module)
+    return ".".join((*parent, "+".join(group), leaf)) if group else None
 
 
 def modules_kept(
-    kept: Iterable[str], converted: Iterable[str], config: Mapping[str, Any]
+    kept: Iterable[str], names: Iterable[str], config: Mapping[str, Any]
 ) -> list[str]:
-    """Modules that readers must not make FP8 layers of, as they look for them.
+    """What `config.json` lists as not FP8, as each reader looks for it.
 
     Args:
-        kept: names of matrices, and of stacks of experts', that stay as they are.
-        converted: names of those that are FP8.
-        config: of the model.
-
-    Returns:
-        The modules of `kept`; a module of experts where none of its is FP8; and
-        `lm_head` where it is the embedding, and in no file.
+        kept: names of the matrices that stay.
+        names: of all tensors.
+        config: the model's.
     """
-    kept = list(kept)
-    modules = {name.removesuffix(".weight") for name in kept}
-    fp8 = {found[1] for name in converted if (found := _EXPERTS.match(name))}
-    mine = {found[1] for name in kept if (found := _EXPERTS.match(name))}
-    modules |= mine - fp8
-    if _is_tied(config) and not any(map(HEAD.search, kept)):
+    modules = set()
+    for name in kept:
+        modules.add(name.removesuffix(".weight"))
+        # transformers makes one module of all experts, which has this name.
+        if experts := _EXPERTS.match(name):
+            modules.add(experts["module"])
+    if _has_tied_head(names, config):
         modules.add("lm_head")
+    for file, model in _RENAMED:
+        modules |= {name.replace(file, model) for name in modules}
     return sorted(modules)
 
 
-def _is_tied(config: Mapping[str, Any]) -> bool:
-    tables = [config, config.get("text_config")]
-    return any(
-        isinstance(table, Mapping) and table.get("tie_word_embeddings") is True
-        for table in tables
-    )
+def _has_tied_head(names: Iterable[str], config: Mapping[str, Any]) -> bool:
+    """Whether the model has an `lm_head` which is no tensor of its own."""
+    names = tuple(names)
+    if any(re.search(r"(^|\.)lm_head\.", name) for name in names):
+        return False
+    nested = config.get("text_config")
+    tables = (config, nested if isinstance(nested, Mapping) else {})
+    told = [t["tie_word_embeddings"] for t in tables if "tie_word_embeddings" in t]
+    if told:
+        return any(told)
+    # transformers writes what is not its default, and most models tie by default.
+    head = dict(KEPT)["head"]
+    return "model_type" in config and not any(map(head.search, names))

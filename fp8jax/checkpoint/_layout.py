@@ -6,13 +6,18 @@ norm.weight [d]        <->  ("norm", "scale") [d]
 anything else          <->  the same name and shape
 """
 
+import re
 from typing import Literal, get_args
-
-from fp8jax.checkpoint._families import EMBEDDING
 
 Layout = Literal["hf", "flax"]
 Path = tuple[str, ...]
 
+# What is looked up and not multiplied by: its rows are entries of a vocabulary.
+EMBEDDING = re.compile(
+    r"embed|(^|\.)w[tp]e(\.|$)"
+    # T5, BART and RWKV's; `shared` is also a table of layers, elsewhere.
+    r"|(^|\.)(shared|emb|relative_attention_bias)(\.(weight|embedding|kernel))?$"
+)
 _FLAX_LEAVES = ("kernel", "embedding", "scale")
 
 

@@ -45,8 +45,9 @@ def load(
         tile: as in `Reader`.
 
     Returns:
-        A pytree of QTensors and arrays, without tensors of unknown dtypes, which a
-        warning names. Scales are float32, whatever the file's dtype;
+        A pytree of QTensors and arrays. Scales are float32, whatever the file's dtype,
+        those of rows or whole matrices repeated over tiles of 128. What is in
+        `Reader.others` is left out, with a warning.
         64-bit numbers become 32-bit ones unless JAX has x64 enabled.
 
     Raises:
@@ -59,11 +60,13 @@ def load(
     """
     check_layout("load", layout)
     reader = Reader(path, tile=tile)
-    if reader.unknown:
-        some = ", ".join(f"{n} ({code})" for n, code in [*reader.unknown.items()][:5])
+    if reader.others:
+        some = ", ".join(
+            f"{n} ({kind})" for n, kind in sorted(reader.others.items())[:3]
+        )
         warnings.warn(
-            f"load leaves out {len(reader.unknown)} tensors of {reader.path} whose "
-            f"dtypes are unknown here: {some}.",
+            f"load leaves out {len(reader.others)} tensors of {reader.path} that are "
+            f"parts of weights in other formats, all named in Reader.others: {some}.",
             stacklevel=2,
         )
     tree: dict[str, Any] = {}

@@ -14,16 +14,10 @@ from fp8jax.checkpoint._ahead import Work
 from fp8jax.checkpoint._band import quantize_band
 from fp8jax.checkpoint._config import quantization_config
 from fp8jax.checkpoint._dtypes import E8M0, scale_to_e8m0
-from fp8jax.checkpoint._families import (
-    is_layer,
-    is_of_vocabulary,
-    left_by_their_own,
-    modules_kept,
-    vocabulary_rows,
-)
-from fp8jax.checkpoint._quantized import check_unquantized
+from fp8jax.checkpoint._families import is_matrix, modules_kept
+from fp8jax.checkpoint._quantized import check_unquantized, whole
 from fp8jax.checkpoint._reader import Reader
-from fp8jax.checkpoint._rules import TILE, WeightRules
+from fp8jax.checkpoint._rules import TILE, WeightRules, reasons_kept
 from fp8jax.checkpoint._save import MAX_SHARD_BYTES, SCALE_SUFFIX
 from fp8jax.checkpoint._stream import (
     Job,
@@ -107,17 +101,14 @@ def quantize_checkpoint(
             f"choose: its {len(notes)} tensors stay, because "
             f"{', '.join(reasons[:8]) or 'there are none'}."
         )
-    layers = [n for n in notes if is_layer(n, len(reader[n].stored.shape))]
-    kept = modules_kept(
-        (n for n in layers if notes[n] is not None),
-        (n for n in notes if notes[n] is None),
-        reader.config,
-    )
+    kept = (n for n, note in notes.items() if note is not None)
+    kept = (n for n in kept if is_matrix(n, len(reader[n].stored.shape)))
+    modules = modules_kept(kept, reader, reader.config)
     return rewrite(
         reader,
         os.fspath(target),
         jobs,
-        quantization_config(_E4M3, TILE, rules.scale, kept),
+        quantization_config(_E4M3, TILE, rules.scale, modules),
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
         progress=progress,
@@ -129,6 +120,7 @@ def dequantize_checkpoint(
     target: str | os.PathLike,
     *,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    tile: numerics.Tile | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress = lambda nbytes: None,
@@ -137,6 +129,7 @@ def dequantize_checkpoint(
 
     Args:
         dtype: of those weights. float32 is exact but for the product's rounding.
+        tile: as in `Reader`.
         source, target, overwrite, max_shard_bytes, progress: as in
             `quantize_checkpoint`.
 
@@ -151,8 +144,8 @@ def dequantize_checkpoint(
             "dequantize_checkpoint takes dtype bfloat16, float16 or float32, got "
             f"{dtype!r}."
         )
-    reader = Reader(source)
-    reader.check_known()
+    reader = Reader(source, tile=tile)
+    whole("dequantize_checkpoint", reader)
     if all(weight.scale is None for weight in reader.values()):
         raise ValueError(f"dequantize_checkpoint finds no FP8 weight in {reader.path}.")
     jobs = []
@@ -176,21 +169,10 @@ def dequantize_checkpoint(
 
 def _notes(reader: Reader, rules: WeightRules) -> dict[str, str | None]:
     """Why each tensor stays as it is; None of those that become FP8."""
-    reader.check_known()
+    whole("quantize_checkpoint", reader)
     check_unquantized(reader)
-    rows = vocabulary_rows(reader.config)
-    notes: dict[str, str | None] = {}
-    for name, weight in reader.items():
-        shape, dtype = weight.stored.shape, weight.stored.dtype
-        notes[name] = rules.reason_kept(name, shape, dtype)
-        is_chosen = notes[name] is None and not rules.include
-        if is_chosen and is_of_vocabulary(name, shape, rows):
-            notes[name] = "vocabulary"
-    converted = [name for name, note in notes.items() if note is None]
-    kept = [name for name, note in notes.items() if note is not None]
-    for name, other in left_by_their_own(kept, converted).items():
-        notes[name] = f"fused with {other}"
-    return notes
+    tensors = {n: (w.stored.shape, w.stored.dtype) for n, w in reader.items()}
+    return reasons_kept(rules, tensors, reader.config)
 
 
 def _fp8_specs(name: str, shape: tuple[int, ...], rules: WeightRules) -> Specs:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is quantized already, by whatever method."""
+"""Whether a checkpoint is quantized already, and whether all of it can be read."""
 
 import os
 from collections.abc import Mapping
@@ -7,6 +7,19 @@ from fp8jax.checkpoint._reader import Reader
 
 # Beside config.json, which has no entry then.
 _SIDE_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq"}
+
+
+def whole(function: str, reader: Reader) -> None:
+    """That every tensor is read: one that is not would be lost.
+
+    Raises:
+        ValueError: If a tensor is of another format.
+    """
+    for name, kind in reader.others.items():
+        raise ValueError(
+            f"{function} takes FP8 weights and plain arrays, got {name!r} of {kind} in "
+            f"{reader.path}, one of {len(reader.others)} such tensors."
+        )
 
 
 def check_unquantized(reader: Reader) -> None:

@@ -3,32 +3,38 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from fp8jax import numerics
-from fp8jax.checkpoint._dtypes import FROM_CODE, SCALE_DTYPES, scale_to_float32
+from fp8jax.checkpoint._dtypes import SCALE_DTYPES, scale_to_float32
 from fp8jax.checkpoint._error import CheckpointError
 from fp8jax.checkpoint._file import SafetensorsFile, Stored
-from fp8jax.checkpoint._schemes import Scheme, in_tiles, scheme_of
+from fp8jax.checkpoint._kinds import (
+    Kind,
+    configured_tiles,
+    kind_of,
+    others,
+    scale_names,
+)
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-SCALE_SUFFIXES = ("_scale_inv", "_scale", "_scales_inv")
-# In the place of `weight`: DeepSeek-V4's, and Mistral's own files.
-_OTHER_NAMES = ("scale", "qscale_weight")
 
 _DEFAULT_TILE = (128, 128)
+_INDEX_SUFFIX = ".index.json"
+_SINGLE = "model.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
     """A tensor of a checkpoint, and the scale beside it if its codes are FP8.
 
-    Invariant: `stored` is FP8 if and only if there is a scale, which stands for one of
-    each tile (`scheme`).
+    Invariant: `stored` is FP8 if and only if there is a scale. `Reader.scale` gives it
+    in shape `ceil(stored.shape / tile)` over the last two dimensions, however it is
+    stored: by tiles, or one for each row, column or for the whole matrix.
     """
 
     name: str
@@ -36,7 +42,7 @@ class Weight:
     scale_name: str | None = None
     scale: Stored | None = None
     tile: numerics.Tile | None = None
-    scheme: Scheme = "blocks"
+    kind: Kind | None = None
 
     @property
     def nbytes(self) -> int:
@@ -49,15 +55,14 @@ class Reader(Mapping[str, Weight]):
 
     A mapping from the name of each tensor that is no weight's scale to where it lies.
     Opening reads headers only; `codes` and `scale` give views of the mapped files.
-    Tensors whose dtype is unknown here are no items of it: `unknown` has their dtypes'
-    codes by name, and to ask for one is an error.
 
     Args:
-        path: a `.safetensors` file, or a folder with `model.safetensors.index.json` or
-            with one `.safetensors` file.
-        tile: of FP8 weights with a scale for each block; by default what the folder's
-            `config.json` says (`weight_block_size`, or `block_structure` of
-            compressed-tensors, also in `text_config`), else 128x128.
+        path: a `.safetensors` file; an index (`consolidated.safetensors.index.json`);
+            or a folder with `model.safetensors.index.json`, with `model.safetensors`,
+            or with one `.safetensors` file.
+        tile: of the FP8 weights; by default `weight_block_size` of the folder's
+            `config.json`, or `block_structure` or `group_size` of compressed-tensors,
+            else 128x128. Scales of rows or whole matrices need none.
 
     Raises:
         CheckpointError: If a header lies, a shard or a tensor is missing, an FP8 weight
@@ -65,9 +70,11 @@ class Reader(Mapping[str, Weight]):
         OSError: If a file cannot be read.
 
     Scales are float32, bfloat16, float16, e8m0, or uint8 that hold e8m0's bits; they
-    are called as the weight with `_scale_inv`, `_scale` or `_scales_inv` behind, or as
-    its module with `.scale` or `.qscale_weight`, and multiply, whatever their name:
-    `x ~= codes * scale`. They are of blocks, of output channels or of whole matrices.
+    are called as the weight with `_scale_inv`, `_scale` or `_scales_inv` behind, or are
+    `scale` or `qscale_weight` beside `weight`, and multiply, whatever their name:
+    `x ~= codes * scale`. Weights of other formats (NVFP4, MXFP4, GPTQ, AWQ, int8), with
+    what belongs to them, and tensors of dtypes that are unknown here are in `others`
+    and not in the mapping; to ask for one is an error.
 
     Source: DeepSeek-V3's README_WEIGHTS.md, "FP8 Weight Documentation".
     """
@@ -77,50 +84,46 @@ class Reader(Mapping[str, Weight]):
     ) -> None:
         self.path = os.fspath(path)
         self.config = _read_config(self.path)
-        self.tile = tile or _configured_tile(self.path, self.config)
+        tiles = (tile,) if tile else _configured_tiles(self.path, self.config)
         names = _shards(self.path)
         self._files = {file: SafetensorsFile(file) for file in dict.fromkeys(names[1])}
         self._stored: dict[str, Stored] = {}
-        self.unknown: dict[str, str] = {}
         for name, file in zip(*names, strict=True):
             self._add(name, self._files[file])
-        self._weights = _pair(self._stored, self.tile)
+        self.others: dict[str, str] = others(self._stored) | self._unknown()
+        self._weights = _pair(self._stored, self.others, tiles)
+
+    def _unknown(self) -> dict[str, str]:
+        """Tensors of dtypes that are unknown here, with what may be their scales."""
+        found = {}
+        for file in self._files.values():
+            for name, code in file.unknown.items():
+                beside = (n for n in scale_names(name) if n in self._stored)
+                found |= dict.fromkeys((name, *beside), f"dtype {code}")
+        return found
 
     def _add(self, name: str | None, file: SafetensorsFile) -> None:
         if name is None:  # No index: all that the file holds.
             self._stored |= file.tensors
-            self.unknown |= file.unknown
-        elif name in file.unknown:
-            self.unknown[name] = file.unknown[name]
         elif name in file.tensors:
             self._stored[name] = file.tensors[name]
-        else:
+        elif name not in file.unknown:
             raise CheckpointError(
                 file.path, f"is not in it, though {INDEX} says so.", name
             )
 
     def __getitem__(self, name: str) -> Weight:
-        if name in self.unknown:
-            self.check_known([name])
+        if name in self.others:
+            raise CheckpointError(
+                self.path,
+                f"is part of a weight in {self.others[name]}; this library reads FP8 "
+                "with scales for tiles, rows or whole matrices, and plain arrays.",
+                name,
+            )
         return self._weights[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._weights
-
-    def check_known(self, names: Iterable[str] | None = None) -> None:
-        """That tensors, by default all, have dtypes that are known here.
-
-        Raises:
-            CheckpointError: If one has another.
-        """
-        for name in self.unknown if names is None else names:
-            if name in self.unknown:
-                raise CheckpointError(
-                    self.path,
-                    f"has dtype {self.unknown[name]!r}; known are "
-                    f"{', '.join(FROM_CODE)}.",
-                    name,
-                )
 
     def __iter__(self):
         return iter(self._weights)
@@ -148,13 +151,16 @@ class Reader(Mapping[str, Weight]):
         return self._files[self[name].stored.path].take(name, part)
 
     def scale(self, name: str) -> np.ndarray:
-        """The float32 scales of an FP8 weight's tiles; KeyError if `name` is none."""
+        """The float32 scales of an FP8 weight; KeyError if `name` is none."""
         weight = self[name]
-        if weight.scale is None or weight.scale_name is None or weight.tile is None:
+        if weight.scale is None or weight.scale_name is None:
             raise KeyError(f"{name} is no FP8 weight: it has no scale.")
         stored = self._files[weight.scale.path].read(weight.scale_name)
-        scale = scale_to_float32(stored)
-        return in_tiles(scale, weight.scheme, weight.stored.shape, weight.tile)
+        assert weight.tile is not None
+        found = kind_of(weight.stored.shape, weight.scale.shape, (weight.tile,))
+        assert found is not None
+        shape = numerics.scale_shape(weight.stored.shape, weight.tile)
+        return np.broadcast_to(scale_to_float32(stored.reshape(found[2])), shape)
 
     def release(self, name: str) -> None:
         """Lets go of a tensor's pages once it is done with, so that memory stays flat.
@@ -176,39 +182,27 @@ def _read_json(path: str) -> dict[str, Any]:
 
 
 def _read_config(path: str) -> dict[str, Any]:
-    config = os.path.join(path, CONFIG)
+    folder = os.path.dirname(path) if path.endswith(_INDEX_SUFFIX) else path
+    config = os.path.join(folder, CONFIG)
     return _read_json(config) if os.path.isfile(config) else {}
 
 
-def _configured_tile(path: str, config: dict[str, Any]) -> numerics.Tile:
-    found = (
-        tile for table in (config, config.get("text_config")) for tile in _tiles(table)
-    )
-    tile = next(found, _DEFAULT_TILE)
-    sides = tuple(tile) if isinstance(tile, list | tuple) else ()
-    if len(sides) != 2 or not all(type(x) is int and x > 0 for x in sides):
-        raise CheckpointError(
-            os.path.join(path, CONFIG), f"has weight_block_size {tile!r}."
-        )
-    return sides
-
-
-def _tiles(config: Any) -> Iterator[Any]:
-    """What a table of a config says of blocks, if anything."""
-    quantization = (
-        config.get("quantization_config") if isinstance(config, dict) else None
-    )
-    if not isinstance(quantization, dict):
-        return
-    groups = quantization.get("config_groups")
-    groups = groups.values() if isinstance(groups, dict) else ()
-    weights = [group.get("weights") for group in groups if isinstance(group, dict)]
-    blocks = [w.get("block_structure") for w in weights if isinstance(w, dict)]
-    yield from filter(None, (quantization.get("weight_block_size"), *blocks))
+def _configured_tiles(path: str, config: dict[str, Any]) -> tuple[numerics.Tile, ...]:
+    tiles = []
+    for tile in configured_tiles(config):
+        sides = tuple(tile) if isinstance(tile, list | tuple) else ()
+        if len(sides) != 2 or not all(type(x) is int and x > 0 for x in sides):
+            raise CheckpointError(
+                os.path.join(path, CONFIG), f"has weight_block_size {tile!r}."
+            )
+        tiles.append(sides)
+    return tuple(tiles) or (_DEFAULT_TILE,)
 
 
 def _shards(path: str) -> tuple[list[str | None], list[str]]:
     """Names of tensors and the file that each is in; None for all of a file's."""
+    if os.path.isfile(path) and path.endswith(_INDEX_SUFFIX):
+        return _indexed(os.path.dirname(path), path)
     if os.path.isfile(path):
         return [None], [path]
     index = os.path.join(path, INDEX)
@@ -221,9 +215,13 @@ def _shards(path: str) -> tuple[list[str | None], list[str]]:
         for x in os.listdir(path)
         if x.endswith(".safetensors") and os.path.isfile(os.path.join(path, x))
     )
+    if _SINGLE in found:
+        found = [_SINGLE]
     if len(found) != 1:
         raise CheckpointError(
-            path, f"has no {INDEX}, and {len(found)} .safetensors files: one is wanted."
+            path,
+            f"has no {INDEX}, and {len(found)} .safetensors files: one is wanted, or "
+            "the path of one of them, or of an index.",
         )
     return [None], [os.path.join(path, found[0])]
 
@@ -245,14 +243,16 @@ def _indexed(path: str, index: str) -> tuple[list[str | None], list[str]]:
     return names, files
 
 
-def _pair(stored: dict[str, Stored], tile: numerics.Tile) -> dict[str, Weight]:
+def _pair(
+    stored: dict[str, Stored],
+    others: Mapping[str, str],
+    tiles: tuple[numerics.Tile, ...],
+) -> dict[str, Weight]:
     weights, scales = {}, set()
     for name, tensor in stored.items():
-        if not numerics.is_fp8(tensor.dtype):
+        if not numerics.is_fp8(tensor.dtype) or name in others:
             continue
-        names = [name + suffix for suffix in SCALE_SUFFIXES]
-        if name.endswith(".weight"):
-            names += [name.removesuffix("weight") + other for other in _OTHER_NAMES]
+        names = scale_names(name)
         scale_name = next((n for n in names if n in stored), None)
         if scale_name is None:
             raise CheckpointError(
@@ -261,33 +261,34 @@ def _pair(stored: dict[str, Stored], tile: numerics.Tile) -> dict[str, Weight]:
                 "there.",
                 name,
             )
-        scale = stored[scale_name]
-        scheme, of_tiles = _scheme(name, tensor, scale_name, scale, tile)
-        weights[name] = Weight(name, tensor, scale_name, scale, of_tiles, scheme)
+        weights[name] = _weight(name, tensor, scale_name, stored[scale_name], tiles)
         scales.add(scale_name)
     return {
         name: weights.get(name, Weight(name, tensor))
         for name, tensor in stored.items()
-        if name not in scales
+        if name not in scales and name not in others
     }
 
 
-def _scheme(
-    name: str, tensor: Stored, scale_name: str, scale: Stored, tile: numerics.Tile
-) -> tuple[Scheme, numerics.Tile]:
+def _weight(
+    name: str,
+    tensor: Stored,
+    scale_name: str,
+    scale: Stored,
+    tiles: tuple[numerics.Tile, ...],
+) -> Weight:
     if len(tensor.shape) < 2:
         raise CheckpointError(
             tensor.path, f"is FP8 of shape {tensor.shape}: no matrix.", name
         )
-    found = scheme_of(tensor.shape, scale.shape, tile)
+    found = kind_of(tensor.shape, scale.shape, tiles)
     if found is None:
-        expected = numerics.scale_shape(tensor.shape, tile)
+        needed = " or ".join(str(numerics.scale_shape(tensor.shape, t)) for t in tiles)
         raise CheckpointError(
             scale.path,
-            f"has shape {scale.shape}; {name!r} {tensor.shape} in tiles of {tile} "
-            f"needs {expected}, one scale per output channel "
-            f"{(*tensor.shape[:-1], 1)}, one per matrix {tensor.shape[:-2]}. Other "
-            "tiles are those of config.json, or of `tile=`.",
+            f"has shape {scale.shape}; {name!r} {tensor.shape} in tiles of "
+            f"{' or '.join(map(str, tiles))} needs {needed}, by rows "
+            f"{(*tensor.shape[:-1], 1)}, as a whole (): if it is another, give it.",
             scale_name,
         )
     if scale.dtype not in SCALE_DTYPES:
@@ -297,4 +298,4 @@ def _scheme(
             f"{', '.join(str(d) for d in SCALE_DTYPES)}.",
             scale_name,
         )
-    return found
+    return Weight(name, tensor, scale_name, scale, found[1], found[0])

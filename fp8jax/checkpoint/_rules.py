@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,18 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from fp8jax.checkpoint._config import ScaleFormat
-from fp8jax.checkpoint._families import EMBEDDING, HEAD, RAGGED
+from fp8jax.checkpoint._families import (
+    KEPT,
+    MLA_PAIR,
+    fused_layer,
+    is_conv1d,
+    is_of_vocabulary,
+)
 from fp8jax.quant import QTensor, QuantSpec, contraction_minor, quantize
 
 TILE = (128, 128)
 
-# Kept in DeepSeek-V3 too (report, section 3.3): what is small, or decides much.
-_KEPT = (
-    ("embedding", EMBEDDING),
-    ("norm", re.compile(r"norm", re.IGNORECASE)),
-    ("router", re.compile(r"router|(^|\.)(shared_expert_)?gate(\.|$)")),
-    ("head", HEAD),
-)
 _LEAVES = ("weight", "kernel")
 _DTYPES = tuple(np.dtype(d) for d in (jnp.bfloat16, jnp.float16, jnp.float32))
 
@@ -31,10 +30,8 @@ class WeightRules:
     """Chooses weights by name, shape and dtype, and says how they are quantized.
 
     Matrices called `weight` or `kernel`, and stacks of matrices of `experts`, are
-    quantized in 128x128 blocks; embeddings, norms, routers and heads are not (by name,
-    and offline by the vocabulary's size in `config.json`), nor are weights with a side
-    that is no multiple of 128: others misread such blocks, but for MLA's
-    `kv_a_proj_with_mqa`, which is so in DeepSeek-V3's own files.
+    quantized in 128x128 blocks; embeddings, norms, routers and heads are not,
+    nor are weights with a side that is no multiple of 128: others misread such blocks.
 
     Attributes:
         include: regular expressions; if any, only names in which one is found are
@@ -90,17 +87,53 @@ class WeightRules:
             if not any(re.search(pattern, name) for pattern in self.include):
                 return "not included"
         else:
-            for kind, pattern in _KEPT:
+            for kind, pattern in KEPT:
                 if pattern.search(name):
                     return kind
+            if not self.ragged and MLA_PAIR.search(name):
+                return "fused with a ragged one"
             experts = len(shape) == 3 and "experts" in name
             matrix = len(shape) == 2 and name.rpartition(".")[2] in _LEAVES
             if not (matrix or experts):
                 return "no linear layer's"
-        ragged = self.ragged or RAGGED.search(name)
-        if not ragged and (shape[-2] % TILE[0] or shape[-1] % TILE[1]):
+        if not self.ragged and (shape[-2] % TILE[0] or shape[-1] % TILE[1]):
             return "no multiple of 128"
         return None
+
+
+def reasons_kept(
+    rules: WeightRules,
+    tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    config: Mapping[str, Any],
+) -> dict[str, str | None]:
+    """`reason_kept` of each tensor of a model, by what its readers make of it, too.
+
+    What vLLM makes one layer of is FP8 as a whole or stays, unless `rules.include`
+    asks for parts of it.
+
+    Args:
+        rules: of single tensors.
+        tensors: shapes and dtypes by name.
+        config: the model's `config.json`.
+    """
+    reasons = {name: rules.reason_kept(name, *of) for name, of in tensors.items()}
+    if rules.include:
+        return reasons
+    for name, reason in reasons.items():
+        if reason is None and is_conv1d(config, name):
+            reasons[name] = "Conv1D"
+        elif reason is None and is_of_vocabulary(name, tensors[name][0], config):
+            reasons[name] = "vocabulary"
+    matrices = [name for name, (shape, _) in tensors.items() if len(shape) > 1]
+    layers = {name: layer for name in matrices if (layer := fused_layer(name))}
+    split: dict[str, str] = {}
+    for name, layer in layers.items():
+        if reasons[name] is not None:
+            split.setdefault(layer, name)
+    for name, layer in layers.items():
+        if reasons[name] is None and layer in split:
+            reasons[name] = f"fused with {split[layer]}"
+    return reasons
 
 
 def quantize_params(params: Any, rules: WeightRules | None = None) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fp8jax.checkpoint._config import ScaleFormat, quantization_config, write_config
 from fp8jax.checkpoint._dtypes import E8M0, TO_CODE, scale_to_e8m0
-from fp8jax.checkpoint._families import is_layer, modules_kept
+from fp8jax.checkpoint._families import is_matrix, modules_kept
 from fp8jax.checkpoint._layout import Layout, check_layout, from_flax
 from fp8jax.checkpoint._publish import replaced_folder
 from fp8jax.checkpoint._write import ShardWriter, Specs, split_shards
@@ -63,11 +63,10 @@ def save(
     quantization = None
     if kinds:
         ((tile, dtype),) = kinds
-        matrices = (n for n, x in leaves.items() if is_layer(n, x.ndim))
-        kept = modules_kept(
-            (n for n in matrices if n not in quantized), quantized, config or {}
-        )
-        quantization = quantization_config(dtype, tile, scale, kept)
+        kept = (n for n, x in leaves.items() if n not in quantized)
+        kept = (n for n in kept if is_matrix(n, leaves[n].ndim))
+        modules = modules_kept(kept, leaves, config or {})
+        quantization = quantization_config(dtype, tile, scale, modules)
     shards = split_shards(
         (_specs(n, x, scale) for n, x in leaves.items()), max_shard_bytes
     )

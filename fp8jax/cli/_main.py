@@ -32,11 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.command == "quantize":
             _quantize(options, _view)
         elif options.command == "dequantize":
-            with _view.progress(checkpoint.Reader(options.source)) as progress:
+            reader = checkpoint.Reader(options.source, tile=options.tile)
+            with _view.progress(reader) as progress:
                 outcomes = checkpoint.dequantize_checkpoint(
                     options.source,
                     options.target,
                     dtype=options.dtype,
+                    tile=options.tile,
                     overwrite=options.overwrite,
                     progress=progress,
                 )
@@ -90,17 +92,12 @@ def _parser() -> argparse.ArgumentParser:
         default="bfloat16",
         help="of what was FP8",
     )
+    _add_tile(dequantize)
     dequantize.add_argument("--overwrite", action="store_true", help="replace OUT")
 
     inspect = commands.add_parser("inspect", help="tensors, kinds of scales, bytes")
     inspect.add_argument("path", metavar="PATH", help="file or folder to read")
-    inspect.add_argument(
-        "--tile",
-        type=int,
-        nargs=2,
-        metavar=("ROWS", "COLUMNS"),
-        help="of blocks, if config.json does not say",
-    )
+    _add_tile(inspect)
     inspect.add_argument(
         "--codes",
         action="store_true",
@@ -116,6 +113,24 @@ def _parser() -> argparse.ArgumentParser:
     for command in (quantize, dequantize, inspect, diff):
         command.add_argument("--json", action="store_true", help="print no table")
     return parser
+
+
+def _add_tile(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--tile",
+        type=_tile,
+        metavar="ROWSxCOLUMNS",
+        help="of FP8 weights, where config.json does not say it: 64x64",
+    )
+
+
+def _tile(text: str) -> tuple[int, int]:
+    sides = text.split("x")
+    if len(sides) != 2 or not all(s.isdecimal() and int(s) for s in sides):
+        raise argparse.ArgumentTypeError(
+            f"two sides are wanted, as 64x64, got {text!r}"
+        )
+    return int(sides[0]), int(sides[1])
 
 
 def _diff(options: argparse.Namespace, view) -> None:
@@ -153,8 +168,7 @@ def _quantize(options: argparse.Namespace, view) -> None:
 
 
 def _inspect(parser: argparse.ArgumentParser, options: argparse.Namespace, view):
-    tile = tuple(options.tile) if options.tile else None
-    reader = checkpoint.Reader(options.path, tile=tile)
+    reader = checkpoint.Reader(options.path, tile=options.tile)
     histograms = {
         name: checkpoint.code_histogram(reader, name)
         for name, weight in reader.items()

@@ -1,5 +1,6 @@
 """What the commands print."""
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -92,7 +93,7 @@ def tensors(reader: Reader, histograms: Mapping[str, np.ndarray]) -> list[dict]:
         }
         if weight.scale is not None and weight.tile is not None:
             row |= {
-                "scheme": weight.scheme,
+                "kind": weight.kind,
                 "tile": list(weight.tile),
                 "scale_name": weight.scale_name,
                 "scale_dtype": str(weight.scale.dtype),
@@ -101,7 +102,7 @@ def tensors(reader: Reader, histograms: Mapping[str, np.ndarray]) -> list[dict]:
         if name in histograms:
             row |= _codes(reader, name, histograms[name])
         found.append(row)
-    found += [{"name": n, "dtype": code} for n, code in reader.unknown.items()]
+    found += [{"name": n, "format": kind} for n, kind in reader.others.items()]
     return found
 
 
@@ -122,25 +123,29 @@ def _codes(reader: Reader, name: str, counts: np.ndarray) -> dict[str, float]:
 def show_tensors(rows: Sequence[Mapping[str, Any]]) -> None:
     """Tensors with shapes and bytes; of FP8 ones tiles, scales and codes."""
     with_codes = any("zero" in row for row in rows)
-    columns = ["tensor", "dtype", "shape", "scheme", "scales", ">bytes"]
+    columns = ["tensor", "dtype", "shape", "a scale per", "scales", ">bytes"]
     if with_codes:
         columns += ["scales from", "to", ">zero", ">largest"]
     show(columns, (_cells(row, with_codes) for row in rows))
     total = sum(row.get("bytes", 0) for row in rows)
     scales = sum(row.get("scale_bytes", 0) for row in rows)
-    kinds = sorted({_scheme(row) for row in rows if "scheme" in row})
-    print(
-        f"{len(rows)} tensors, {total:,} bytes, {scales:,} of them scales"
-        + (f"; FP8 by {', '.join(kinds)}" if kinds else "; none is FP8")
-    )
+    read = [row for row in rows if "bytes" in row]
+    print(f"{len(read)} tensors, {total:,} bytes, {scales:,} of them scales")
+    kinds = collections.Counter(_kind(row) for row in read if "kind" in row)
+    shown = ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
+    print(f"FP8, a scale for each: {shown}" if kinds else "none is FP8")
+    others = collections.Counter(row["format"] for row in rows if "format" in row)
+    for kind, count in others.items():
+        print(f"not read: {count} tensors of weights in {kind}")
     if with_codes:
         print("zero, largest: shares of codes that are 0 and the format's largest")
 
 
 def _cells(row: Mapping[str, Any], with_codes: bool) -> list[str]:
-    cells = [row["name"], row["dtype"], _sides(row["shape"]) if "shape" in row else ""]
-    cells += [_scheme(row), row.get("scale_dtype", "")]
-    cells.append(f"{row['bytes']:,}" if "bytes" in row else "dtype unknown here")
+    if "format" in row:
+        return [row["name"], row["format"], *[""] * (8 if with_codes else 4)]
+    cells = [row["name"], row["dtype"], _sides(row["shape"])]
+    cells += [_kind(row), row.get("scale_dtype", ""), f"{row['bytes']:,}"]
     if with_codes:
         formats = {"least_scale": ".2e", "largest_scale": ".2e"}
         formats |= {"zero": ".2%", "largest": ".3%"}
@@ -148,11 +153,11 @@ def _cells(row: Mapping[str, Any], with_codes: bool) -> list[str]:
     return cells
 
 
-def _scheme(row: Mapping[str, Any]) -> str:
-    """Blocks by their sides, or what a scale is of."""
-    if "scheme" not in row:
+def _kind(row: Mapping[str, Any]) -> str:
+    """What one scale is of, as the file stores them."""
+    if "kind" not in row:
         return ""
-    return _sides(row["tile"]) if row["scheme"] == "blocks" else row["scheme"]
+    return _sides(row["tile"]) if row["kind"] == "tiles" else row["kind"]
 
 
 def show_differences(differences: Sequence[Difference]) -> None:

@@ -136,7 +136,7 @@ def check(path: pathlib.Path, data: bytes) -> str:
         if str(path) not in str(error):
             raise
         return "refused"
-    if reader.unknown:  # Refused when it is asked for; the library may not know it.
+    if reader.others:  # Refused when they are asked for; the library may not know them.
         return "refused"
     theirs = dict(safetensors.deserialize(data))
     ours = {}

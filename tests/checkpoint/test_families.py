@@ -1,148 +1,172 @@
-"""Names of real models, as their readers take them."""
+"""Which weights of the families become FP8, and what config.json says of the rest.
+
+Names and shapes are those of the published models, or of these scaled down.
+"""
 
 import json
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from fp8jax import checkpoint
-from fp8jax.checkpoint import WeightRules
+from fp8jax.checkpoint import WeightRules, quantize_checkpoint
 
-BF16 = np.dtype(jnp.bfloat16)
-RULES = WeightRules()
+BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 @pytest.mark.parametrize(
-    ("family", "name"),
+    ("name", "shape"),
     [
-        ("T5", "shared.weight"),
-        ("BART", "model.shared.weight"),
-        ("Llama's own, InternLM2", "output.weight"),
-        ("ChatGLM", "transformer.output_layer.weight"),
-        ("RWKV", "emb.weight"),
-        ("GPT-2", "transformer.wte.weight"),
-        ("Llama's own", "tok_embeddings.weight"),
-        ("Qwen", "lm_head.weight"),
-        ("BERT", "cls.predictions.decoder.weight"),
+        ("shared.weight", (32128, 512)),  # T5
+        ("model.shared.weight", (50304, 1024)),  # BART
+        ("encoder.block.0.layer.0.x.relative_attention_bias.weight", (128, 128)),  # T5
+        ("transformer.wte.weight", (50304, 768)),  # GPT-2
+        ("tok_embeddings.weight", (128256, 4096)),  # Llama's own format
+        ("output.weight", (128256, 4096)),
+        ("language_model.output.weight", (92544, 4096)),  # InternVL
+        ("transformer.output_layer.weight", (65024, 4096)),  # ChatGLM
+        ("emb.weight", (65536, 2048)),  # RWKV
+        ("model.layers.61.eh_proj.weight", (7168, 14336)),  # DeepSeek-V3
     ],
 )
-def test_embeddings_and_heads_stay(family, name):
-    assert RULES.reason_kept(name, (32000, 4096), BF16) in ("embedding", "head"), family
+def test_embeddings_and_heads_stay(name, shape):
+    assert WeightRules().reason_kept(name, shape, BF16) is not None
 
 
 @pytest.mark.parametrize(
     "name",
     [
         "bert.encoder.layer.0.attention.output.dense.weight",
-        "model.layers.0.mlp.shared_experts.up_proj.weight",
-        "model.layers.0.mlp.shared_expert.up_proj.weight",
-        "model.layers.0.self_attn.o_proj.weight",
-        "transformer.h.0.mlp.c_fc.weight",
+        "model.layers.3.mlp.shared_experts.up_proj.weight",
+        "model.layers.3.shared.gate_proj.weight",
+        "model.layers.0.self_attn.q_b_proj.weight",
+        "transformer.h.0.attn.c_attn.weight",  # GPT-BigCode: linear.
     ],
 )
-def test_layers_with_such_words_in_their_names_do_not(name):
-    assert RULES.reason_kept(name, (512, 256), BF16) is None
+def test_layers_of_like_names_become_fp8(name):
+    assert WeightRules().reason_kept(name, (256, 128), BF16) is None
 
 
-def quantized(tmp_path, shapes, config, rules=RULES):
-    """The notes by name, and what config.json says stays."""
-    tensors = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
-    checkpoint.save(tmp_path / "in", tensors, config=config)
-    out = checkpoint.quantize_checkpoint(tmp_path / "in", tmp_path / "out", rules)
-    table = json.loads((tmp_path / "out" / "config.json").read_text())
-    return {o.name: o.note for o in out}, table["quantization_config"]
+@pytest.fixture
+def quantized(tmp_path):
+    def run(shapes, config, rules=None):
+        """Names in FP8, and the modules that config.json says are not."""
+        tensors = {name: np.ones(shape, BF16) for name, shape in shapes.items()}
+        (tmp_path / "in").mkdir()
+        safetensors.numpy.save_file(tensors, tmp_path / "in" / "model.safetensors")
+        (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+        outcomes = quantize_checkpoint(tmp_path / "in", tmp_path / "out", rules)
+        written = json.loads((tmp_path / "out" / "config.json").read_text())
+        table = written["quantization_config"]
+        assert table["ignored_layers"] == table["modules_to_not_convert"]
+        return {o.name for o in outcomes if not o.note}, table["ignored_layers"]
+
+    return run
 
 
-LAYER = "model.layers.0.self_attn."
-Q = {f"{LAYER}q_proj.weight": (128, 128)}
+@pytest.mark.parametrize(
+    ("parts", "ragged"),
+    [
+        (("q_proj", "k_proj", "v_proj"), "k_proj"),
+        (("q_a_proj", "kv_a_proj_with_mqa"), "kv_a_proj_with_mqa"),
+        (("gate_proj", "up_proj"), "up_proj"),
+        (("w1", "w3"), "w1"),
+    ],
+)
+def test_what_vllm_fuses_becomes_fp8_as_a_whole_or_stays(quantized, parts, ragged):
+    at = "model.layers.0.x"
+    shapes = {f"{at}.{p}.weight": (192 if p == ragged else 256, 128) for p in parts}
+    shapes |= {f"{at}.o_proj.weight": (128, 128)}
+    fp8, kept = quantized(shapes, {})
+    assert fp8 == {f"{at}.o_proj.weight"}
+    assert kept == sorted(f"{at}.{p}" for p in parts)
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        (WeightRules(ragged=True), {"q_a_proj", "kv_a_proj_with_mqa"}),
+        (WeightRules(include=["q_a_proj"]), {"q_a_proj"}),
+    ],
+)
+def test_mla_s_pair_becomes_fp8_where_asked_for(quantized, rules, expected):
+    at = "model.layers.0.self_attn"
+    shapes = {"q_a_proj": (256, 128), "kv_a_proj_with_mqa": (192, 128)}
+    shapes = {f"{at}.{name}.weight": shape for name, shape in shapes.items()}
+    fp8, _ = quantized(shapes, {}, rules)
+    assert fp8 == {f"{at}.{name}.weight" for name in expected}
+
+
+def test_mixtral_s_experts_that_stay_are_named_as_each_reader_looks_for_them(quantized):
+    at = "model.layers.0"
+    shapes = {f"{at}.self_attn.o_proj.weight": (128, 128)}
+    for w, shape in (("w1", (192, 128)), ("w2", (128, 192)), ("w3", (192, 128))):
+        shapes[f"{at}.block_sparse_moe.experts.0.{w}.weight"] = shape
+    # One expert's sides would do; but all are one layer.
+    shapes[f"{at}.block_sparse_moe.experts.1.w1.weight"] = (256, 128)
+    fp8, kept = quantized(shapes, {"model_type": "mixtral"})
+    assert fp8 == {f"{at}.self_attn.o_proj.weight"}
+    assert f"{at}.mlp.experts" in kept  # transformers' module.
+    assert f"{at}.block_sparse_moe.experts" in kept  # vLLM's.
+    assert f"{at}.block_sparse_moe.experts.0.w1" in kept
+
+
+def test_stacked_experts_that_stay_are_named(quantized):
+    at = "model.layers.0"
+    shapes = {
+        f"{at}.self_attn.o_proj.weight": (128, 128),
+        f"{at}.mlp.experts.gate_up_proj": (2, 192, 128),
+        f"{at}.mlp.experts.down_proj": (2, 128, 128),
+    }
+    fp8, kept = quantized(shapes, {})
+    assert fp8 == {f"{at}.self_attn.o_proj.weight"}
+    assert f"{at}.mlp.experts" in kept
+
+
+@pytest.mark.parametrize(
+    ("config", "head", "listed"),
+    [
+        ({"model_type": "llama", "tie_word_embeddings": True}, None, True),
+        ({"text_config": {"tie_word_embeddings": True}}, None, True),  # Gemma 3
+        ({"model_type": "gemma3_text"}, None, True),  # Ties by default.
+        ({"model_type": "llama", "tie_word_embeddings": False}, None, False),
+        ({"model_type": "llama", "tie_word_embeddings": False}, "lm_head", True),
+        ({"model_type": "mine"}, "head", False),
+    ],
+)
+def test_a_tied_head_is_listed(quantized, config, head, listed):
+    shapes = {"model.embed_tokens.weight": (256, 128), "l.o_proj.weight": (128, 128)}
+    if head:
+        shapes[f"{head}.weight"] = (256, 128)
+    _, kept = quantized(shapes, config)
+    assert ("lm_head" in kept) == listed
+    assert "model.embed_tokens" in kept
+
+
+def test_gpt2_s_matrices_stay_but_not_those_of_linear_layers(quantized):
+    shapes = {
+        "transformer.h.0.attn.c_attn.weight": (128, 384),
+        "transformer.h.0.mlp.c_fc.weight": (128, 512),
+        "added.weight": (128, 128),
+    }
+    fp8, kept = quantized(shapes, {"model_type": "gpt2"})
+    assert fp8 == {"added.weight"}
+    assert "transformer.h.0.mlp.c_fc" in kept
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_matrix_with_a_row_for_each_word_stays_whatever_its_name(tmp_path, nested):
+def test_what_has_a_row_for_each_word_stays_whatever_its_name(quantized, nested):
     config = {"vocab_size": 640}
     config = {"text_config": config} if nested else config
-    shapes = {"lookup.weight": (640, 128), "model.layers.0.fc.weight": (640, 128)}
-    notes, said = quantized(tmp_path, Q | shapes, config)
-    assert notes["lookup.weight"] == "vocabulary"
-    assert notes["model.layers.0.fc.weight"] == ""
-    assert said["modules_to_not_convert"] == ["lookup"]
-
-
-def test_mla_s_pair_is_quantized_as_in_deepseek_s_own_files(tmp_path):
     shapes = {
-        f"{LAYER}q_a_proj.weight": (256, 128),
-        f"{LAYER}kv_a_proj_with_mqa.weight": (72, 128),
+        "lookup.weight": (640, 128),
+        "model.layers.0.mlp.down_proj.weight": (640, 128),
     }
-    notes, said = quantized(tmp_path, shapes, {})
-    assert set(notes.values()) == {""}
-    assert said["modules_to_not_convert"] == []
-    scale = checkpoint.Reader(tmp_path / "out").scale(
-        f"{LAYER}kv_a_proj_with_mqa.weight"
-    )
-    assert scale.shape == (1, 1)
-
-
-@pytest.mark.parametrize("scheme", ["ignored_layers", "modules_to_not_convert"])
-def test_layers_that_readers_fuse_stay_together(tmp_path, scheme):
-    """vLLM refuses q, k and v of which some are FP8."""
-    shapes = {
-        f"{LAYER}{x}_proj.weight": (rows, 128)
-        for x, rows in (("q", 256), ("k", 64), ("v", 64), ("o", 128))
-    }
-    notes, said = quantized(tmp_path, shapes, {})
-    assert notes[f"{LAYER}q_proj.weight"] == f"fused with {LAYER}v_proj.weight"
-    assert notes[f"{LAYER}o_proj.weight"] == ""
-    assert said[scheme] == [f"{LAYER}{x}_proj" for x in "kqv"]
-
-
-def test_a_rule_that_splits_a_pair_keeps_both(tmp_path):
-    shapes = {
-        f"{LAYER}q_a_proj.weight": (256, 128),
-        f"{LAYER}kv_a_proj_with_mqa.weight": (72, 128),
-        f"{LAYER}o_proj.weight": (128, 128),
-    }
-    notes, _ = quantized(tmp_path, shapes, {}, WeightRules(exclude=["q_a_proj"]))
-    assert [name for name, note in notes.items() if not note] == [
-        f"{LAYER}o_proj.weight"
-    ]
-
-
-EXPERTS = "model.layers.{}.mlp.experts"
-
-
-def test_experts_that_stay_are_named_as_a_module(tmp_path):
-    """transformers makes FP8 experts of `mlp.experts`, unless that is named."""
-    shapes = {
-        f"{EXPERTS.format(layer)}.{i}.{m}.weight": (rows, 128)
-        for layer, rows in ((0, 192), (1, 256))
-        for i in range(2)
-        for m in ("gate_proj", "up_proj")
-    }
-    shapes[f"{EXPERTS.format(2)}.gate_up_proj"] = (2, 192, 128)
-    _, said = quantized(tmp_path, Q | shapes, {"model_type": "qwen3_moe"})
-    kept = said["modules_to_not_convert"]
-    assert EXPERTS.format(0) in kept
-    assert EXPERTS.format(2) in kept
-    assert not any(name.startswith(EXPERTS.format(1)) for name in kept)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_tied_head_is_named_though_it_is_in_no_file(tmp_path, tied):
-    shapes = Q | {"model.embed_tokens.weight": (512, 128)}
-    _, said = quantized(tmp_path, shapes, {"tie_word_embeddings": tied})
-    assert ("lm_head" in said["modules_to_not_convert"]) == tied
-
-
-def test_saved_trees_name_the_same_modules(tmp_path):
-    shapes = Q | {f"{EXPERTS.format(0)}.0.up_proj.weight": (192, 256)}
-    shapes["model.embed_tokens.weight"] = (512, 128)
-    config = {"tie_word_embeddings": True}
-    _, said = quantized(tmp_path, shapes, config)
-    params = checkpoint.load(tmp_path / "in")
-    checkpoint.save(tmp_path / "b", checkpoint.quantize_params(params), config=config)
-    table = json.loads((tmp_path / "b" / "config.json").read_text())
-    assert table["quantization_config"] == said
+    fp8, kept = quantized(shapes, config)
+    assert fp8 == {"model.layers.0.mlp.down_proj.weight"}
+    assert "lookup" in kept
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_json_of_every_command(source, tmp_path, capsys):
     assert by_name["dry"][name]["bytes_out"] == 256 * 384 + 6 * 4
     assert 25 < by_name["quantize"][name]["sqnr_db"] < 40
     of_weight = by_name["inspect"][name]
-    assert (of_weight["scheme"], of_weight["tile"]) == ("blocks", [128, 128])
+    assert (of_weight["kind"], of_weight["tile"]) == ("tiles", [128, 128])
     assert "zero" not in of_weight
     # Each block's largest weight has the largest code.
     assert by_name["codes"][name]["largest"] >= 6 / (256 * 384)
@@ -197,7 +197,7 @@ def test_a_tile_that_no_config_tells(tmp_path, capsys):
     tensors["w_scale"] = tensors["w_scale"].astype(np.float32)
     safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors")
     assert run(capsys, "inspect", tmp_path)[1] == 2
-    printed, code = run(capsys, "inspect", tmp_path, "--tile", 64, 32)
+    printed, code = run(capsys, "inspect", tmp_path, "--tile", "64x32")
     assert code == 0
     assert "64x32" in printed.out
 
