@@ -75,7 +75,7 @@ def dot_general(
     """
     name = "dot_general"
     recipe = recipe_or_default(name, recipe)
-    recipe = recipe_for(recipe, lhs, rhs)
+    recipe = recipe_for(name, recipe, lhs, rhs)
     plain = functools.partial(
         lax.dot_general,
         dimension_numbers=dimension_numbers,

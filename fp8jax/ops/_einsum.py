@@ -50,7 +50,7 @@ def einsum(
         NotImplementedError, TypeError: As `fp8jax.dot_general` does.
     """
     recipe = recipe_or_default("einsum", recipe)
-    recipe = recipe_for(recipe, x, w)
+    recipe = recipe_for("einsum", recipe, x, w)
     how: Any = {
         "precision": precision,
         "preferred_element_type": preferred_element_type,

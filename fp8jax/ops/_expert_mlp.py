@@ -91,7 +91,7 @@ def expert_mlp(
     if any(isinstance(w, QTensor) for w in weights):
         gate, up, down = weights
         return static_weight_experts(name, x, gate, up, down, group_sizes, **how)
-    recipe = how["recipe"] = recipe_for(recipe, x, *weights)
+    recipe = how["recipe"] = recipe_for(name, recipe, x, *weights)
     for w in weights[:2]:
         into = grouped_product(name, x, w, group_sizes, **how, aligned=aligned)
     if w_gate.shape != w_up.shape or w_down.shape[:2] != w_gate.shape[::2]:

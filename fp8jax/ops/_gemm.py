@@ -43,11 +43,24 @@ def check_inputs(name: str, lhs: jax.Array, rhs: jax.Array) -> None:
             )
 
 
-def recipe_for(recipe: Recipe, *arrays: Any) -> Recipe:
+def recipe_for(name: str, recipe: Recipe, *arrays: Any) -> Recipe:
     """`recipe`, or that of plain products where an array is empty: no number is left.
 
     An empty shard or batch, an expert's device without tokens: zeros, as JAX's own.
+
+    Raises:
+        TypeError: On behalf of `name`, for a QTensor or no array in an array's place.
     """
+    for x in arrays:
+        if not hasattr(x, "dtype"):
+            raise TypeError(f"{name} takes arrays, got {type(x).__name__}.")
+        if isinstance(x, QTensor):
+            raise TypeError(
+                f"{name} takes arrays, which it quantizes, got a QTensor {x.shape}. "
+                "Layers of fp8jax.nnx and fp8jax.linen with QTensors as kernels, and "
+                "fp8_transform(forward)(params, x) with QTensors in params, multiply "
+                "by codes; fp8jax.scaled_matmul multiplies two QTensors."
+            )
     return recipe if all(x.size for x in arrays) else bf16()
 
 

@@ -75,7 +75,7 @@ def ragged_dot(
     """
     name = "ragged_dot"
     recipe = recipe_or_default(name, recipe)
-    recipe = recipe_for(recipe, lhs, rhs)
+    recipe = recipe_for(name, recipe, lhs, rhs)
     if recipe.is_off:
         return lax.ragged_dot(
             lhs,

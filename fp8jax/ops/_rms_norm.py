@@ -70,7 +70,7 @@ def rms_norm_dot(
     """
     name = "rms_norm_dot"
     recipe = recipe_or_default(name, recipe)
-    recipe = recipe_for(recipe, x, *weights)
+    recipe = recipe_for(name, recipe, x, *weights)
     for w in weights:
         check_inputs(name, x, w)
     side = x.shape[-1:]

@@ -72,7 +72,7 @@ def swiglu_mlp(
     """
     name = "swiglu_mlp"
     recipe = recipe_or_default(name, recipe)
-    recipe = recipe_for(recipe, x, w_gate, w_up, w_down)
+    recipe = recipe_for(name, recipe, x, w_gate, w_up, w_down)
     for w in (w_gate, w_up, w_down):
         check_inputs(name, x, w)
     fits = x.ndim >= 1 and w_gate.shape == w_up.shape == (

@@ -145,3 +145,24 @@ def test_precision_that_is_none_is_refused_though_all_is_in_fp8():
     x, w = jnp.ones((8, 128)), jnp.ones((128, 128))
     with pytest.raises(ValueError, match="BF17"):
         fp8jax.dot_general(x, w, (((1,), (0,)), ((), ())), "BF17")
+
+
+SIDES = jax.random.normal(jax.random.key(0), (128, 128))
+CALLS = {
+    "dot_general": lambda w: fp8jax.dot_general(SIDES, w, (((1,), (0,)), ((), ()))),
+    "einsum": lambda w: ops.einsum("mk,kn->mn", SIDES, w),
+    "swiglu_mlp": lambda w: ops.swiglu_mlp(SIDES, SIDES, w, SIDES),
+    "rms_norm_dot": lambda w: ops.rms_norm_dot(SIDES, jnp.ones(128), w),
+    "ragged_dot": lambda w: fp8jax.ragged_dot(SIDES, w, jnp.asarray([128])),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_codes_and_lists_in_an_arrays_place_are_named(name):
+    codes = fp8jax.quantize(SIDES, fp8jax.BLOCK_128X128)
+    with pytest.raises(
+        TypeError, match=rf"{name} takes arrays.* got a QTensor \(128, "
+    ):
+        CALLS[name](codes)
+    with pytest.raises(TypeError, match=f"{name} takes arrays, got list"):
+        CALLS[name]([1.0])
