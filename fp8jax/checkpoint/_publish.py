@@ -96,7 +96,7 @@ def _keep_others(old: str, new: str) -> None:
         source, target = os.path.join(old, name), os.path.join(new, name)
         if name.endswith(WEIGHTS) or os.path.lexists(target):
             continue
-        if os.path.isdir(source):
+        if os.path.isdir(source) and not os.path.islink(source):
             shutil.copytree(source, target, symlinks=True)
         else:
             shutil.copy2(source, target, follow_symlinks=False)

@@ -96,12 +96,15 @@ def rewrite(
     staging = os.path.join(parent, f".{name}.partial")
     for folder in (target, staging):
         check_apart(folder, reader.path, reader.files)
-    if os.path.lexists(target):
-        if not overwrite or not os.path.isdir(target):
-            raise ValueError(f"{target} is there already: remove it, or overwrite it.")
-        check_old(target)
     os.makedirs(parent, exist_ok=True)
     with held(target):
+        # Asked under the lock: a run that ended a moment ago may have made it.
+        if os.path.lexists(target):
+            if not overwrite or not os.path.isdir(target):
+                raise ValueError(
+                    f"{target} is there already: remove it, or overwrite it."
+                )
+            check_old(target)
         outcomes = _written(reader, staging, jobs, max_shard_bytes, progress)
         write_config(staging, reader.config, quantization)
         _copy_others(reader.path, staging, without=(target, staging, lock_of(target)))

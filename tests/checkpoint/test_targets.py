@@ -103,6 +103,7 @@ def test_a_linked_target_stays_a_link(source, tmp_path):
     real.mkdir()
     (real / "notes.txt").write_text("kept")
     (real / "nowhere").symlink_to(tmp_path / "gone")
+    (real / "elsewhere").symlink_to(source)
     link = tmp_path / "link"
     link.symlink_to(real)
     for _ in range(2):  # And what the first one leaves blocks no second.
@@ -111,6 +112,7 @@ def test_a_linked_target_stays_a_link(source, tmp_path):
     assert link.is_symlink()
     assert (real / "notes.txt").read_text() == "kept"
     assert (real / "nowhere").is_symlink()
+    assert (real / "elsewhere").is_symlink()
     assert sorted(os.listdir(tmp_path)) == ["in", "link", "real"]
 
 
@@ -191,6 +193,22 @@ def test_a_second_run_or_save_ends_with_a_clear_line(source, tmp_path):
     checkpoint.quantize_checkpoint(source, out, progress=meanwhile)
     assert is_whole(out)
     assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+
+
+def test_a_run_that_ended_while_another_waited_is_not_replaced(
+    source, tmp_path, monkeypatch
+):
+    out, plain = tmp_path / "out", _lock.held
+
+    def held(target):
+        monkeypatch.setattr("fp8jax.checkpoint._stream.held", plain)
+        checkpoint.quantize_checkpoint(source, out)
+        return plain(target)
+
+    monkeypatch.setattr("fp8jax.checkpoint._stream.held", held)
+    with pytest.raises(ValueError, match="out is there already"):
+        checkpoint.quantize_checkpoint(source, out)
+    assert is_whole(out)
 
 
 def test_a_lock_that_a_killed_process_left_is_nobodys(source, tmp_path):
