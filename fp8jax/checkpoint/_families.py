@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fp8jax.checkpoint._layout import EMBEDDING
+from fp8jax.checkpoint._tables import tables
 
 # Kept in DeepSeek-V3 too (report, section 3.3): what is small, or decides much.
 KEPT = (
@@ -69,9 +70,7 @@ def is_of_vocabulary(
     name: str, shape: tuple[int, ...], config: Mapping[str, Any]
 ) -> bool:
     """Whether a matrix outside the layers has a row for each entry of a vocabulary."""
-    nested = config.get("text_config")
-    tables = (config, nested if isinstance(nested, Mapping) else {})
-    rows = {table.get("vocab_size") for table in tables} - {None}
+    rows = {table.get("vocab_size") for table in tables(config)} - {None}
     is_outside = not _LAYER_NUMBER.search(name)
     return is_outside and len(shape) == 2 and shape[0] in rows
 
@@ -119,9 +118,8 @@ def _has_tied_head(names: Iterable[str], config: Mapping[str, Any]) -> bool:
     names = tuple(names)
     if any(re.search(r"(^|\.)lm_head\.", name) for name in names):
         return False
-    nested = config.get("text_config")
-    tables = (config, nested if isinstance(nested, Mapping) else {})
-    told = [t["tie_word_embeddings"] for t in tables if "tie_word_embeddings" in t]
+    key = "tie_word_embeddings"
+    told = [table[key] for table in tables(config) if key in table]
     if told:
         return any(told)
     # transformers writes what is not its default, and most models tie by default.

@@ -22,6 +22,7 @@ import numpy as np
 from fp8jax import numerics
 from fp8jax.checkpoint._dtypes import E8M0
 from fp8jax.checkpoint._file import Stored
+from fp8jax.checkpoint._tables import tables
 
 Kind = Literal["tiles", "row", "column", "tensor"]
 Shape = tuple[int, ...]
@@ -79,8 +80,7 @@ def configured_tiles(config: Mapping[str, Any]) -> Iterator[Any]:
 
     Of multimodal models it is said in `text_config`.
     """
-    nested = config.get("text_config")
-    for table in (config, nested if isinstance(nested, Mapping) else {}):
+    for table in tables(config):
         for key in ("quantization_config", "compression_config"):
             said = table.get(key)
             if not isinstance(said, Mapping):

@@ -32,7 +32,7 @@ def held(target: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # Before it is let go of: whoever waits for it finds that it is none any more.
+        # While the lock is held: whoever opened the file before sees that it is gone.
         with contextlib.suppress(FileNotFoundError):
             os.remove(path)
         os.close(file)

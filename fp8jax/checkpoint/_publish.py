@@ -45,7 +45,7 @@ def replaced_folder(path: str) -> Iterator[str]:
 
 
 def cleared(folder: str) -> None:
-    """Makes an empty folder in the place of whatever an earlier run left there."""
+    """Makes an empty folder, and removes whatever an earlier run left there."""
     if os.path.islink(folder) or os.path.isfile(folder):
         os.remove(folder)
     elif os.path.isdir(folder):

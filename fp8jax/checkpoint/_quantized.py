@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 
 from fp8jax.checkpoint._reader import Reader
+from fp8jax.checkpoint._tables import tables
 
 # Beside config.json, which has no entry then.
 _SIDE_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq"}
@@ -44,8 +45,8 @@ def check_unquantized(reader: Reader) -> None:
 
 def _method(reader: Reader) -> str:
     """What quantized a checkpoint, by its configs; empty if they do not say."""
-    for table in (reader.config, reader.config.get("text_config")):
-        found = table.get("quantization_config") if isinstance(table, Mapping) else None
+    for table in tables(reader.config):
+        found = table.get("quantization_config")
         if found:
             named = found.get("quant_method") if isinstance(found, Mapping) else None
             return str(named or "an unnamed method")

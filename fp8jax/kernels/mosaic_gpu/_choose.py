@@ -9,15 +9,10 @@ import os
 import jax
 
 from fp8jax.kernels.mosaic_gpu._common import num_sms
-from fp8jax.kernels.mosaic_gpu._config import (
-    GemmConfig,
-    gemm_1d1d_config,
-    gemm_1d2d_config,
-)
+from fp8jax.kernels.mosaic_gpu._config import COMPUTED, GemmConfig
 from fp8jax.kernels.mosaic_gpu._problem import GemmKind, GemmProblem
 from fp8jax.kernels.mosaic_gpu._table import Entry, Table, read_table
 
-_COMPUTED = {"1d2d": gemm_1d2d_config, "1d1d": gemm_1d1d_config}
 _loaded: Table | None = None
 
 
@@ -26,7 +21,7 @@ def computed_config(
 ) -> GemmConfig:
     """The config that follows from the shape alone."""
     del out_dtype  # NOTE: no shape's config depends on it yet.
-    return _COMPUTED[kind](m, n, k, num_sms)
+    return COMPUTED[kind](m, n, k, num_sms)
 
 
 def choose_config(

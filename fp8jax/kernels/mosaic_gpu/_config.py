@@ -169,6 +169,10 @@ def gemm_1d1d_config(m: int, n: int, k: int, num_sms: int) -> GemmConfig:
     )
 
 
+# Of one product, by the rhs scale.
+COMPUTED = {"1d2d": gemm_1d2d_config, "1d1d": gemm_1d1d_config}
+
+
 def gemm_swiglu_config(k: int) -> GemmConfig:
     """The block shape for two products of a few rows: 128 columns of each.
 
@@ -238,9 +242,8 @@ def batch_config(
         m, n, k: sides of one product.
         num_sms: multiprocessors to fill.
     """
-    of_one = {"1d2d": gemm_1d2d_config, "1d1d": gemm_1d1d_config}[kind]
     # One entry's blocks run beside the next one's.
-    config = of_one(m, n, k, max(1, num_sms // entries))
+    config = COMPUTED[kind](m, n, k, max(1, num_sms // entries))
     # Half of an entry's last cluster would be idle, entry after entry.
     wasted = -(-m // config.block_m) % config.cluster
     return dataclasses.replace(config, cluster=1) if wasted else config
@@ -258,8 +261,7 @@ def column_groups_config(
         groups: how many there are.
         num_sms: multiprocessors to fill.
     """
-    of_one = {"1d2d": gemm_1d2d_config, "1d1d": gemm_1d1d_config}[kind]
     # One group's blocks run beside the next one's.
-    return of_one(
+    return COMPUTED[kind](
         max(m, _FEW_ROWS + 1), n, max(k // groups, 2 * CHUNK), max(1, num_sms // groups)
     )
